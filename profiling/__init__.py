@@ -1,0 +1,1 @@
+"""What the hardware can do: facts, measured rates, memory and energy over time."""
