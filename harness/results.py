@@ -1,0 +1,198 @@
+"""What a run leaves behind: the result, schema-versioned, and the folder that holds it.
+
+    results/<run uuid>/
+        result.json            this module's RunResult: everything but the bulk below
+        requests.jsonl         a line per prompt: ids, text, generated ids, generated text
+        plan.json              what the strategy planned, and what was really placed
+        hardware_profile.json  the machine
+        timeline.json          memory, load and power over time (Timeline)
+        environment.txt        installed packages
+        git.diff               uncommitted changes, where there are any
+        run.log                this run's log
+        error.txt              the traceback, where the run failed
+        *.png                  pictures
+
+The folder is complete by itself: MLflow is a projection of it, so a run measured on another machine
+can be delivered later. Knows nothing of MLflow.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from flexllmgen.errors import UsageError
+
+SCHEMA_VERSION = 1
+
+Scalar = str | int | float | bool | None
+
+
+class RunStatus(StrEnum):
+    """MLflow's own words for how a run stands."""
+
+    RUNNING = "RUNNING"
+    FINISHED = "FINISHED"
+    FAILED = "FAILED"
+    KILLED = "KILLED"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DatasetRecord(_Record):
+    """Which prompts were used, precisely enough to find them again.
+
+    Token counts are of the prompt rows of one repeat; `real_tokens` excludes padding.
+    """
+
+    name: str
+    source: str
+    source_type: Literal["hub", "package", "file"]
+    config: str | None = None
+    split: str | None = None
+    revision: str | None = None
+    licence: str | None = None
+    fingerprint: str | None = None
+    digest: str
+    num_rows: int
+    num_prompts: int
+    prompts_unique: int
+    prompts_truncated: int
+    real_tokens: int
+    padded_tokens: int
+    prompt_mode: str
+    prompt_template: str | None = None
+    chat_template: bool = False
+    prompt_ids: list[str] = Field(default_factory=list)
+
+
+class Provenance(_Record):
+    """Which code ran: the commit of the working directory and the versions of what matters."""
+
+    git_commit: str | None = None
+    git_branch: str | None = None
+    git_dirty: bool | None = None
+    git_remote: str | None = None
+    command: str = ""
+    host: str = ""
+    user: str = ""
+    versions: dict[str, str] = Field(default_factory=dict)
+
+
+class RunError(_Record):
+    """Why a run failed: one line for people, the traceback for us."""
+
+    type: str
+    message: str
+    traceback: str = ""
+    exit_code: int = 1
+
+
+class Repeat(_Record):
+    """The metrics of one timed pass over all prompts."""
+
+    index: int
+    ended_at_ms: int
+    metrics: dict[str, float]
+
+
+class Timeline(_Record):
+    """Samples over the life of the run; `series` maps a metric name with its unit to values.
+
+    `time_s` counts from the start of the run; `started_at_ms` is that start in Unix time. A series
+    has one value per time, or None where the machine could not tell. `phases` names spans:
+    (name, start_s, end_s).
+    """
+
+    started_at_ms: int
+    time_s: list[float]
+    series: dict[str, list[float | None]]
+    phases: list[tuple[str, float, float]] = Field(default_factory=list)
+
+
+class RunResult(_Record):
+    """Everything about one run but its bulk; a number carries its cause.
+
+    `metrics` holds the run's values: the median over `repeats` where a metric was repeated.
+    `spread` is (max - min) / median over the repeats. `cold` is the first, unwarmed pass.
+    """
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    run_uuid: str
+    status: RunStatus
+    experiment: str
+    run_name: str
+    strategy: str
+    model: str
+    started_at_ms: int
+    ended_at_ms: int | None = None
+    process: dict[str, Scalar] = Field(default_factory=dict)
+    params: dict[str, Scalar] = Field(default_factory=dict)
+    param_sources: dict[str, str] = Field(default_factory=dict)
+    metrics: dict[str, float] = Field(default_factory=dict)
+    spread: dict[str, float] = Field(default_factory=dict)
+    repeats: list[Repeat] = Field(default_factory=list)
+    cold: dict[str, float] = Field(default_factory=dict)
+    itl_s: list[list[float]] = Field(default_factory=list, description="per repeat, mean gap by token position")
+    tags: dict[str, str] = Field(default_factory=dict)
+    dataset: DatasetRecord | None = None
+    provenance: Provenance = Field(default_factory=Provenance)
+    hardware_fingerprint: str = ""
+    workload_key: str = ""
+    plan: dict[str, Any] = Field(default_factory=dict)
+    warnings: list[str] = Field(default_factory=list)
+    error: RunError | None = None
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read `folder/result.json`.
+
+        Raises:
+            UsageError: the file is missing, damaged, or of another schema version.
+        """
+        path = folder / "result.json"
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            raise UsageError(f"{folder} holds no result.json; name a folder results/<uuid> that `harness eval` wrote") from None
+        except (OSError, ValidationError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UsageError(f"{path} is not a result of schema version {SCHEMA_VERSION}: {reason}") from error
+
+    def write(self, folder: Path) -> Path:
+        """Write `folder/result.json` atomically and return its path."""
+        return write_text(folder / "result.json", self.model_dump_json(indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a file so that readers see the old content or the new, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> Path:
+    """Write a JSON object atomically."""
+    return write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """Write one JSON object a line, atomically."""
+    return write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
