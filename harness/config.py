@@ -1,0 +1,289 @@
+"""What a run is told to do: every option once, with its default, and where each value came from.
+
+`EvalConfig` is the one list of common options; the command line, the environment, the config file,
+`harness config show` and the recorded params are all made from it. What one strategy alone has is
+in that strategy's own model and TOML file (strategies/), reached by `--config` and `--set`.
+
+Precedence: option > environment HARNESS_* > config file > default.
+"""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, PlainSerializer, TypeAdapter, ValidationError
+
+from flexllmgen.errors import UsageError
+from strategies.registry import find_strategy
+
+ENV_PREFIX = "HARNESS_"
+
+
+def cache_dir() -> Path:
+    """The user's cache folder of this tool: HARNESS_CACHE_DIR, else XDG_CACHE_HOME, else ~/.cache."""
+    if own := os.environ.get("HARNESS_CACHE_DIR"):
+        return Path(own).expanduser()
+    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(root).expanduser() / "offload-harness"
+
+
+def parse_size(value: Any) -> int:
+    """Bytes of a size such as 16GiB (binary) or 800MB (decimal).
+
+    >>> parse_size("1.5GiB")
+    1610612736
+
+    Raises:
+        ValueError: not a size, or not more than zero.
+    """
+    try:
+        size = int(TypeAdapter(ByteSize).validate_python(value))
+    except ValidationError:
+        raise ValueError("not a size; write it like 16GiB or 800MB") from None
+    if size <= 0:
+        raise ValueError("a size must be more than zero, like 16GiB or 800MB")
+    return size
+
+
+Size = Annotated[int, BeforeValidator(parse_size)]
+PathText = Annotated[Path, PlainSerializer(str)]
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def _option(default: Any, help_text: str, *flags: str, panel: str, metavar: str = "", **checks: Any) -> Any:
+    extra = {"flags": flags, "panel": panel, "metavar": metavar}
+    if callable(default):
+        return Field(default_factory=default, description=help_text, json_schema_extra=extra, **checks)
+    return Field(default, description=help_text, json_schema_extra=extra, **checks)
+
+
+_RUN, _PROMPTS, _MODEL, _MACHINE = "Run", "Prompts", "Model and strategy", "Machine"
+_MEASURE, _RECORD, _OUTPUT = "Measuring", "Record", "Output"
+
+
+class EvalConfig(BaseModel):
+    """The options that every strategy has. Sizes are bytes; lengths are tokens."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    strategy: str = _option("accelerate", "How the model is run; see `harness strategies`.", "--strategy", "-s", "--mode", panel=_MODEL)
+    model: str = _option(
+        "facebook/opt-1.3b", "A Hugging Face id, a local folder, or `builtin`; see `harness models`.", "--model", "-m", panel=_MODEL
+    )
+    weights: Literal["pretrained", "random"] = _option(
+        "pretrained", "The checkpoint's weights, or random ones of the same shapes (speed runs, no download).", panel=_MODEL
+    )
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = _option(
+        "auto", "Number format of weights and KV cache; auto: the checkpoint's on CUDA, float32 on CPU.", panel=_MODEL
+    )
+    trust_remote_code: bool = _option(False, "Let the model's repository run its own Python code.", panel=_MODEL)
+    allow_pickle: bool = _option(False, "Load pickle (.bin) checkpoints, which can run code.", panel=_MODEL)
+
+    dataset: str = _option(
+        "humaneval",
+        "An alias (see `harness datasets`), owner/name\\[:config/split\\[@revision]], or a json, jsonl, csv or parquet file.",
+        "--dataset",
+        "-d",
+        panel=_PROMPTS,
+    )
+    num_prompts: int = _option(8, "How many prompts to run.", "--num-prompts", "-n", panel=_PROMPTS, ge=1)
+    prompt_mode: Literal["pad", "fill"] = _option(
+        "pad", "pad: a prompt a row, cut and left-padded to --input-len; fill: prompts joined until the row is full.", panel=_PROMPTS
+    )
+    prompt_template: str | None = _option(
+        None, "How a row becomes a prompt, with {column} fields.", panel=_PROMPTS, metavar="TEXT"
+    )
+    chat_template: Literal["auto", "on", "off"] = _option(
+        "auto", "Wrap prompts in the model's chat template; auto: for chat and instruction data.", panel=_PROMPTS
+    )
+    input_len: int = _option(128, "Tokens of each prompt row.", panel=_PROMPTS, ge=1)
+    gen_len: int = _option(32, "Tokens to generate for each prompt, exactly.", panel=_PROMPTS, ge=1)
+    batch_size: int = _option(1, "Prompts run together.", "--batch-size", "-b", panel=_PROMPTS, ge=1)
+
+    device: Literal["auto", "cuda", "cpu"] = _option("auto", "Where to compute.", panel=_MACHINE)
+    gpu_mem: Size | None = _option(
+        None, "Use no more GPU memory than this (16GiB, 800MB): emulates a smaller GPU.", panel=_MACHINE, metavar="SIZE"
+    )
+    cpu_mem: Size | None = _option(
+        None, "Keep no more of the model in host memory than this: emulates a smaller machine.", panel=_MACHINE, metavar="SIZE"
+    )
+    offload_dir: PathText = _option(lambda: cache_dir() / "offload", "Folder for what goes to disk.", panel=_MACHINE, metavar="DIR")
+
+    warmup: int = _option(1, "Untimed passes over the first batch; the first is logged as the cold run.", panel=_MEASURE, ge=0)
+    repeats: int = _option(3, "Timed passes over all prompts; the median is reported.", panel=_MEASURE, ge=1)
+    seed: int = _option(0, "Chooses the prompts and draws random weights.", panel=_MEASURE, ge=0)
+
+    experiment: str = _option("offload-eval", "MLflow experiment.", panel=_RECORD, min_length=1)
+    run_name: str | None = _option(None, "MLflow run name; made from strategy and model if not given.", panel=_RECORD, metavar="TEXT")
+    tag: list[str] = _option(list, "Tag the run; may be repeated.", panel=_RECORD, metavar="KEY=VALUE")
+    tracking_uri: str | None = _option(
+        None, "MLflow store; default: MLFLOW_TRACKING_URI, else mlruns/mlflow.db here.", panel=_RECORD, metavar="URI"
+    )
+    no_mlflow: bool = _option(False, "Only write the result folder; deliver it later with `harness sync`.", panel=_RECORD)
+    results_dir: PathText = _option(lambda: Path("results"), "Folder for result folders.", panel=_RECORD, metavar="DIR")
+    log_file: PathText = _option(lambda: Path("log.log"), "Log file, appended to.", panel=_RECORD, metavar="FILE")
+
+    @property
+    def context(self) -> int:
+        """Positions one row needs: prompt and generated tokens."""
+        return self.input_len + self.gen_len
+
+    def tags(self) -> dict[str, str]:
+        """The tags given as KEY=VALUE.
+
+        Raises:
+            UsageError: a tag has no `=`.
+        """
+        pairs = {}
+        for text in self.tag:
+            key, equals, value = text.partition("=")
+            if not equals or not key.strip():
+                raise UsageError(f"--tag {text!r}: write it as KEY=VALUE")
+            pairs[key.strip()] = value.strip()
+        return pairs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """One effective value and where it came from, for `harness config show`."""
+
+    key: str
+    value: Any
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The whole configuration of a run: common options, the strategy's own keys, and all sources."""
+
+    common: EvalConfig
+    strategy: BaseModel
+    sources: Mapping[str, str]
+
+    def listing(self) -> list[Setting]:
+        """Every effective value, common options first, in the order of their definition."""
+        pairs = [*self.common.model_dump(mode="json").items(), *self.strategy.model_dump(mode="json").items()]
+        return [Setting(key=key, value=value, source=self.sources[key]) for key, value in pairs]
+
+
+def flag_of(name: str) -> str:
+    """The long option of a field, as the user types it."""
+    flags = _extra(name)["flags"]
+    return flags[0] if flags else "--" + name.replace("_", "-")
+
+
+def _extra(name: str) -> dict[str, Any]:
+    extra = EvalConfig.model_fields[name].json_schema_extra
+    assert isinstance(extra, dict)
+    return extra
+
+
+def resolve(
+    options: Mapping[str, Any], *, config_file: Path | None, assignments: list[str], environ: Mapping[str, str]
+) -> Settings:
+    """Put together the effective configuration.
+
+    Args:
+        options: what was given on the command line, by field name; None means not given.
+        config_file: TOML with common options and the chosen strategy's keys, flat.
+        assignments: `--set key=value` texts for the strategy's keys.
+        environ: the environment; HARNESS_<FIELD> is read.
+
+    Raises:
+        UsageError: an unknown key (the nearest is named), a value that does not fit.
+    """
+    given = {key: value for key, value in options.items() if value is not None and value != []}
+    from_file = _read_config_file(config_file) if config_file else {}
+    common_names = list(EvalConfig.model_fields)
+    raw: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+
+    def layer(key: str, value: Any, source: str) -> None:
+        raw[key] = value
+        sources[key] = source
+
+    for key in common_names:
+        variable = ENV_PREFIX + key.upper()
+        if key in from_file:
+            layer(key, from_file.pop(key), f"file {config_file}")
+        if variable in environ:
+            value: Any = environ[variable]
+            layer(key, value.split(",") if key == "tag" else value, f"environment {variable}")
+        if key in given:
+            layer(key, given[key], f"option {flag_of(key)}")
+        sources.setdefault(key, "default")
+    common = _validate(EvalConfig, raw, sources)
+    common.tags()
+
+    entry = find_strategy(common.strategy)
+    config_type, defaults = entry.load_config()
+    values = dict(defaults)
+    own_names = list(config_type.model_fields)
+    own_sources = dict.fromkeys(own_names, f"default ({entry.name}.toml)")
+    for key, value in from_file.items():
+        if key not in own_names:
+            raise UsageError(f"{config_file}: unknown key {key!r}{_nearest(key, [*common_names, *own_names])}")
+        values[key], own_sources[key] = value, f"file {config_file}"
+    for key in own_names:
+        variable = ENV_PREFIX + key.upper()
+        if variable in environ:
+            values[key], own_sources[key] = _toml_value(environ[variable]), f"environment {variable}"
+    for text in assignments:
+        key, equals, value = text.partition("=")
+        key = key.strip()
+        if not equals:
+            raise UsageError(f"--set {text!r}: write it as KEY=VALUE")
+        if key in common_names:
+            raise UsageError(f"--set {key}: this is an option of every strategy; give it as {flag_of(key)}")
+        if key not in own_names:
+            raise UsageError(f"--set: strategy {entry.name} has no key {key!r}{_nearest(key, own_names)}")
+        values[key], own_sources[key] = _toml_value(value.strip()), f"option --set {key}"
+    strategy = _validate(config_type, values, own_sources)
+    return Settings(common=common, strategy=strategy, sources={**sources, **own_sources})
+
+
+def unknown_variables(environ: Mapping[str, str], strategy_keys: list[str]) -> list[str]:
+    """HARNESS_* variables that mean nothing here, for a warning."""
+    known = {ENV_PREFIX + key.upper() for key in [*EvalConfig.model_fields, *strategy_keys, "cache_dir"]}
+    return sorted(name for name in environ if name.startswith(ENV_PREFIX) and name not in known)
+
+
+def _read_config_file(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"--config {path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path}: cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"--config {path}: not valid TOML: {error}") from None
+
+
+def _toml_value(text: str) -> Any:
+    """A value as TOML would read it; what is no TOML literal is taken as the text itself."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _nearest(key: str, names: list[str]) -> str:
+    match = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    return f"; did you mean {match[0]!r}?" if match else f"; known keys: {', '.join(names)}"
+
+
+def _validate(model: type[Model], raw: Mapping[str, Any], sources: Mapping[str, str]) -> Model:
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = str(first["loc"][0]) if first["loc"] else ""
+        reason = first["msg"].removeprefix("Value error, ")
+        name = flag_of(key) if key in EvalConfig.model_fields else key
+        value = first.get("input")
+        raise UsageError(f"{name} {value!r}: {reason} (from {sources.get(key, 'default')})") from None
+

@@ -1,0 +1,151 @@
+"""The protocol every strategy keeps, and what flows through it.
+
+    ModelSource + Workload + Limits -> Strategy.plan -> Plan -> Strategy.build -> Engine -> token columns
+
+Knows nothing of prompts' text, of clocks, or of how a run is recorded.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from flexllmgen.workload import Workload
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSource:
+    """A model as resolved: where its weights lie, or that they are drawn at random.
+
+    Args:
+        name: as the user named it.
+        path: local folder with config (and weights, unless random); None where only `config` is known.
+        config: the Hugging Face config as a plain dictionary.
+        revision: the commit of a hub snapshot.
+    """
+
+    name: str
+    path: Path | None
+    config: Mapping[str, Any]
+    weights: Literal["pretrained", "random"]
+    revision: str | None = None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What of the hardware a plan may use; memory in bytes, None where there is no such device.
+
+    `gpu_bytes` and `cpu_bytes` are caps: what the user allowed, else what is free.
+    """
+
+    device: Literal["cuda", "cpu"]
+    gpu_bytes: int | None
+    cpu_bytes: int
+    gpu_capped: bool
+    cpu_capped: bool
+    offload_dir: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanRequest:
+    """Everything a strategy may look at to plan a run."""
+
+    model: ModelSource
+    workload: Workload
+    batch_size: int
+    dtype: str
+    machine: Machine
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a strategy is going to do; made and shown before a weight is loaded.
+
+    Args:
+        batch_size: sequences that one call of `Engine.generate` takes.
+        weight_bytes: planned bytes of weights by tier: gpu, cpu, disk.
+        kv_bytes: planned bytes of KV cache by tier, at full context, of one batch.
+        workspace_bytes: bytes for activations and buffers on the compute device.
+        details: what only this strategy has (a device map, a policy), JSON-ready.
+    """
+
+    request: PlanRequest
+    strategy: str
+    batch_size: int
+    weight_bytes: Mapping[str, int]
+    kv_bytes: Mapping[str, int]
+    workspace_bytes: int
+    details: Mapping[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready view, as recorded in plan.json."""
+        request = self.request
+        return {
+            "strategy": self.strategy,
+            "model": request.model.name,
+            "model_path": None if request.model.path is None else str(request.model.path),
+            "dtype": request.dtype,
+            "device": request.machine.device,
+            "gpu_cap_bytes": request.machine.gpu_bytes,
+            "cpu_cap_bytes": request.machine.cpu_bytes,
+            "num_sequences": request.workload.num_sequences,
+            "prompt_tokens": request.workload.prompt_tokens,
+            "gen_tokens": request.workload.gen_tokens,
+            "batch_size": self.batch_size,
+            "weight_bytes": dict(self.weight_bytes),
+            "kv_bytes": dict(self.kv_bytes),
+            "workspace_bytes": self.workspace_bytes,
+            **self.details,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placed:
+    """What was really placed where, read back from the loaded model; bytes by tier.
+
+    `offload_files_bytes` are bytes in files under the offload directory; `pinned_bytes` is page-locked
+    host memory; `devices` gives the detail by device or module for plan.json.
+    """
+
+    weight_bytes: Mapping[str, int]
+    offload_files_bytes: int
+    pinned_bytes: int
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    """A loaded model. Holds no clock: it yields, and who consumes may time."""
+
+    def generate(self, ids_BT: "torch.Tensor", mask_BT: "torch.Tensor", gen_tokens: int) -> "Iterator[torch.Tensor]":
+        """Yield `gen_tokens` columns of token ids, int64 of shape (B,), each when it is on the host."""
+        ...
+
+    def placed(self) -> Placed:
+        """What lies where now, read back from the model."""
+        ...
+
+
+class Strategy(Protocol):
+    """A way to run a model that does not fit its GPU."""
+
+    name: str
+
+    def plan(self, request: PlanRequest) -> Plan:
+        """Decide what lies where, loading no weight.
+
+        Raises:
+            PlanInfeasible: it cannot fit; the message has the numbers and the way out.
+        """
+        ...
+
+    def build(self, plan: Plan) -> AbstractContextManager[Engine]:
+        """Load the model as planned; leaving the context frees memory, threads and temporary files."""
+        ...
