@@ -1,0 +1,16 @@
+"""Sizes where a person reads them."""
+
+
+def gib(num_bytes: float) -> str:
+    """Bytes as text in binary units.
+
+    >>> gib(3 * 2**30), gib(200_000_000), gib(512)
+    ('3.00 GiB', '190.7 MiB', '512 B')
+    """
+    if num_bytes >= 2**30:
+        return f"{num_bytes / 2**30:.2f} GiB"
+    if num_bytes >= 2**20:
+        return f"{num_bytes / 2**20:.1f} MiB"
+    if num_bytes >= 2**10:
+        return f"{num_bytes / 2**10:.1f} KiB"
+    return f"{num_bytes:.0f} B"
