@@ -123,14 +123,14 @@ def load_rows(dataset: str) -> Rows:
     >>> load_rows("humaneval").table.num_rows
     164
     """
-    registered = registered_datasets().get(dataset.strip().lower())
-    local = Path(dataset).expanduser()
+    dataset = dataset.strip()
+    registered = registered_datasets().get(dataset.lower())
     if registered and (packaged := registered.packaged_file()):
         rows = _packaged_rows(registered, packaged)
     elif registered:
         name = HubName(repo=registered.repo, config=registered.config, split=registered.split)
         rows = _hub_rows(name, registered)
-    elif local.exists() or _format(local) or dataset.startswith((".", "/", "~")):
+    elif local := _local_path(dataset):
         rows = _local_rows(local)
     elif found := HUB_NAME.fullmatch(dataset):
         parts: dict[str, Any] = {part: text or None for part, text in found.groupdict().items()}
@@ -155,6 +155,16 @@ def _packaged_rows(registered: RegisteredDataset, file: Path) -> Rows:
         licence=registered.licence,
         registered=registered,
     )
+
+
+def _local_path(dataset: str) -> Path | None:
+    """The path that a name means, if it means one: it exists, or can be nothing else."""
+    try:
+        path = Path(dataset).expanduser()
+        meant = path.exists() or _format(path) or dataset.startswith((".", "/", "~"))
+    except (OSError, RuntimeError, ValueError):  # too long, of an unknown user, with a null character
+        return None
+    return path if dataset and meant else None
 
 
 def _local_rows(path: Path) -> Rows:
