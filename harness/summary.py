@@ -1,0 +1,316 @@
+"""What MLflow shows of a run, worked out from its record: params, metrics, tags, description.
+
+Pure functions from a `RunResult` to names, numbers and words. Knows nothing of MLflow but its limits
+on names and lengths, so that what is shown can be tested without a store.
+"""
+
+import json
+import math
+import re
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median
+
+from harness.results import RunError, RunResult, Scalar, Timeline
+
+PARAM_LIMIT, TAG_LIMIT, NAME_LIMIT = 6000, 8000, 250
+SAMPLE_INTERVAL_S = 1.0
+MEGABYTE = 1e6  # MLflow's own system metrics count decimal megabytes
+
+# Series of a Timeline -> MLflow's name for it, factor, how samples of one second become one.
+# A peak of memory must survive the resampling; a rate is fairer as a mean.
+_SYSTEM: dict[str, tuple[str, float, Callable[[Sequence[float]], float]]] = {
+    "cpu_percent": ("cpu_utilization_percentage", 1.0, fmean),
+    "rss_bytes": ("process_rss_megabytes", 1 / MEGABYTE, max),
+    "system_memory_bytes": ("system_memory_usage_megabytes", 1 / MEGABYTE, max),
+    "system_memory_percent": ("system_memory_usage_percentage", 1.0, max),
+    "device_allocated_bytes": ("device_allocated_megabytes", 1 / MEGABYTE, max),
+    "device_reserved_bytes": ("device_reserved_megabytes", 1 / MEGABYTE, max),
+    "memory_bytes": ("memory_usage_megabytes", 1 / MEGABYTE, max),
+    "utilization_percent": ("utilization_percentage", 1.0, fmean),
+    "power_w": ("power_usage_watts", 1.0, fmean),
+}
+# Counters: shown since the start of the run, as MLflow shows network traffic, and as a rate.
+_COUNTERS = {"disk_read_bytes": "disk_read_megabytes", "disk_write_bytes": "disk_write_megabytes"}
+
+_VIEW_PARAMS = ("strategy", "model", "dtype", "batch_size", "gpu_mem", "cpu_mem")
+_VIEW_METRICS = ("generation_tok_s", "predicted_tok_s", "limit_tok_s", "attainment", "ttft_s", "tpot_s")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricRow:
+    """One point of one metric."""
+
+    key: str
+    value: float
+    timestamp_ms: int
+    step: int
+
+
+def clean_name(name: str) -> str:
+    """A name that every MLflow store takes: letters, digits, `_ - . / :` and spaces, no odd path.
+
+    >>> clean_name("top-p (95%)")
+    'top-p _95__'
+    """
+    name = re.sub(r"[^\w\-. /:]", "_", name)
+    # A store may keep names as files: `a//b` and `../a` would resolve to other names.
+    parts = [part for part in name.split("/") if part.strip(". ")]
+    return "/".join(parts)[:NAME_LIMIT].rstrip("/") or "_"
+
+
+def shorten(text: str, limit: int) -> str:
+    """`text`, or its beginning and an ellipsis where it is longer than `limit`."""
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def params_of(result: RunResult) -> dict[str, str]:
+    """Params by name; None reads `none` and truth values as in TOML."""
+    return {clean_name(name): shorten(_text(value), PARAM_LIMIT) for name, value in result.params.items()}
+
+
+def metric_rows(result: RunResult) -> list[MetricRow]:
+    """All points of all metrics but the system's, each of them finite.
+
+    A repeat is a step, and the run's own value (the median) comes last at step R, so that what MLflow
+    calls the latest value is the median. Steps of `itl_by_position_s` are numbers of generated tokens.
+    The spread and the cold run's value bear a suffix, not a folder: the UI shows folders first, and in
+    alphabetical order each then stands beside its metric.
+    """
+    ended_ms = result.ended_at_ms or max([result.started_at_ms, *(one.ended_at_ms for one in result.repeats)])
+    rows = [
+        MetricRow(key=name, value=value, timestamp_ms=one.ended_at_ms, step=one.index)
+        for one in result.repeats
+        for name, value in one.metrics.items()
+    ]
+    repeated = {row.key for row in rows}
+    last = len(result.repeats)
+    for name, value in result.metrics.items():
+        step = last if name in repeated else 0
+        rows.append(MetricRow(key=name, value=value, timestamp_ms=ended_ms, step=step))
+    for name, value in result.spread.items():
+        rows.append(MetricRow(key=f"{name}_spread", value=value, timestamp_ms=ended_ms, step=0))
+    for name, value in result.cold.items():
+        rows.append(MetricRow(key=f"{name}_cold", value=value, timestamp_ms=ended_ms, step=0))
+    for token, gap_s in enumerate(position_medians(result.itl_s), start=2):
+        # The first token is number 1, so the first gap ends at token 2.
+        rows.append(MetricRow(key="itl_by_position_s", value=gap_s, timestamp_ms=ended_ms, step=token))
+    return [_renamed(row) for row in rows if math.isfinite(row.value)]
+
+
+def position_medians(rows: Sequence[Sequence[float]]) -> list[float]:
+    """Median over rows of each position; rows may differ in length.
+
+    >>> position_medians([[1.0, 4.0], [3.0]])
+    [2.0, 4.0]
+    """
+    length = max(map(len, rows), default=0)
+    return [median(row[position] for row in rows if position < len(row)) for position in range(length)]
+
+
+def system_rows(timeline: Timeline) -> list[MetricRow]:
+    """System metrics under MLflow's names, one point a second; a short run still has two."""
+    rows: list[MetricRow] = []
+    for series, values in timeline.series.items():
+        points = [
+            (time, value)
+            for time, value in zip(timeline.time_s, values, strict=False)
+            if value is not None and math.isfinite(value)
+        ]
+        if not points:
+            continue
+        if series in _COUNTERS:
+            rows += _counter_rows(timeline, _COUNTERS[series], points)
+            continue
+        match = re.fullmatch(r"(gpu_\d+_)?(.+)", series)
+        assert match is not None
+        if match[2] not in _SYSTEM:
+            continue
+        name, factor, reduce = _SYSTEM[match[2]]
+        for step, bucket in enumerate(_seconds(points)):
+            value = factor * reduce([value for _, value in bucket])
+            rows.append(_system_row(timeline, f"{match[1] or ''}{name}", value, bucket[-1][0], step))
+    return rows
+
+
+def tags_of(result: RunResult, error: RunError | None) -> dict[str, str]:
+    """Tags of the run: the user's, then ours and MLflow's own, which the user's may not replace."""
+    origin = result.provenance
+    words = shlex.split(origin.command) if origin.command else ["harness"]
+    # `/a/long/path/harness eval` shows as `harness eval`; the options are params.
+    source = " ".join([Path(words[0]).name, *(word for word in words[1:2] if not word.startswith("-"))])
+    ours: dict[str, Scalar] = {
+        "harness.run_uuid": result.run_uuid,
+        "harness.strategy": result.strategy,
+        "harness.model": result.model,
+        "harness.hardware_fingerprint": result.hardware_fingerprint,
+        "harness.workload_key": result.workload_key,
+        "harness.host": result.process.get("host") or origin.host,
+        "harness.pid": result.process.get("pid"),
+        "harness.pid_started": result.process.get("pid_started"),
+        "harness.error": f"{error.type}: {error.message}" if error else None,
+        "harness.exit_code": error.exit_code if error else None,
+        "mlflow.user": origin.user,
+        "mlflow.source.name": source,
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.git.commit": origin.git_commit,
+        "mlflow.source.git.branch": origin.git_branch,
+        "mlflow.source.git.dirty": origin.git_dirty,
+        "mlflow.source.git.repoURL": origin.git_remote,
+    }
+    given = {clean_name(name): value for name, value in result.tags.items()}
+    known = {name: _text(value) for name, value in ours.items() if value not in (None, "")}
+    return {name: shorten(value, TAG_LIMIT) for name, value in {**given, **known}.items()}
+
+
+def describe(result: RunResult, error: RunError | None, pictures: Mapping[str, str] | None = None) -> str:
+    """The run in five lines of markdown: what ran, what came out, on what, with which prompts, where to look.
+
+    `pictures` maps names of artifacts to links. A run that failed tells its error before the figures, or
+    in their place where none were measured.
+    """
+    lines = [_what(result)]
+    if error:
+        lines.append(f"**{error.type}**: {shorten(error.message, 600)}")
+    figures = _figures(result.metrics, result.spread, len(result.repeats))
+    if figures or not error:
+        lines.append(figures or "Nothing was measured.")
+    lines += [_machine(result), _prompts(result)]
+    if pictures:
+        # Links: a picture shown right here has no width and pushes the rest of the page aside.
+        lines.append("**Pictures**: " + ", ".join(f"[{name}]({link})" for name, link in pictures.items()))
+    # The UI folds all but some 100 pixels away: a list takes the fewest of them a line.
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def table_view() -> str:
+    """State of the UI's table of runs that shows what tells runs apart and what came out, as JSON.
+
+    >>> "metrics.`generation_tok_s`" in json.loads(table_view())["selectedColumns"]
+    True
+    """
+    metrics = [f"metrics.`{name}`" for name in _VIEW_METRICS]
+    params = [f"params.`{name}`" for name in _VIEW_PARAMS]
+    # In the UI's words the fixed columns are: the check boxes, the name, when, how long.
+    fixed = {"1": 70, "attributes.`Run Name`": 280, "runDateAndNestInfo": 140, "duration": 80}
+    # Wide enough for the names, which the UI would cut at its own default width.
+    widths = {column: max(120, 40 + 7 * len(column.split(".", 1)[1])) for column in (*metrics, *params)}
+    state = {
+        "selectedColumns": [*metrics, *params, "attributes.`Source`"],
+        "columnOrder": [*fixed, *widths, "attributes.`Source`"],
+        "columnWidths": {**fixed, **widths, "attributes.`Source`": 140},
+    }
+    return json.dumps(state)
+
+
+def _what(result: RunResult) -> str:
+    model = result.model.rstrip("/")
+    line = f"**{result.strategy}** on **{model if model.count('/') <= 1 else model.rsplit('/', 1)[-1]}**"
+    details = [
+        f"{name} {_text(result.params[name])}" for name in ("dtype", "weights") if name in result.params
+    ]
+    if (batch := result.params.get("batch_size")) is not None:
+        details.append(f"batch {batch}")
+    if (gen := result.params.get("gen_len")) is not None:
+        details.append(f"{result.params.get('input_len')} tokens in, {gen} out")
+    return f"{line}: {', '.join(details)}" if details else line
+
+
+def _machine(result: RunResult) -> str:
+    params = result.params
+    words = [f"**Machine**: {result.process.get('host') or result.provenance.host or 'unknown'}"]
+    if device := result.plan.get("device") or params.get("device"):
+        words.append(f"device {device}")
+    for name, what in (("gpu_mem", "GPU memory"), ("cpu_mem", "host memory")):
+        size = params.get(name)
+        if isinstance(size, int | float):
+            words.append(f"{what} cap {_bytes(size)}")
+    for name, what in (("peak_device_allocated_bytes", "device"), ("peak_rss_bytes", "RSS")):
+        if peak := result.metrics.get(name):
+            words.append(f"peak {what} {_bytes(peak)}")
+    if commit := result.provenance.git_commit:
+        words.append(
+            f"commit `{commit[:8]}`" + (" with changes (`git.diff`)" if result.provenance.git_dirty else "")
+        )
+    return ", ".join(words)
+
+
+def _prompts(result: RunResult) -> str:
+    data = result.dataset
+    if data is None:
+        return "**Prompts**: none were loaded"
+    where = "/".join(part for part in (data.config, data.split) if part)
+    count = f"{data.num_prompts} of {data.num_rows} rows"
+    if data.prompts_unique < data.num_prompts:
+        count += f" ({data.prompts_unique} different ones)"
+    tokens = f"{data.real_tokens:,} real and {data.padded_tokens:,} padding tokens"
+    name = f"{data.name} ({where})" if where else data.name
+    return f"**Prompts**: {name}, {count}, {tokens}, digest `{data.digest[:12]}`"
+
+
+def _figures(metrics: Mapping[str, float], spread: Mapping[str, float], repeats: int) -> str:
+    """Headline figures; the measured rate beside the predicted one and the limit where these are known."""
+    parts: list[str] = []
+    if (rate := metrics.get("generation_tok_s")) is not None:
+        wobble = spread.get("generation_tok_s")
+        count = f" (median of {repeats}, spread {wobble:.1%})" if wobble is not None and repeats > 1 else ""
+        parts.append(f"**{rate:.4g} tokens/s**{count}")
+    if (predicted := metrics.get("predicted_tok_s")) is not None:
+        parts.append(f"predicted {predicted:.4g}")
+    if (limit := metrics.get("limit_tok_s")) is not None:
+        share = metrics.get("attainment")
+        parts.append(f"limit {limit:.4g}" + (f" ({share:.0%})" if share is not None else ""))
+    for name, what in (("ttft_s", "TTFT"), ("tpot_s", "TPOT")):
+        if (seconds := metrics.get(name)) is not None:
+            parts.append(f"{what} {_seconds_text(seconds)}")
+    return f"**Measured**: {', '.join(parts)}" if parts else ""
+
+
+def _seconds_text(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def _bytes(size: float) -> str:
+    gib = size / 2**30
+    return f"{gib:.3g} GiB" if gib >= 1 else f"{gib * 1024:.0f} MiB"
+
+
+def _text(value: Scalar) -> str:
+    if value is None:
+        return "none"
+    return json.dumps(value) if isinstance(value, bool) else str(value)
+
+
+def _renamed(row: MetricRow) -> MetricRow:
+    return MetricRow(key=clean_name(row.key), value=row.value, timestamp_ms=row.timestamp_ms, step=row.step)
+
+
+def _seconds(points: Sequence[tuple[float, float]]) -> Iterator[Sequence[tuple[float, float]]]:
+    """Split samples into buckets of a second, or into halves where all of them fit in less than two."""
+    start_s, length_s = points[0][0], points[-1][0] - points[0][0]
+    interval_s = SAMPLE_INTERVAL_S if length_s >= 2 * SAMPLE_INTERVAL_S else max(length_s / 2, 1e-9)
+    buckets: dict[int, list[tuple[float, float]]] = {}
+    for time, value in points:
+        buckets.setdefault(int((time - start_s) / interval_s), []).append((time, value))
+    yield from buckets.values()
+
+
+def _counter_rows(
+    timeline: Timeline, name: str, points: Sequence[tuple[float, float]]
+) -> Iterable[MetricRow]:
+    before_s, before = points[0]
+    first = before
+    for step, bucket in enumerate(_seconds(points)):
+        time, value = bucket[-1]
+        yield _system_row(timeline, name, (value - first) / MEGABYTE, time, step)
+        if time > before_s:
+            rate = (value - before) / MEGABYTE / (time - before_s)
+            yield _system_row(timeline, f"{name}_per_second", rate, time, step)
+        before_s, before = time, value
+
+
+def _system_row(timeline: Timeline, name: str, value: float, time_s: float, step: int) -> MetricRow:
+    at_ms = timeline.started_at_ms + round(time_s * 1000)
+    return MetricRow(key=f"system/{name}", value=value, timestamp_ms=at_ms, step=step)

@@ -1,0 +1,103 @@
+"""Pictures: drawn from whatever a run left, of the right size, and with something on them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from harness.pictures import draw_memory, draw_token_latency
+from harness.results import Repeat, RunResult, RunStatus, Timeline
+
+
+def make_result(repeats: int = 3, tokens: int = 16, **changes: object) -> RunResult:
+    gaps = [[0.1 + 0.001 * (one + token) for token in range(tokens - 1)] for one in range(repeats)]
+    fields: dict[str, object] = {
+        "run_uuid": "u",
+        "status": RunStatus.FINISHED,
+        "experiment": "e",
+        "run_name": "r",
+        "strategy": "accelerate",
+        "model": "owner/model",
+        "started_at_ms": 1_700_000_000_000,
+        "repeats": [
+            Repeat(index=one, ended_at_ms=1_700_000_000_000 + one, metrics={"ttft_s": 1.2 + 0.1 * one})
+            for one in range(repeats)
+        ],
+        "itl_s": gaps,
+        **changes,
+    }
+    return RunResult.model_validate(fields)
+
+
+def make_timeline(seconds: float = 10.0, **series: list[float | None]) -> Timeline:
+    times = [0.05 * step for step in range(int(seconds / 0.05))]
+    filled: dict[str, list[float | None]] = {
+        "rss_bytes": [1e9 + 1e8 * time for time in times],
+        "device_allocated_bytes": [None if time < 1 else 2e9 for time in times],
+        **series,
+    }
+    phases = [
+        ("load", 0.0, 3.0),
+        ("warm-up", 3.0, 4.0),
+        *((f"repeat {n}", 3.0 + n, 4.0 + n) for n in range(1, 7)),
+    ]
+    return Timeline(started_at_ms=0, time_s=times, series=filled, phases=phases)
+
+
+def inked(path: Path) -> float:
+    """Share of pixels that are not background, of a picture of the promised size."""
+    pixels = imread(path)
+    assert pixels.shape[:2] == (600, 1200)
+    return float(np.mean(np.any(pixels[..., :3] < 0.9, axis=-1)))
+
+
+def test_token_latency_shows_every_repeat(tmp_path: Path) -> None:
+    path = draw_token_latency(make_result(), tmp_path / "new" / "latency.png")
+    assert inked(path) > 0.03
+    fewer = draw_token_latency(make_result(repeats=1), tmp_path / "one.png")
+    assert path.read_bytes() != fewer.read_bytes()
+    assert sorted(file.name for file in tmp_path.rglob("*.png")) == ["latency.png", "one.png"]
+
+
+def test_token_latency_compares_with_prediction_and_limit(tmp_path: Path) -> None:
+    plain = draw_token_latency(make_result(), tmp_path / "plain.png")
+    levels = make_result(metrics={"predicted_tpot_s": 0.09, "limit_tpot_s": 0.05})
+    assert draw_token_latency(levels, tmp_path / "levels.png").read_bytes() != plain.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "result",
+    [make_result(repeats=0), make_result(tokens=1), make_result(itl_s=[[0.1], [0.2, 0.3], []])],
+    ids=["nothing measured", "one token", "ragged"],
+)
+def test_token_latency_of_a_broken_off_run(tmp_path: Path, result: RunResult) -> None:
+    assert inked(draw_token_latency(result, tmp_path / "latency.png")) > 0.005
+
+
+def test_memory_shows_curves_and_phases(tmp_path: Path) -> None:
+    path = draw_memory(make_timeline(), make_result(), tmp_path / "memory.png")
+    assert inked(path) > 0.03
+
+
+def test_memory_cap_is_drawn_where_it_is_in_view(tmp_path: Path) -> None:
+    none = draw_memory(make_timeline(), make_result(), tmp_path / "none.png").read_bytes()
+    near = make_result(params={"cpu_mem": 2_500_000_000, "gpu_mem": None})
+    far = make_result(params={"cpu_mem": 10**12})
+    assert draw_memory(make_timeline(), near, tmp_path / "near.png").read_bytes() != none
+    assert draw_memory(make_timeline(), far, tmp_path / "far.png").read_bytes() != none
+
+
+@pytest.mark.parametrize(
+    "timeline",
+    [
+        Timeline(started_at_ms=0, time_s=[], series={}),
+        Timeline(started_at_ms=0, time_s=[0.0], series={"rss_bytes": [1e9]}),
+        Timeline(
+            started_at_ms=0, time_s=[0.0, 1.0], series={"rss_bytes": [None, None]}, phases=[("load", 0, 0)]
+        ),
+    ],
+    ids=["no samples", "one sample", "no values"],
+)
+def test_memory_of_a_broken_off_run(tmp_path: Path, timeline: Timeline) -> None:
+    assert inked(draw_memory(timeline, make_result(), tmp_path / "memory.png")) > 0.005
