@@ -1,0 +1,73 @@
+"""Attention over a prompt and over the cache, on the device that holds the KV.
+
+Both go through torch's scaled dot product attention; what is decided here is which of its kernels can serve. A mask
+rules out the flash kernel, so none is made for batches without padding. Grouped queries of a decode step are passed
+as rows of one head: every kernel takes that, with or without a mask, and reads each key once.
+"""
+
+# B sequences  T new tokens  S cached positions  N query heads  K key heads  G = N / K  H head dim
+
+import torch
+import torch.nn.functional as F
+
+from flexllmgen.kv_cache import Segment
+
+
+def prompt_mask(keep_BT: torch.Tensor | None, tokens: int, window: int, device: torch.device) -> torch.Tensor:
+    """Which positions attend to which: [B or 1, 1, T, T], true where they do.
+
+    A position always attends to itself, so that padding rows, which nobody reads, do not become NaN.
+    """
+    index = torch.arange(tokens, device=device)
+    allowed = index[:, None] >= index[None, :]
+    if window:
+        allowed &= index[:, None] - index[None, :] < window
+    if keep_BT is None:
+        return allowed[None, None]
+    itself = torch.eye(tokens, dtype=torch.bool, device=device)
+    return ((allowed & keep_BT[:, None, :]) | itself)[:, None]
+
+
+def prompt_attention(
+    q_BTNH: torch.Tensor,
+    k_BTKH: torch.Tensor,
+    v_BTKH: torch.Tensor,
+    keep_BT: torch.Tensor | None,
+    window: int,
+) -> torch.Tensor:
+    """Causal attention of a prompt to itself; returns [B, T, N, H]. `keep_BT` is false on padding."""
+    tokens, groups = q_BTNH.shape[1], q_BTNH.shape[2] // k_BTKH.shape[2]
+    q, k, v = (each.transpose(1, 2) for each in (q_BTNH, k_BTKH, v_BTKH))
+    if keep_BT is None and (not window or window >= tokens):
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups > 1)
+    else:
+        mask = prompt_mask(keep_BT, tokens, window, q.device)
+        if groups > 1:
+            # The kernels that take a mask do not share keys between heads; a chunk's copies are small.
+            k, v = (each.repeat_interleave(groups, dim=1) for each in (k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return out.transpose(1, 2)
+
+
+def decode_attention(
+    q_BNH: torch.Tensor, segment: Segment, length: int, bias_B11S: torch.Tensor | None, window: int
+) -> torch.Tensor:
+    """One new token per sequence against `length` cached positions, its own included; returns [B, N, H].
+
+    `bias_B11S` is added to the scores (minus infinity on padding).
+    """
+    sequences, heads, size = q_BNH.shape
+    num_kv_heads = segment.kv_S2BKH.shape[3]
+    first = max(0, length - window) if window else 0
+    kv_SBKH = segment.kv_S2BKH[first:length]
+    k, v = (kv_SBKH[:, which].permute(1, 2, 0, 3) for which in (0, 1))
+    q = q_BNH.reshape(sequences, num_kv_heads, heads // num_kv_heads, size)
+    bias = None if bias_B11S is None else bias_B11S[..., first:length]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).reshape(sequences, heads, size)
+
+
+def append(segment: Segment, k_BTKH: torch.Tensor, v_BTKH: torch.Tensor, first: int) -> None:
+    """Writes keys and values of all the segment's sequences at positions from `first` on."""
+    rows = segment.kv_S2BKH[first : first + k_BTKH.shape[1]]
+    rows[:, 0].copy_(k_BTKH.transpose(0, 1))
+    rows[:, 1].copy_(v_BTKH.transpose(0, 1))

@@ -1,0 +1,199 @@
+"""The one loop: runs a schedule's steps over the stores and the decoder, for generation and for scoring."""
+
+# B sequences of one micro-batch  T prompt positions  S cached positions  D model
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from flexllmgen.activations import ActivationStore
+from flexllmgen.kv_cache import KVCache
+from flexllmgen.memory.transfer import Event, mark
+from flexllmgen.models.decoder import Decoder, Span, Weights
+from flexllmgen.placement import PlacementPlan, micro_batch_sizes
+from flexllmgen.schedule import Action, Shape, Step, zigzag
+from flexllmgen.weights import WeightStore
+
+Head = Callable[[Weights, torch.Tensor, int, int], torch.Tensor]
+"""(weights, hidden [B, T, D], first sequence, token) -> what a micro-batch's pass comes to, [B, ...]."""
+
+
+@dataclass(slots=True)
+class _MicroBatch:
+    """One micro-batch of a block under way."""
+
+    first: int
+    ids_BT: torch.Tensor
+    span: Span
+    result: torch.Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        return int(self.ids_BT.shape[0])
+
+
+class Executor:
+    """Runs blocks of requests.
+
+    Args:
+        plan: what was placed; its stages are the stages of the schedule.
+    """
+
+    def __init__(
+        self,
+        plan: PlacementPlan,
+        *,
+        decoder: Decoder,
+        weights: WeightStore,
+        kv: KVCache,
+        hidden: ActivationStore,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self._plan, self._decoder, self._device, self._dtype = plan, decoder, device, dtype
+        self._weights, self._kv, self._hidden = weights, kv, hidden
+
+    def run(
+        self, ids_BT: torch.Tensor, mask_BT: torch.Tensor | None, num_tokens: int, head: Head
+    ) -> Iterator[torch.Tensor]:
+        """Yields what `head` makes of each pass: the prompt's first, then one new position after another.
+
+        Args:
+            ids_BT: all sequences of the block, padded on the left.
+            mask_BT: false on padding; None without.
+            head: run on the hidden states after the last layer. For a next pass it must give token ids [B].
+        """
+        prompt = ids_BT.shape[1]
+        batches = self._begin(ids_BT, mask_BT)
+        shape = self._shape(num_tokens, len(batches))
+        try:
+            for step in zigzag(shape):
+                if step.action is Action.COMPUTE:
+                    self._compute(step, batches[step.micro_batch], prompt, head)
+                elif step.action is Action.EMIT:
+                    yield self._emit(batches)
+                    if step.token + 1 < num_tokens:
+                        self._advance(batches, prompt + step.token)
+                else:
+                    self._move(step, shape, prompt)
+        finally:
+            # A consumer may stop early: loads that ran ahead must end before their slots are used again.
+            self._weights.drain()
+            self._kv.reset()
+            self._hidden.reset()
+
+    def _shape(self, num_tokens: int, num_micro_batches: int) -> Shape:
+        stages = self._plan.stages
+        return Shape(
+            num_tokens=num_tokens,
+            num_micro_batches=num_micro_batches,
+            streamed_weights=[self._weights.streams(stage) for stage in range(len(stages))],
+            streamed_kv=[stage.has_kv and self._kv.streams(stage.layer) for stage in stages],
+            streamed_hidden=self._hidden.streams,
+            depth=self._plan.policy.overlap,
+        )
+
+    def _begin(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor | None) -> list[_MicroBatch]:
+        count, prompt = ids_BT.shape
+        padded = mask_BT is not None and not bool(mask_BT.all())
+        ids_BT = ids_BT.to(self._device)
+        mask = mask_BT.to(self._device, torch.bool) if padded and mask_BT is not None else None
+        batches, first = [], 0
+        self._hidden.begin(prompt)
+        for size in micro_batch_sizes(count, self._plan.policy):
+            keep = mask[first : first + size] if mask is not None else None
+            if keep is None:
+                positions = torch.arange(prompt, device=self._device).expand(size, prompt)
+            else:
+                positions = (keep.long().cumsum(dim=1) - 1).clamp(min=0)
+            cos, sin = self._decoder.rotations(positions)
+            span = Span(first=0, prompt=True, positions_BT=positions, cos=cos, sin=sin, keep_BT=keep)
+            batches.append(_MicroBatch(first, ids_BT[first : first + size], span))
+            first += size
+        return batches
+
+    def _advance(self, batches: Sequence[_MicroBatch], position: int) -> None:
+        """Turns each micro-batch to its next position: the token just chosen, at cache index `position`."""
+        self._hidden.begin(1)
+        for batch in batches:
+            assert batch.result is not None
+            span = batch.span
+            bias = span.bias_B11S
+            if span.prompt and span.keep_BT is not None:
+                bias = torch.zeros(
+                    batch.count, 1, 1, self._plan.max_context, dtype=self._dtype, device=self._device
+                )
+                padding = ~span.keep_BT[:, None, None, :]
+                bias[..., : padding.shape[-1]].masked_fill_(padding, float("-inf"))
+            positions = span.positions_BT[:, -1:] + 1
+            cos, sin = self._decoder.rotations(positions)
+            batch.ids_BT = batch.result[:, None]
+            batch.span = Span(
+                first=position, prompt=False, positions_BT=positions, cos=cos, sin=sin, bias_B11S=bias
+            )
+
+    def _move(self, step: Step, shape: Shape, prompt: int) -> None:
+        """Starts a load or a store."""
+        layer = self._plan.stages[step.stage].layer
+        if step.action is Action.LOAD_WEIGHTS:
+            self._weights.load(step.stage, step.slot, step.part, shape.num_micro_batches)
+        elif step.action is Action.LOAD_KV:
+            self._kv.load(layer, step.micro_batch, step.slot, prompt + step.token - 1)
+        elif step.action is Action.STORE_KV:
+            first, stop = (0, prompt) if step.token == 0 else (prompt + step.token - 1, prompt + step.token)
+            self._kv.store(layer, step.micro_batch, step.slot, first, stop, self._computed)
+        elif step.action is Action.LOAD_HIDDEN:
+            self._hidden.load(step.micro_batch, step.slot)
+        else:
+            self._hidden.store(step.micro_batch, step.slot, self._computed)
+
+    def _compute(self, step: Step, batch: _MicroBatch, prompt: int, head: Head) -> None:
+        stage = self._plan.stages[step.stage]
+        needs = [
+            *self._weights.ready(step.slot),
+            *self._kv.ready(step.kv_slot, prompt=step.token == 0),
+            *self._hidden.ready(step.hidden_slot, first_stage=step.stage == 0),
+        ]
+        if needs:
+            stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+            for event in needs:
+                event.order(stream)
+        w = self._weights.tensors(step.stage, step.slot)
+        x_BTD = self._hidden.hidden(step.micro_batch, step.hidden_slot, batch.count)
+        if stage.kind == "embed":
+            self._decoder.embed(w, batch.ids_BT, batch.span.positions_BT, x_BTD)
+        elif stage.kind == "head":
+            batch.result = head(w, x_BTD, batch.first, step.token)
+        else:
+            self._layer(stage.kind, stage.layer, w, x_BTD, step, batch)
+        if max(step.slot, step.kv_slot, step.hidden_slot) >= 0:
+            self._computed: Event = mark(self._device)
+            self._weights.release(step.slot, self._computed)
+            self._kv.release(step.kv_slot, self._computed)
+            self._hidden.release(step.hidden_slot, self._computed)
+
+    def _layer(
+        self, kind: str, layer: int, w: Weights, x_BTD: torch.Tensor, step: Step, batch: _MicroBatch
+    ) -> None:
+        """A layer or a half of one; a prompt in parts of whole sequences, so that what it needs besides is bounded."""
+        segments = (
+            self._kv.segments(layer, step.micro_batch, step.kv_slot, batch.count)
+            if kind in ("layer", "attention")
+            else ()
+        )
+        at_once = batch.count
+        if batch.span.prompt:
+            at_once = max(1, self._plan.chunk_tokens // x_BTD.shape[1])
+        for start in range(0, batch.count, at_once):
+            stop = min(start + at_once, batch.count)
+            part = batch.span if at_once >= batch.count else batch.span.part(start, stop)
+            if kind in ("layer", "attention"):
+                self._decoder.attention(w, x_BTD[start:stop], layer, part, segments, start)
+            if kind in ("layer", "mlp"):
+                self._decoder.mlp(w, x_BTD[start:stop])
+
+    def _emit(self, batches: Sequence[_MicroBatch]) -> torch.Tensor:
+        """The block's results on the host. The wait is here, after the loads of the next token have been issued."""
+        results = [batch.result for batch in batches if batch.result is not None]
+        return (results[0] if len(results) == 1 else torch.cat(results)).cpu()

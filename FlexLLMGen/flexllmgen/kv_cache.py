@@ -1,0 +1,174 @@
+"""KVCache: keys and values of every layer and micro-batch, split by sequence over the tiers.
+
+Rows are positions, so what a step reads is one run of bytes and what it appends is another. A unit is one layer of
+one micro-batch; its sequences lie on the device first, then on the host, then on disk. Nothing is ever moved to
+make room: all memory is taken once.
+"""
+
+# B sequences  S cached positions  K key heads  H head dim
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from flexllmgen.memory.arena import HostArena
+from flexllmgen.memory.tiers import BlockSize, Lanes, TieredBlocks
+from flexllmgen.memory.transfer import Event
+from flexllmgen.placement import PlacementPlan, Split, row_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Neighbouring sequences [start, stop) of a micro-batch whose KV lies together.
+
+    `kv_S2BKH` holds keys at [:, 0] and values at [:, 1] for all positions there is room for.
+    """
+
+    start: int
+    stop: int
+    kv_S2BKH: torch.Tensor
+
+
+class KVCache:
+    """Keys and values over the tiers.
+
+    Args:
+        dtype: of keys and values.
+    """
+
+    def __init__(
+        self,
+        plan: PlacementPlan,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        arena: HostArena,
+        lanes: Lanes,
+        directory: Path | None,
+    ) -> None:
+        self._plan, self._device, self._dtype, self._arena = plan, device, dtype, arena
+        self._splits: list[Split] = [split for row in plan.kv_splits for split in row]
+        context = plan.max_context
+        self._blocks = TieredBlocks(
+            "kv",
+            [
+                BlockSize(cpu=self._row(split.cpu) * context, disk=self._row(split.disk, disk=True) * context)
+                for split in self._splits
+            ],
+            slots=plan.kv_slots,
+            device=device,
+            arena=arena,
+            lanes=lanes,
+            in_place=plan.in_place,
+            directory=directory,
+        )
+        self._resident_region = arena.reserve(plan.kv_cache.gpu) if device.type == "cpu" else None
+        self._resident: list[torch.Tensor] = []
+        self._views: dict[tuple[int, int], list[Segment]] = {}
+        self._loads: dict[int, Event] = {}
+
+    @property
+    def disk_bytes(self) -> int:
+        return self._blocks.disk_bytes
+
+    def allocate(self) -> None:
+        """Takes device memory and the scratch file; the arena must be committed."""
+        if self._resident_region is not None:
+            memory = self._arena.view(self._resident_region)
+        else:
+            memory = torch.empty(self._plan.kv_cache.gpu, dtype=torch.uint8, device=self._device)
+        offset = 0
+        for split in self._splits:
+            size = self._row(split.gpu) * self._plan.max_context
+            self._resident.append(memory[offset : offset + size])
+            offset += size
+        self._blocks.allocate()
+
+    def streams(self, layer: int) -> bool:
+        """Whether any of a layer's KV goes through slots."""
+        splits = self._plan.kv_splits[layer]
+        return any(split.disk or (split.cpu and not self._plan.in_place) for split in splits)
+
+    def load(self, layer: int, micro_batch: int, slot: int, positions: int) -> None:
+        """Starts bringing the first `positions` rows of a unit's streamed sequences into a slot."""
+        unit = self._unit(layer, micro_batch)
+        split = self._splits[unit]
+        self._loads[slot] = self._blocks.load(
+            unit, slot, self._row(split.cpu) * positions, self._row(split.disk, disk=True) * positions
+        )
+
+    def ready(self, slot: int, *, prompt: bool) -> list[Event]:
+        """What must have ended before the slot is read, or for a prompt before it is written."""
+        if slot < 0:
+            return []
+        if prompt:
+            return self._blocks.acquire(slot)
+        return [self._loads[slot]]
+
+    def segments(self, layer: int, micro_batch: int, slot: int, count: int) -> Sequence[Segment]:
+        """Where the KV of a unit's first `count` sequences is, as the compute device sees it."""
+        unit = self._unit(layer, micro_batch)
+        if (unit, slot) not in self._views:
+            self._views[unit, slot] = self._make_segments(unit, slot)
+        full = self._views[unit, slot]
+        if count == self._splits[unit].count:
+            return full
+        return [
+            Segment(
+                each.start, min(each.stop, count), each.kv_S2BKH[:, :, : min(each.stop, count) - each.start]
+            )
+            for each in full
+            if each.start < count
+        ]
+
+    def store(self, layer: int, micro_batch: int, slot: int, first: int, stop: int, after: Event) -> None:
+        """Writes rows [first, stop) of a unit's streamed sequences back to where they live."""
+        unit = self._unit(layer, micro_batch)
+        cpu = self._row(self._splits[unit].cpu)
+        disk = self._row(self._splits[unit].disk, disk=True)
+        self._blocks.store(unit, slot, (first * cpu, stop * cpu), (first * disk, stop * disk), after)
+
+    def release(self, slot: int, event: Event) -> None:
+        """The slot is in use until `event`."""
+        if slot >= 0:
+            self._blocks.release(slot, event)
+
+    def reset(self) -> None:
+        """Forgets a block of requests, before the next."""
+        self._blocks.forget()
+        self._loads.clear()
+
+    def close(self) -> None:
+        self._views.clear()
+        self._resident.clear()
+        self._blocks.close()
+
+    def _unit(self, layer: int, micro_batch: int) -> int:
+        return layer * len(self._plan.micro_batches) + micro_batch
+
+    def _row(self, sequences: int, *, disk: bool = False) -> int:
+        if not sequences:
+            return 0
+        return row_bytes(self._plan.spec, sequences, self._plan.dtype_bytes, disk=disk)
+
+    def _make_segments(self, unit: int, slot: int) -> list[Segment]:
+        split, segments, start = self._splits[unit], [], 0
+        parts = (
+            (split.gpu, lambda: self._resident[unit]),
+            (split.cpu, lambda: self._blocks.cpu_part(unit, slot)),
+            (split.disk, lambda: self._blocks.disk_part(unit, slot)),
+        )
+        for count, memory in parts:
+            if count:
+                segments.append(Segment(start, start + count, self._as_rows(memory(), count)))
+            start += count
+        return segments
+
+    def _as_rows(self, memory: torch.Tensor, sequences: int) -> torch.Tensor:
+        """Rows may be longer than their content, where disk wants whole pages."""
+        spec, context = self._plan.spec, self._plan.max_context
+        rows = memory.view(self._dtype).view(context, -1)
+        content = 2 * sequences * spec.kv_size
+        return rows[:, :content].view(context, 2, sequences, spec.num_kv_heads, spec.head_dim)

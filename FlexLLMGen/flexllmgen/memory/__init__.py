@@ -1,0 +1,1 @@
+"""Memory of each tier and the lanes that copy between them. Knows bytes, not tensors' meaning."""

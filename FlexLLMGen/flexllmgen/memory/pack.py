@@ -1,0 +1,150 @@
+"""WeightPack: the disk parts of packed layers in the offload directory, kept for the next run.
+
+A folder per model, dtype and layout; a file per layer: its bytes in whole pages, then a page that holds their length
+and checksum. Files appear by renaming, so a file that is there is whole; a lock serialises two processes that pack
+the same model. A file whose checksum does not match is thrown away and packed again.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import mmap
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from flexllmgen.errors import OffloadDirError
+from flexllmgen.memory.disk import DirectFile
+from flexllmgen.placement import PAGE, Image, round_up
+
+log = logging.getLogger(__name__)
+
+_CHECK_BYTES = 8 << 20
+
+
+def aligned_empty(num_bytes: int) -> torch.Tensor:
+    """Page-aligned host bytes, which direct I/O needs."""
+    return torch.frombuffer(mmap.mmap(-1, max(num_bytes, PAGE)), dtype=torch.uint8)[:num_bytes]
+
+
+def pack_key(fingerprint: str, dtype: torch.dtype, images: Sequence[Image]) -> str:
+    """Names a pack: equal for the same weights, dtype, layout and cuts."""
+    layout = [
+        [image.name, image.num_bytes, image.disk_bytes]
+        + [[name, tensor.offset, list(tensor.shape)] for name, tensor in image.tensors.items()]
+        for image in images
+        if image.disk_bytes
+    ]
+    text = json.dumps([1, fingerprint, str(dtype), layout])
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+class WeightPack:
+    """The packed files of one model and layout under `directory`."""
+
+    def __init__(self, directory: Path, key: str) -> None:
+        self.folder = directory / f"weights-{key}"
+        self._made: list[Path] = []
+
+    def path(self, image: Image) -> Path:
+        return self.folder / f"{image.name}.bin"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the pack alone while checking and writing; undoes what was written if that fails."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise OffloadDirError(
+                f"cannot write to {self.folder} ({error.strerror}); choose another --offload-dir"
+            ) from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            self._sweep()
+            yield
+        except BaseException:
+            self._undo()
+            raise
+        finally:
+            os.close(descriptor)
+
+    def stale(self, images: Sequence[Image]) -> set[str]:
+        """Names of the images whose file is absent or damaged; damaged files are removed."""
+        with ThreadPoolExecutor(max_workers=4) as pool:
+            verdicts = list(pool.map(self._is_good, images))
+        bad = {image.name for image, good in zip(images, verdicts, strict=True) if not good}
+        for image in images:
+            if image.name in bad and self.path(image).exists():
+                log.warning("%s is damaged and is packed again", self.path(image))
+                self.path(image).unlink()
+        return bad
+
+    def write(self, image: Image, payload: torch.Tensor) -> None:
+        """Writes the disk part of an image: `payload`, page-aligned and padded to whole pages.
+
+        Raises:
+            OffloadDirError: if the disk is full; nothing of the file is left then.
+        """
+        trailer = aligned_empty(PAGE)
+        text = json.dumps({"bytes": payload.numel(), "crc32": _checksum(payload)}).encode()
+        trailer[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        temporary = self.folder / f".{image.name}-{os.getpid()}.tmp"
+        file: DirectFile | None = None
+        try:
+            file = DirectFile(temporary, writable=True, size=payload.numel() + PAGE)
+            file.write(payload, 0)
+            file.write(trailer, payload.numel())
+            file.sync()
+            temporary.replace(self.path(image))
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        finally:
+            if file is not None:
+                file.close()
+        self._made.append(self.path(image))
+
+    def _is_good(self, image: Image) -> bool:
+        path, size = self.path(image), round_up(image.disk_bytes, PAGE)
+        if not path.exists() or path.stat().st_size != size + PAGE:
+            return False
+        file = DirectFile(path)
+        try:
+            trailer = aligned_empty(PAGE)
+            file.read(trailer, size)
+            said = json.loads(bytes(trailer.tolist()).rstrip(b"\0"))
+            piece, checksum = aligned_empty(min(_CHECK_BYTES, size)), 0
+            for start in range(0, size, _CHECK_BYTES):
+                part = piece[: min(_CHECK_BYTES, size - start)]
+                file.read(part, start)
+                checksum = _checksum(part, checksum)
+            return bool(said == {"bytes": size, "crc32": checksum})
+        except (ValueError, OffloadDirError):
+            return False
+        finally:
+            file.close()
+
+    def _sweep(self) -> None:
+        """Half-written files of a process that was killed; we hold the lock, so nobody is writing them."""
+        for orphan in self.folder.glob(".*.tmp"):
+            orphan.unlink(missing_ok=True)
+
+    def _undo(self) -> None:
+        for path in self._made:
+            path.unlink(missing_ok=True)
+        (self.folder / ".lock").unlink(missing_ok=True)
+        try:
+            self.folder.rmdir()
+        except OSError:
+            log.debug("%s is kept: it holds files of an earlier run", self.folder)
+
+
+def _checksum(memory: torch.Tensor, start: int = 0) -> int:
+    return zlib.crc32(memoryview(memory.numpy()), start)

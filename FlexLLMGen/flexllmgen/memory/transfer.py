@@ -1,0 +1,140 @@
+"""Lanes: ordered queues of copies that run beside the compute, and the events that order them against it.
+
+On an accelerator a lane is a stream; where disk is involved, or without an accelerator, a lane is also a thread, so
+that waiting for the disk does not hold up the main loop. A lane without either runs its work at once: the same
+steps, one after another. An error inside a lane surfaces at whoever waits for the work, never as a hang.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+
+import torch
+
+
+class Event:
+    """The end of some work. On an accelerator, work counts as issued before it has ended there."""
+
+    __slots__ = ("_cuda", "_issued")
+
+    def __init__(self) -> None:
+        self._issued: Future[None] = Future()
+        self._cuda: torch.cuda.Event | None = None
+
+    def set(self, cuda: torch.cuda.Event | None = None) -> None:
+        """Marks the work as issued; `cuda` fires when the accelerator has done it."""
+        self._cuda = cuda
+        self._issued.set_result(None)
+
+    def fail(self, error: BaseException) -> None:
+        """Marks the work as failed; whoever waits gets the error."""
+        self._issued.set_exception(error)
+
+    def order(self, stream: torch.cuda.Stream | None) -> None:
+        """Later work of `stream` runs after this; without a stream, waits here. Raises the work's error."""
+        self._issued.result()
+        if self._cuda is not None:
+            if stream is None:
+                self._cuda.synchronize()
+            else:
+                stream.wait_event(self._cuda)
+
+    def synchronize(self) -> None:
+        """Waits until the work has ended. Raises the work's error."""
+        self.order(None)
+
+
+class Lane:
+    """An ordered queue of work.
+
+    Args:
+        stream: the stream that the work is issued on; None without an accelerator.
+        threaded: the work is issued by a thread of the lane's own, which may wait.
+    """
+
+    def __init__(self, name: str, stream: torch.cuda.Stream | None, *, threaded: bool) -> None:
+        self.stream = stream
+        self._work: queue.SimpleQueue[tuple[Callable[[], None], tuple[Event, ...], Event] | None] = (
+            queue.SimpleQueue()
+        )
+        self._thread: threading.Thread | None = None
+        if threaded:
+            self._thread = threading.Thread(target=self._serve, name=f"flexllmgen-{name}", daemon=True)
+            self._thread.start()
+
+    def submit(self, work: Callable[[], None], after: Iterable[Event | None] = ()) -> Event:
+        """Queues `work`, to run after the events and all earlier work of this lane."""
+        event, needs = Event(), tuple(each for each in after if each is not None)
+        if self._thread is None:
+            self._run(work, needs, event)
+        else:
+            self._work.put((work, needs, event))
+        return event
+
+    def close(self) -> None:
+        """Ends the lane after the work it has."""
+        if self._thread is not None:
+            self._work.put(None)
+            self._thread.join()
+            self._thread = None
+
+    def _serve(self) -> None:
+        if self.stream is not None:
+            torch.cuda.set_device(self.stream.device)
+        while (item := self._work.get()) is not None:
+            self._run(*item)
+
+    @torch.inference_mode()  # The mode is a thread's own, and lanes write what engines made in it.
+    def _run(self, work: Callable[[], None], needs: tuple[Event, ...], event: Event) -> None:
+        try:
+            for need in needs:
+                need.order(self.stream)
+            if self.stream is None:
+                work()
+                event.set()
+            else:
+                with torch.cuda.stream(self.stream):
+                    work()
+                done = torch.cuda.Event()
+                done.record(self.stream)
+                event.set(done)
+        except BaseException as error:  # noqa: BLE001 - handed to whoever waits
+            event.fail(error)
+
+
+def mark(device: torch.device) -> Event:
+    """An event after all compute issued so far on the current stream."""
+    event = Event()
+    if device.type == "cuda":
+        cuda = torch.cuda.Event()
+        cuda.record()
+        event.set(cuda)
+    else:
+        event.set()
+    return event
+
+
+PACKET_BYTES = 64 << 20
+"""Copies are cut into pieces of this size: long enough for the link's full rate, short enough to take turns."""
+
+
+def copy_bytes(target: torch.Tensor, source: torch.Tensor) -> int:
+    """Copies flat byte tensors in packets without waiting; returns the bytes."""
+    size = source.numel()
+    for start in range(0, size, PACKET_BYTES):
+        stop = min(start + PACKET_BYTES, size)
+        target[start:stop].copy_(source[start:stop], non_blocking=True)
+    return size
+
+
+class Traffic:
+    """Bytes moved, per direction; lanes add to it from their threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.bytes: dict[str, int] = {"h2d": 0, "d2h": 0, "disk_read": 0, "disk_write": 0}
+
+    def add(self, direction: str, num_bytes: int) -> None:
+        with self._lock:
+            self.bytes[direction] += num_bytes

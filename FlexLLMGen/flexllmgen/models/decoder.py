@@ -1,0 +1,210 @@
+"""One decoder for all families: what differs between them is in ModelSpec and its traits.
+
+Stages work in place on the hidden states of a micro-batch and are given their weights by name. Knows nothing of
+tiers, slots or schedules.
+"""
+
+# B sequences  T new tokens  R = B * T rows  D model  N query heads  K key heads  H head dim  V vocabulary
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from flexllmgen.attention import append, decode_attention, prompt_attention
+from flexllmgen.kv_cache import Segment
+from flexllmgen.models.rope import angles, inverse_frequencies, rotate
+from flexllmgen.spec import ModelSpec
+
+Weights = Mapping[str, torch.Tensor]
+
+_ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "swish": F.silu,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """The positions that a pass computes, for the sequences of one micro-batch or a part of them.
+
+    Args:
+        first: index of the first new position in the cache.
+        prompt: the new positions attend to themselves only; otherwise there is one, and it attends to the cache.
+        keep_BT: false on padding of a prompt; None without padding.
+        bias_B11S: added to a decode step's scores: minus infinity on padding; None without padding.
+        row: where a decode step writes, as a device tensor, if it must not be baked into a recorded graph.
+    """
+
+    first: int
+    prompt: bool
+    positions_BT: torch.Tensor
+    cos: torch.Tensor | None = None
+    sin: torch.Tensor | None = None
+    keep_BT: torch.Tensor | None = None
+    bias_B11S: torch.Tensor | None = None
+
+    def part(self, start: int, stop: int) -> "Span":
+        """The same positions of sequences [start, stop)."""
+
+        def cut(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor[start:stop]
+
+        return Span(
+            first=self.first,
+            prompt=self.prompt,
+            positions_BT=self.positions_BT[start:stop],
+            cos=cut(self.cos),
+            sin=cut(self.sin),
+            keep_BT=cut(self.keep_BT),
+            bias_B11S=cut(self.bias_B11S),
+        )
+
+
+class Decoder:
+    """The arithmetic of a model's stages."""
+
+    def __init__(self, spec: ModelSpec, *, device: torch.device, dtype: torch.dtype) -> None:
+        self.spec, self._dtype = spec, dtype
+        self._activation = _ACTIVATIONS[spec.activation]
+        self._frequencies = (
+            inverse_frequencies(spec.rope, spec.head_dim).to(device)
+            if spec.rope is not None and spec.traits.positions == "rotary"
+            else None
+        )
+
+    def rotations(self, positions_BT: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Cosines and sines for these positions; nothing for a model with learned positions."""
+        if self._frequencies is None:
+            return None, None
+        return angles(positions_BT, self._frequencies, self._dtype)
+
+    def embed(
+        self, w: Weights, ids_BT: torch.Tensor, positions_BT: torch.Tensor, x_BTD: torch.Tensor
+    ) -> None:
+        """Writes the hidden states of `ids_BT` into `x_BTD`."""
+        hidden = _rows(w["tokens"], ids_BT, x_BTD.device)
+        if "project_in.weight" in w:
+            hidden = F.linear(hidden, w["project_in.weight"])
+        x_BTD.copy_(hidden)
+        if "positions" in w:
+            x_BTD += _rows(w["positions"], positions_BT + self.spec.position_offset, x_BTD.device)
+
+    def attention(
+        self,
+        w: Weights,
+        x_BTD: torch.Tensor,
+        layer: int,
+        span: Span,
+        segments: Sequence[Segment],
+        offset: int = 0,
+    ) -> None:
+        """The attention half of a layer, in place; appends its keys and values to `segments`.
+
+        `offset` is the micro-batch's index of the first sequence of `x_BTD`.
+        """
+        spec = self.spec
+        batch, tokens = x_BTD.shape[:2]
+        heads, kv_heads, size = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        normed = self._norm(w, "attention_norm", x_BTD) if spec.pre_norm else x_BTD
+        qkv = F.linear(normed, w["qkv.weight"], w.get("qkv.bias")).view(
+            batch, tokens, heads + 2 * kv_heads, size
+        )
+        qk, v_BTKH = qkv[:, :, : heads + kv_heads], qkv[:, :, heads + kv_heads :]
+        if spec.traits.qk_norm:
+            q = F.rms_norm(qk[:, :, :heads], (size,), w["q_norm.weight"], spec.norm_eps)
+            k = F.rms_norm(qk[:, :, heads:], (size,), w["k_norm.weight"], spec.norm_eps)
+            qk = torch.cat((q, k), dim=2)
+        if span.cos is not None and span.sin is not None:
+            qk = rotate(qk, span.cos, span.sin)
+        q_BTNH, k_BTKH = qk[:, :, :heads], qk[:, :, heads:]
+        window = spec.sliding_window(layer)
+        mixed = []
+        for segment in segments:
+            start, stop = max(segment.start - offset, 0), min(segment.stop - offset, batch)
+            if start >= stop:
+                continue
+            mine = _part_of(segment, offset + start, offset + stop)
+            append(mine, k_BTKH[start:stop], v_BTKH[start:stop], span.first)
+            if not span.prompt:
+                bias = None if span.bias_B11S is None else span.bias_B11S[start:stop]
+                mixed.append(decode_attention(q_BTNH[start:stop, 0], mine, span.first + 1, bias, window))
+        if span.prompt:
+            attended = prompt_attention(q_BTNH, k_BTKH, v_BTKH, span.keep_BT, window)
+        else:
+            attended = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+        flat = attended.reshape(batch, tokens, spec.query_size)
+        self._add(w, "attention_norm", x_BTD, F.linear(flat, w["out.weight"], w.get("out.bias")))
+
+    def mlp(self, w: Weights, x_BTD: torch.Tensor) -> None:
+        """The MLP half of a layer, in place."""
+        normed = self._norm(w, "mlp_norm", x_BTD) if self.spec.pre_norm else x_BTD
+        if self.spec.num_experts:
+            out = self._experts(w, normed.reshape(-1, self.spec.hidden_size)).view_as(x_BTD)
+        elif self.spec.traits.gated:
+            inner = self._gate(F.linear(normed, w["gate_up.weight"], w.get("gate_up.bias")))
+            out = F.linear(inner, w["down.weight"], w.get("down.bias"))
+        else:
+            inner = self._activation(F.linear(normed, w["up.weight"], w.get("up.bias")))
+            out = F.linear(inner, w["down.weight"], w.get("down.bias"))
+        self._add(w, "mlp_norm", x_BTD, out)
+
+    def logits(self, w: Weights, x_RD: torch.Tensor) -> torch.Tensor:
+        """Scores of every token of the vocabulary for each row."""
+        if self.spec.final_norm:
+            x_RD = self._norm(w, "final_norm", x_RD)
+        if "project_out.weight" in w:
+            x_RD = F.linear(x_RD, w["project_out.weight"])
+        return F.linear(x_RD, w["tokens" if self.spec.tied else "lm_head.weight"])
+
+    def _norm(self, w: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
+        shape, eps = (self.spec.hidden_size,), self.spec.norm_eps
+        if self.spec.traits.norm == "layer":
+            return F.layer_norm(x, shape, w[f"{name}.weight"], w[f"{name}.bias"], eps)
+        return F.rms_norm(x, shape, w[f"{name}.weight"], eps)
+
+    def _add(self, w: Weights, name: str, x: torch.Tensor, out: torch.Tensor) -> None:
+        """The residual sum; a post-norm model (OPT-350m) normalises it."""
+        x += out
+        if not self.spec.pre_norm:
+            x.copy_(self._norm(w, name, x))
+
+    def _gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self._activation(gate) * up
+
+    def _experts(self, w: Weights, x_RD: torch.Tensor) -> torch.Tensor:
+        """Routes each row to its best experts (Shazeer et al. 2017), each expert working on its rows at once."""
+        chosen = self.spec.experts_per_token
+        scores = F.linear(x_RD, w["router.weight"]).float().softmax(dim=-1)
+        weights, experts = scores.topk(chosen, dim=-1)
+        if self.spec.normalise_experts:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        order = experts.flatten().argsort(stable=True)
+        rows = order // chosen
+        # The host learns how many rows each expert has: one wait per layer.
+        counts = experts.flatten().bincount(minlength=self.spec.num_experts).tolist()
+        sorted_RD, outputs, start = x_RD[rows], [], 0
+        for expert, count in enumerate(counts):
+            if count:
+                inner = self._gate(F.linear(sorted_RD[start : start + count], w[f"experts.{expert}.gate_up"]))
+                outputs.append(F.linear(inner, w[f"experts.{expert}.down"]))
+                start += count
+        weighted = torch.cat(outputs) * weights.flatten()[order, None].to(x_RD.dtype)
+        return torch.zeros_like(x_RD).index_add_(0, rows, weighted)
+
+
+def _rows(table: torch.Tensor, index: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Looks rows up where the table lies, and brings only them to the device."""
+    return F.embedding(index.to(table.device), table).to(device)
+
+
+def _part_of(segment: Segment, start: int, stop: int) -> Segment:
+    if (start, stop) == (segment.start, segment.stop):
+        return segment
+    return Segment(start, stop, segment.kv_S2BKH[:, :, start - segment.start : stop - segment.start])

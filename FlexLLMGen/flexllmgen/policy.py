@@ -1,0 +1,90 @@
+"""Policy: how a block of requests is cut into micro-batches, and which share of what lives on which tier."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from flexllmgen.errors import PolicyError
+
+Tier = Literal["gpu", "cpu", "disk"]
+TIERS: tuple[Tier, ...] = ("gpu", "cpu", "disk")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Shares (0..1) of some bytes on the compute device, in host memory and on disk; they sum to one.
+
+    `gpu` means memory of the compute device: without an accelerator, that is host memory too.
+
+    >>> Placement.from_percent(gpu=20, cpu=50)
+    Placement(gpu=0.2, cpu=0.5, disk=0.3)
+    >>> Placement.from_percent(gpu=70, cpu=50)
+    Traceback (most recent call last):
+    ...
+    flexllmgen.errors.PolicyError: shares of 70 % gpu and 50 % cpu sum to 120 %; lower one so that they sum to at \
+most 100 (disk is the rest)
+    """
+
+    gpu: float = 0.0
+    cpu: float = 0.0
+    disk: float = 0.0
+
+    def __post_init__(self) -> None:
+        shares = (self.gpu, self.cpu, self.disk)
+        if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+            raise PolicyError(
+                f"shares gpu={self.gpu:g}, cpu={self.cpu:g}, disk={self.disk:g} sum to {sum(shares):g}; "
+                "make each at least 0 and their sum 1"
+            )
+
+    @staticmethod
+    def from_percent(gpu: float, cpu: float, name: str = "") -> "Placement":
+        """Two percentages; disk is the rest. `name` leads an error's text (`w`, `cache`, `act`)."""
+        lead = f"{name}: " if name else ""
+        if gpu < 0 or cpu < 0:
+            raise PolicyError(f"{lead}shares of {gpu:g} % gpu and {cpu:g} % cpu must not be negative")
+        if gpu + cpu > 100:
+            raise PolicyError(
+                f"{lead}shares of {gpu:g} % gpu and {cpu:g} % cpu sum to {gpu + cpu:g} %; "
+                "lower one so that they sum to at most 100 (disk is the rest)"
+            )
+        return Placement(gpu=gpu / 100, cpu=cpu / 100, disk=(100 - gpu - cpu) / 100)
+
+
+ON_GPU = Placement(gpu=1.0)
+ON_CPU = Placement(cpu=1.0)
+ON_DISK = Placement(disk=1.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """One way to serve a block of `micro_batch_size` x `num_micro_batches` sequences.
+
+    Args:
+        pin_weight: weights in host memory are page-locked, so that copies run at the link's rate.
+        overlap: how many loads run ahead of the compute they are for; 0 runs the same steps one after another.
+        sep_layer: attention and MLP are loaded as two steps, which halves the slots on the device.
+
+    >>> Policy(micro_batch_size=4, num_micro_batches=3).block_size
+    12
+    """
+
+    micro_batch_size: int
+    num_micro_batches: int = 1
+    weights: Placement = ON_GPU
+    kv_cache: Placement = ON_GPU
+    activations: Placement = ON_GPU
+    pin_weight: bool = True
+    overlap: int = 1
+    sep_layer: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("micro_batch_size", "num_micro_batches"):
+            if getattr(self, name) < 1:
+                raise PolicyError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.overlap <= 8:
+            raise PolicyError(f"overlap must be between 0 and 8, not {self.overlap}")
+
+    @property
+    def block_size(self) -> int:
+        """Sequences that are in flight together."""
+        return self.micro_batch_size * self.num_micro_batches

@@ -1,0 +1,158 @@
+"""The order of loads, computes and stores: a pure iterator, zig-zag through the block.
+
+For each token, for each stage, for each micro-batch: a stage's weights are loaded once and serve all micro-batches
+(FlexGen, Sheng et al. 2023, section 4.1). Loads run ahead of the compute they are for. Weights come in as many parts
+as there are micro-batches, one between each two KV loads, so that neither queues behind the whole of the other.
+Knows nothing of bytes, devices or tensors; `executor.py` runs it.
+"""
+
+import enum
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+
+class Action(enum.Enum):
+    """What a step does."""
+
+    LOAD_WEIGHTS = "load weights"
+    LOAD_KV = "load kv"
+    LOAD_HIDDEN = "load hidden"
+    COMPUTE = "compute"
+    STORE_KV = "store kv"
+    STORE_HIDDEN = "store hidden"
+    EMIT = "emit"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step. `slot` is the buffer a load fills; a compute names its three slots (-1: nothing streamed)."""
+
+    action: Action
+    token: int
+    stage: int
+    micro_batch: int = 0
+    slot: int = -1
+    kv_slot: int = -1
+    hidden_slot: int = -1
+    part: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """What a schedule depends on.
+
+    Args:
+        streamed_weights: per stage, whether its weights are loaded through slots.
+        streamed_kv: per stage, whether it has KV that goes through slots.
+        streamed_hidden: whether hidden states leave the device between stages.
+        depth: how many loads run ahead.
+    """
+
+    num_tokens: int
+    num_micro_batches: int
+    streamed_weights: Sequence[bool]
+    streamed_kv: Sequence[bool]
+    streamed_hidden: bool
+    depth: int
+
+    @property
+    def weight_slots(self) -> int:
+        return self.depth + 1
+
+    @property
+    def kv_slots(self) -> int:
+        return self.depth + 1
+
+    @property
+    def hidden_depth(self) -> int:
+        """A micro-batch's hidden states cannot be loaded before the last stage has stored them."""
+        return min(self.depth, self.num_micro_batches - 1)
+
+
+def zigzag(shape: Shape) -> Iterator[Step]:
+    """Yields the steps of a block, in an order in which they may be issued.
+
+    >>> shape = Shape(num_tokens=1, num_micro_batches=1, streamed_weights=[False, True, True],
+    ...               streamed_kv=[False, False, False], streamed_hidden=False, depth=1)
+    >>> [(step.action.value, step.stage) for step in zigzag(shape)]
+    [('load weights', 1), ('compute', 0), ('load weights', 2), ('compute', 1), ('compute', 2), ('emit', 2)]
+    """
+    stages, batches = len(shape.streamed_weights), shape.num_micro_batches
+    weighted = [stage for stage in range(stages) if shape.streamed_weights[stage]]
+    cached = [stage for stage in range(stages) if shape.streamed_kv[stage]]
+    num_weight_loads, num_kv_loads = (
+        len(weighted) * shape.num_tokens,
+        len(cached) * batches * shape.num_tokens,
+    )
+
+    def load_weights(index: int, parts: range) -> Iterator[Step]:
+        if index < num_weight_loads:
+            token, position = divmod(index, len(weighted))
+            for part in parts:
+                yield Step(
+                    Action.LOAD_WEIGHTS, token, weighted[position], slot=index % shape.weight_slots, part=part
+                )
+
+    def load_kv(index: int) -> Iterator[Step]:
+        if index < num_kv_loads:
+            unit, micro_batch = divmod(index, batches)
+            token, position = divmod(unit, len(cached))
+            # The prompt's KV does not exist before it is computed: token 0 only stores.
+            if token:
+                slot = index % shape.kv_slots
+                yield Step(Action.LOAD_KV, token, cached[position], micro_batch, slot=slot)
+
+    def load_hidden(unit: int) -> Iterator[Step]:
+        visit, micro_batch = divmod(unit, batches)
+        token, stage = divmod(visit, stages)
+        # The first stage makes hidden states from tokens, so it loads none.
+        if shape.streamed_hidden and token < shape.num_tokens and stage:
+            slot = unit % (shape.hidden_depth + 1)
+            yield Step(Action.LOAD_HIDDEN, token, stage, micro_batch, slot=slot)
+
+    everything = range(batches)
+    for ahead in range(shape.depth):
+        yield from load_weights(ahead, everything)
+    # How far KV may be loaded ahead: what it loads must have been stored, one token before.
+    kv_depth = min(shape.depth, len(cached) * batches - 1) if cached else 0
+    # KV of the first unit after the prompt is loaded by the loop below, since the prompt loads none.
+    weights_used = kv_used = unit = 0
+    for token in range(shape.num_tokens):
+        for stage in range(stages):
+            streams, caches = shape.streamed_weights[stage], shape.streamed_kv[stage]
+            for micro_batch in everything:
+                if shape.depth == 0 and streams and micro_batch == 0:
+                    yield from load_weights(weights_used, everything)
+                if caches:
+                    if kv_depth == 0:
+                        yield from load_kv(kv_used)
+                    else:
+                        yield from load_kv(kv_used + kv_depth)
+                if shape.depth and streams:
+                    yield from load_weights(weights_used + shape.depth, range(micro_batch, micro_batch + 1))
+                if shape.hidden_depth == 0 or unit == 0:
+                    for ahead in range(shape.hidden_depth + 1):
+                        yield from load_hidden(unit + ahead)
+                else:
+                    yield from load_hidden(unit + shape.hidden_depth)
+                hidden_slot = unit % (shape.hidden_depth + 1) if shape.streamed_hidden else -1
+                kv_slot = kv_used % shape.kv_slots if caches else -1
+                weight_slot = weights_used % shape.weight_slots if streams else -1
+                yield Step(
+                    Action.COMPUTE,
+                    token,
+                    stage,
+                    micro_batch,
+                    slot=weight_slot,
+                    kv_slot=kv_slot,
+                    hidden_slot=hidden_slot,
+                )
+                # Last token: nothing will read its KV, so it is not stored.
+                if caches and token < shape.num_tokens - 1:
+                    yield Step(Action.STORE_KV, token, stage, micro_batch, slot=kv_slot)
+                if shape.streamed_hidden and stage < stages - 1:
+                    yield Step(Action.STORE_HIDDEN, token, stage, micro_batch, slot=hidden_slot)
+                kv_used += caches
+                unit += 1
+            weights_used += streams
+        yield Step(Action.EMIT, token, stages - 1)

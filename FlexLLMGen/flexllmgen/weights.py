@@ -1,0 +1,352 @@
+"""WeightStore: holds the packed weights on their tiers and brings a stage's streamed part into a slot.
+
+A stage's tensors are views: of the resident bytes where a tensor lies wholly there, of a slot otherwise. What is
+streamed of an image is one run of bytes up to its end, so a load is a few long copies. On the CPU, host memory is
+the compute device's own, and only disk parts are streamed.
+"""
+
+import contextlib
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from flexllmgen.checkpoint import Checkpoint
+from flexllmgen.memory.arena import HostArena, Region
+from flexllmgen.memory.disk import READ_BYTES, DirectFile
+from flexllmgen.memory.pack import WeightPack, aligned_empty, pack_key
+from flexllmgen.memory.tiers import Lanes
+from flexllmgen.memory.transfer import PACKET_BYTES, Event, Lane
+from flexllmgen.placement import (
+    PAGE,
+    Image,
+    PlacementPlan,
+    looked_up_on_host,
+    round_up,
+    streamed_from,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """One copy of a load: `num_bytes` of an image from offset `start` on, to `slot_offset`."""
+
+    source: Literal["resident", "host", "disk"]
+    image: int
+    start: int
+    slot_offset: int
+    num_bytes: int
+    staging_offset: int = 0
+
+
+class WeightStore:
+    """Weights of a model on their tiers.
+
+    Args:
+        device: where the tensors of a stage are needed.
+        disk_lane: starts disk reads as soon as their memory is free, ahead of the copies that follow them.
+    """
+
+    def __init__(
+        self,
+        plan: PlacementPlan,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        arena: HostArena,
+        lanes: Lanes,
+        disk_lane: Lane,
+        directory: Path | None,
+    ) -> None:
+        self._plan, self._device, self._dtype = plan, device, dtype
+        self._arena, self._lanes, self._disk_lane, self._directory = arena, lanes, disk_lane, directory
+        self._resident_bytes = [
+            image.gpu_bytes + (image.cpu_bytes if plan.in_place else 0) for image in plan.images
+        ]
+        pinned = plan.policy.pin_weight
+        self._homes: list[Region] = []
+        for image in plan.images:
+            size = image.cpu_bytes + (image.gpu_bytes if plan.in_place else 0)
+            self._homes.append(arena.reserve(size, pinned=pinned))
+        on_host = device.type == "cpu"
+        slots, slot_bytes = plan.weight_slots, plan.weight_slot_bytes
+        self._slot_regions = [arena.reserve(slot_bytes) for _ in range(slots if on_host else 0)]
+        # Without `in_place` a CPU stands in for an accelerator: then it has resident memory of its own too.
+        staged = max(
+            sum(round_up(plan.images[index].disk_bytes, PAGE) for index in stage.images)
+            for stage in plan.stages
+        )
+        self._staging = [arena.reserve(staged) for _ in range(0 if on_host else slots)] if staged else []
+        self._slots: list[torch.Tensor] = []
+        self._resident: list[torch.Tensor] = []
+        self._files: dict[int, DirectFile] = {}
+        self._pieces = [self._plan_pieces(stage) for stage in range(len(plan.stages))]
+        self._views: dict[tuple[int, int], Mapping[str, torch.Tensor]] = {}
+        self._busy: list[list[Event]] = [[] for _ in range(slots)]
+        self._loads: list[list[Event]] = [[] for _ in range(slots)]
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of the packed files, whole pages and checksums included."""
+        return sum(file.path.stat().st_size for file in self._files.values())
+
+    def streams(self, stage: int) -> bool:
+        """Whether a stage has anything to load."""
+        return bool(self._pieces[stage])
+
+    def fill(self, checkpoint: Checkpoint) -> None:
+        """Reads all weights from the checkpoint onto their tiers; packs disk parts unless they are there already.
+
+        Raises:
+            CheckpointError: if it does not fit the model; OffloadDirError: if the disk is full.
+        """
+        plan = self._plan
+        checkpoint.validate(plan.spec)
+        self._take_resident_memory()
+        packed = [image for image in plan.images if image.disk_bytes]
+        if not packed:
+            self._fill_all(checkpoint, None, set())
+        else:
+            assert self._directory is not None, "a plan with disk shares needs a directory"
+            kind = self._device.type if checkpoint.on_device else ""
+            key = pack_key(checkpoint.fingerprint + kind, self._dtype, plan.images)
+            pack = WeightPack(self._directory, key)
+            with pack.locked():
+                self._fill_all(checkpoint, pack, pack.stale(packed))
+            for index, image in enumerate(plan.images):
+                if image.disk_bytes:
+                    self._files[index] = DirectFile(pack.path(image))
+        on_host = bool(self._slot_regions)
+        self._slots = (
+            [self._arena.view(region) for region in self._slot_regions]
+            if on_host
+            else [
+                torch.empty(plan.weight_slot_bytes, dtype=torch.uint8, device=self._device)
+                for _ in range(plan.weight_slots)
+            ]
+        )
+
+    def load(self, stage: int, slot: int, part: int, parts: int) -> Event:
+        """Starts loading the `part`-th of `parts` parts of a stage's streamed bytes into a slot."""
+        pieces = self._pieces[stage]
+        mine = pieces[len(pieces) * part // parts : len(pieces) * (part + 1) // parts]
+        after: list[Event] = []
+        if part == 0:
+            after, self._busy[slot] = self._busy[slot], []
+        elif self._loads[slot]:
+            after = [self._loads[slot][0]]
+        reads: list[tuple[_Piece, Future[None]]] = []
+        from_disk = [piece for piece in mine if piece.source == "disk"]
+        started: Event | None = None
+        if from_disk:
+            # Direct from disk into the slot: it must be free. Through staging: only staging must be, which is so
+            # once the slot's last load has been copied on.
+            needs = after if not self._staging else self._staging_free(slot, part)
+
+            def start_reads() -> None:
+                for need in needs:
+                    need.synchronize()
+                for piece in from_disk:
+                    reads.extend(self._start_read(piece, slot))
+
+            started = self._disk_lane.submit(start_reads)
+
+        def copy() -> None:
+            for piece in mine:
+                if piece.source != "disk":
+                    self._copy(piece, slot)
+            for piece, future in reads:
+                future.result()
+                if self._staging:
+                    self._copy_staged(piece, slot)
+
+        event = self._lanes.up.submit(copy, [started, *after])
+        if part == 0:
+            self._loads[slot] = []
+        self._loads[slot].append(event)
+        return event
+
+    def ready(self, slot: int) -> list[Event]:
+        """The loads that must have ended before a slot's tensors are used."""
+        return self._loads[slot] if slot >= 0 else []
+
+    def release(self, slot: int, event: Event) -> None:
+        """The slot's tensors are in use until `event`."""
+        if slot >= 0:
+            self._busy[slot].append(event)
+
+    def tensors(self, stage: int, slot: int) -> Mapping[str, torch.Tensor]:
+        """The stage's tensors by our names; the slot must have been loaded with this stage."""
+        key = (stage, slot)
+        if key not in self._views:
+            self._views[key] = self._make_views(stage, slot)
+        return self._views[key]
+
+    def drain(self) -> None:
+        """Waits for loads still under way; whether they failed no longer matters."""
+        for events in self._loads:
+            for event in events:
+                with contextlib.suppress(Exception):
+                    event.synchronize()
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._views.clear()
+        self._slots.clear()
+        self._resident.clear()
+
+    # Layout
+
+    def _bases(self, stage: int) -> list[tuple[int, int, int]]:
+        """(image, offset its streamed run starts at, slot offset of that) for each image with something to stream."""
+        bases, base = [], 0
+        for index in self._plan.stages[stage].images:
+            image = self._plan.images[index]
+            resident = self._resident_bytes[index]
+            embedding = self._plan.stages[stage].kind == "embed"
+            if resident >= image.num_bytes or (embedding and looked_up_on_host(image)):
+                continue
+            start = streamed_from(image, resident)
+            # The disk part must start at a page of the slot.
+            disk_from = image.gpu_bytes + image.cpu_bytes
+            at = base + (start - disk_from) % PAGE
+            bases.append((index, start, at))
+            base = round_up(at + image.num_bytes - start, PAGE)
+        return bases
+
+    def _plan_pieces(self, stage: int) -> list[_Piece]:
+        pieces: list[_Piece] = []
+        staging = 0
+        for index, start, at in self._bases(stage):
+            image, resident = self._plan.images[index], self._resident_bytes[index]
+            disk_from = image.gpu_bytes + image.cpu_bytes
+            if start < resident:
+                pieces.append(_Piece("resident", index, start, at, resident - start))
+            for offset in range(max(resident, start), disk_from, PACKET_BYTES):
+                size = min(PACKET_BYTES, disk_from - offset)
+                pieces.append(_Piece("host", index, offset, at + offset - start, size))
+            for offset in range(disk_from, image.num_bytes, READ_BYTES):
+                size = min(READ_BYTES, image.num_bytes - offset)
+                pieces.append(
+                    _Piece("disk", index, offset, at + offset - start, size, staging + offset - disk_from)
+                )
+            staging += round_up(image.disk_bytes, PAGE)
+        return pieces
+
+    def _make_views(self, stage: int, slot: int) -> Mapping[str, torch.Tensor]:
+        views: dict[str, torch.Tensor] = {}
+        streamed = {index: (start, at) for index, start, at in self._bases(stage)}
+        embedding = self._plan.stages[stage].kind == "embed"
+        for index in self._plan.stages[stage].images:
+            image = self._plan.images[index]
+            for name, tensor in image.tensors.items():
+                if tensor.end <= self._resident_bytes[index]:
+                    memory, offset = self._resident[index], tensor.offset
+                elif index in streamed and tensor.offset >= streamed[index][0]:
+                    start, at = streamed[index]
+                    memory, offset = self._slots[slot], at + tensor.offset - start
+                else:
+                    assert embedding, "only tables read by rows stay on the host"
+                    memory, offset = self._arena.view(self._homes[index]), tensor.offset
+                raw = memory[offset : offset + tensor.num_bytes]
+                views[name] = raw.view(self._dtype).view(tensor.shape)
+        return views
+
+    # Copies
+
+    def _staging_free(self, slot: int, part: int) -> list[Event]:
+        return list(self._loads[slot]) if part == 0 else []
+
+    def _start_read(self, piece: _Piece, slot: int) -> list[tuple[_Piece, Future[None]]]:
+        image, size = self._plan.images[piece.image], round_up(piece.num_bytes, PAGE)
+        if self._staging:
+            start = piece.staging_offset
+            memory = self._arena.view(self._staging[slot], start, start + size)
+        else:
+            memory = self._slots[slot][piece.slot_offset : piece.slot_offset + size]
+        in_file = piece.start - image.gpu_bytes - image.cpu_bytes
+        reads = self._lanes.disk.read(self._files[piece.image], memory, in_file)
+        assert len(reads) == 1, "a piece is one read"
+        return [(piece, future) for _, _, future in reads]
+
+    def _copy_staged(self, piece: _Piece, slot: int) -> None:
+        offset = piece.staging_offset
+        staging = self._arena.view(self._staging[slot], offset, offset + piece.num_bytes)
+        target = self._slots[slot][piece.slot_offset : piece.slot_offset + piece.num_bytes]
+        target.copy_(staging, non_blocking=True)
+        self._lanes.traffic.add("h2d", piece.num_bytes)
+
+    def _copy(self, piece: _Piece, slot: int) -> None:
+        target = self._slots[slot][piece.slot_offset : piece.slot_offset + piece.num_bytes]
+        if piece.source == "resident":
+            memory, offset = self._resident[piece.image], piece.start
+        else:
+            memory = self._arena.view(self._homes[piece.image])
+            offset = piece.start - self._plan.images[piece.image].gpu_bytes
+            self._lanes.traffic.add("h2d", piece.num_bytes)
+        target.copy_(memory[offset : offset + piece.num_bytes], non_blocking=True)
+
+    # Filling
+
+    def _take_resident_memory(self) -> None:
+        plan = self._plan
+        if plan.in_place:
+            self._resident = [self._arena.view(home) for home in self._homes]
+            return
+        total = sum(image.gpu_bytes for image in plan.images)
+        memory, offset = torch.empty(total, dtype=torch.uint8, device=self._device), 0
+        for image in plan.images:
+            self._resident.append(memory[offset : offset + image.gpu_bytes])
+            offset += image.gpu_bytes
+
+    def _fill_all(self, checkpoint: Checkpoint, pack: WeightPack | None, stale: set[str]) -> None:
+        images = list(enumerate(self._plan.images))
+        needed = [
+            (index, image)
+            for index, image in images
+            if image.name in stale or image.gpu_bytes + image.cpu_bytes > 0
+        ]
+        # Random numbers are made on the device, one image at a time; files are read by several threads.
+        on_accelerator = checkpoint.on_device and self._device.type != "cpu"
+        threads = 1 if on_accelerator else min(4, max(1, torch.get_num_threads()))
+        with ThreadPoolExecutor(max_workers=threads) as pool:
+            futures = [
+                pool.submit(self._fill_one, checkpoint, index, image, pack if image.name in stale else None)
+                for index, image in needed
+            ]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:
+                for future in futures:
+                    future.cancel()
+                raise
+
+    @torch.inference_mode()
+    def _fill_one(self, checkpoint: Checkpoint, index: int, image: Image, pack: WeightPack | None) -> None:
+        plan = self._plan
+        resident = self._resident_bytes[index]
+        make_on = self._device if checkpoint.on_device else torch.device("cpu")
+        host_from = 0 if plan.in_place else image.gpu_bytes
+        host_to = image.gpu_bytes + image.cpu_bytes
+        host = self._arena.view(self._homes[index])
+        if make_on.type == "cpu" and host_from == 0 and host_to == image.num_bytes:
+            memory = host
+        else:
+            memory = torch.empty(image.num_bytes, dtype=torch.uint8, device=make_on)
+        for name, tensor in image.tensors.items():
+            raw = memory[tensor.offset : tensor.end].view(self._dtype).view(tensor.shape)
+            checkpoint.fill(plan.spec, image.layer, name, raw)
+        if memory is host:
+            return
+        if not plan.in_place:
+            self._resident[index].copy_(memory[:resident])
+        host.copy_(memory[host_from:host_to])
+        if pack is not None:
+            payload = aligned_empty(round_up(image.disk_bytes, PAGE))
+            payload[: image.disk_bytes].copy_(memory[host_to:])
+            pack.write(image, payload)
