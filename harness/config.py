@@ -15,7 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, PlainSerializer, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    TypeAdapter,
+    ValidationError,
+)
 
 from flexllmgen.errors import UsageError
 from strategies.registry import find_strategy
@@ -70,17 +79,34 @@ class EvalConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
-    strategy: str = _option("accelerate", "How the model is run; see `harness strategies`.", "--strategy", "-s", "--mode", panel=_MODEL)
+    strategy: str = _option(
+        "accelerate",
+        "How the model is run; see `harness strategies`.",
+        "--strategy",
+        "-s",
+        "--mode",
+        panel=_MODEL,
+    )
     model: str = _option(
-        "facebook/opt-1.3b", "A Hugging Face id, a local folder, or `builtin`; see `harness models`.", "--model", "-m", panel=_MODEL
+        "facebook/opt-1.3b",
+        "A Hugging Face id, a local folder, or `builtin`; see `harness models`.",
+        "--model",
+        "-m",
+        panel=_MODEL,
     )
     weights: Literal["pretrained", "random"] = _option(
-        "pretrained", "The checkpoint's weights, or random ones of the same shapes (speed runs, no download).", panel=_MODEL
+        "pretrained",
+        "The checkpoint's weights, or random ones of the same shapes (speed runs, no download).",
+        panel=_MODEL,
     )
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = _option(
-        "auto", "Number format of weights and KV cache; auto: the checkpoint's on CUDA, float32 on CPU.", panel=_MODEL
+        "auto",
+        "Number format of weights and KV cache; auto: the checkpoint's on CUDA, float32 on CPU.",
+        panel=_MODEL,
     )
-    trust_remote_code: bool = _option(False, "Let the model's repository run its own Python code.", panel=_MODEL)
+    trust_remote_code: bool = _option(
+        False, "Let the model's repository run its own Python code.", panel=_MODEL
+    )
     allow_pickle: bool = _option(False, "Load pickle (.bin) checkpoints, which can run code.", panel=_MODEL)
 
     dataset: str = _option(
@@ -92,13 +118,17 @@ class EvalConfig(BaseModel):
     )
     num_prompts: int = _option(8, "How many prompts to run.", "--num-prompts", "-n", panel=_PROMPTS, ge=1)
     prompt_mode: Literal["pad", "fill"] = _option(
-        "pad", "pad: a prompt a row, cut and left-padded to --input-len; fill: prompts joined until the row is full.", panel=_PROMPTS
+        "pad",
+        "pad: a prompt a row, cut and left-padded to --input-len; fill: prompts joined until the row is full.",
+        panel=_PROMPTS,
     )
     prompt_template: str | None = _option(
         None, "How a row becomes a prompt, with {column} fields.", panel=_PROMPTS, metavar="TEXT"
     )
     chat_template: Literal["auto", "on", "off"] = _option(
-        "auto", "Wrap prompts in the model's chat template; auto: for chat and instruction data.", panel=_PROMPTS
+        "auto",
+        "Wrap prompts in the model's chat template; auto: for chat and instruction data.",
+        panel=_PROMPTS,
     )
     input_len: int = _option(128, "Tokens of each prompt row.", panel=_PROMPTS, ge=1)
     gen_len: int = _option(32, "Tokens to generate for each prompt, exactly.", panel=_PROMPTS, ge=1)
@@ -106,26 +136,47 @@ class EvalConfig(BaseModel):
 
     device: Literal["auto", "cuda", "cpu"] = _option("auto", "Where to compute.", panel=_MACHINE)
     gpu_mem: Size | None = _option(
-        None, "Use no more GPU memory than this (16GiB, 800MB): emulates a smaller GPU.", panel=_MACHINE, metavar="SIZE"
+        None,
+        "Use no more GPU memory than this (16GiB, 800MB): emulates a smaller GPU.",
+        panel=_MACHINE,
+        metavar="SIZE",
     )
     cpu_mem: Size | None = _option(
-        None, "Keep no more of the model in host memory than this: emulates a smaller machine.", panel=_MACHINE, metavar="SIZE"
+        None,
+        "Keep no more of the model in host memory than this: emulates a smaller machine.",
+        panel=_MACHINE,
+        metavar="SIZE",
     )
-    offload_dir: PathText = _option(lambda: cache_dir() / "offload", "Folder for what goes to disk.", panel=_MACHINE, metavar="DIR")
+    offload_dir: PathText = _option(
+        lambda: cache_dir() / "offload", "Folder for what goes to disk.", panel=_MACHINE, metavar="DIR"
+    )
 
-    warmup: int = _option(1, "Untimed passes over the first batch; the first is logged as the cold run.", panel=_MEASURE, ge=0)
+    warmup: int = _option(
+        1, "Untimed passes over the first batch; the first is logged as the cold run.", panel=_MEASURE, ge=0
+    )
     repeats: int = _option(3, "Timed passes over all prompts; the median is reported.", panel=_MEASURE, ge=1)
     seed: int = _option(0, "Chooses the prompts and draws random weights.", panel=_MEASURE, ge=0)
 
     experiment: str = _option("offload-eval", "MLflow experiment.", panel=_RECORD, min_length=1)
-    run_name: str | None = _option(None, "MLflow run name; made from strategy and model if not given.", panel=_RECORD, metavar="TEXT")
+    run_name: str | None = _option(
+        None, "MLflow run name; made from strategy and model if not given.", panel=_RECORD, metavar="TEXT"
+    )
     tag: list[str] = _option(list, "Tag the run; may be repeated.", panel=_RECORD, metavar="KEY=VALUE")
     tracking_uri: str | None = _option(
-        None, "MLflow store; default: MLFLOW_TRACKING_URI, else mlruns/mlflow.db here.", panel=_RECORD, metavar="URI"
+        None,
+        "MLflow store; default: MLFLOW_TRACKING_URI, else mlruns/mlflow.db here.",
+        panel=_RECORD,
+        metavar="URI",
     )
-    no_mlflow: bool = _option(False, "Only write the result folder; deliver it later with `harness sync`.", panel=_RECORD)
-    results_dir: PathText = _option(lambda: Path("results"), "Folder for result folders.", panel=_RECORD, metavar="DIR")
-    log_file: PathText = _option(lambda: Path("log.log"), "Log file, appended to.", panel=_RECORD, metavar="FILE")
+    no_mlflow: bool = _option(
+        False, "Only write the result folder; deliver it later with `harness sync`.", panel=_RECORD
+    )
+    results_dir: PathText = _option(
+        lambda: Path("results"), "Folder for result folders.", panel=_RECORD, metavar="DIR"
+    )
+    log_file: PathText = _option(
+        lambda: Path("log.log"), "Log file, appended to.", panel=_RECORD, metavar="FILE"
+    )
 
     @property
     def context(self) -> int:
@@ -183,7 +234,11 @@ def _extra(name: str) -> dict[str, Any]:
 
 
 def resolve(
-    options: Mapping[str, Any], *, config_file: Path | None, assignments: list[str], environ: Mapping[str, str]
+    options: Mapping[str, Any],
+    *,
+    config_file: Path | None,
+    assignments: list[str],
+    environ: Mapping[str, str],
 ) -> Settings:
     """Put together the effective configuration.
 
@@ -226,7 +281,9 @@ def resolve(
     own_sources = dict.fromkeys(own_names, f"default ({entry.name}.toml)")
     for key, value in from_file.items():
         if key not in own_names:
-            raise UsageError(f"{config_file}: unknown key {key!r}{_nearest(key, [*common_names, *own_names])}")
+            raise UsageError(
+                f"{config_file}: unknown key {key!r}{_nearest(key, [*common_names, *own_names])}"
+            )
         values[key], own_sources[key] = value, f"file {config_file}"
     for key in own_names:
         variable = ENV_PREFIX + key.upper()
@@ -286,4 +343,3 @@ def _validate(model: type[Model], raw: Mapping[str, Any], sources: Mapping[str, 
         name = flag_of(key) if key in EvalConfig.model_fields else key
         value = first.get("input")
         raise UsageError(f"{name} {value!r}: {reason} (from {sources.get(key, 'default')})") from None
-

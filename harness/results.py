@@ -140,7 +140,9 @@ class RunResult(_Record):
     spread: dict[str, float] = Field(default_factory=dict)
     repeats: list[Repeat] = Field(default_factory=list)
     cold: dict[str, float] = Field(default_factory=dict)
-    itl_s: list[list[float]] = Field(default_factory=list, description="per repeat, mean gap by token position")
+    itl_s: list[list[float]] = Field(
+        default_factory=list, description="per repeat, mean gap by token position"
+    )
     tags: dict[str, str] = Field(default_factory=dict)
     dataset: DatasetRecord | None = None
     provenance: Provenance = Field(default_factory=Provenance)
@@ -161,10 +163,14 @@ class RunResult(_Record):
         try:
             return cls.model_validate_json(path.read_bytes())
         except FileNotFoundError:
-            raise UsageError(f"{folder} holds no result.json; name a folder results/<uuid> that `harness eval` wrote") from None
+            raise UsageError(
+                f"{folder} holds no result.json; name a folder results/<uuid> that `harness eval` wrote"
+            ) from None
         except (OSError, ValidationError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise UsageError(f"{path} is not a result of schema version {SCHEMA_VERSION}: {reason}") from error
+            raise UsageError(
+                f"{path} is not a result of schema version {SCHEMA_VERSION}: {reason}"
+            ) from error
 
     def write(self, folder: Path) -> Path:
         """Write `folder/result.json` atomically and return its path."""
@@ -195,4 +201,6 @@ def write_json(path: Path, value: Mapping[str, Any]) -> Path:
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     """Write one JSON object a line, atomically."""
-    return write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+    return write_text(
+        path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    )

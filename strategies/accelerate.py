@@ -52,18 +52,26 @@ class AccelerateStrategy:
             _check_quantize(request)
         kv_offload = config.enable_kv_offload
         if kv_offload and machine.device == "cpu":
-            warnings.append("enable_kv_offload has no effect without a GPU: the KV cache is in host memory already")
+            warnings.append(
+                "enable_kv_offload has no effect without a GPU: the KV cache is in host memory already"
+            )
             kv_offload = False
         if machine.gpu_capped and machine.device == "cpu":
             warnings.append("--gpu-mem has no effect without a GPU; --cpu-mem caps host memory")
 
         model = meta_model(request.model, request.dtype, config.attn_implementation)
         sizes = WeightSizes.of(model, bits=_BITS[config.quantize])
-        kv_bytes = request.batch_size * request.workload.max_context * kv_bytes_per_token(model.config, request.dtype)
+        kv_bytes = (
+            request.batch_size
+            * request.workload.max_context
+            * kv_bytes_per_token(model.config, request.dtype)
+        )
         workspace = _workspace_bytes(model.config, request)
         # With the KV cache offloaded, transformers holds the running layer's and the next one's on the device.
         kv_on_device = kv_bytes * 2 // _num_layers(model.config) if kv_offload else kv_bytes
-        device_map = _map_modules(model, sizes, request, kv_on_device + workspace, kv_bytes if kv_offload else 0, config)
+        device_map = _map_modules(
+            model, sizes, request, kv_on_device + workspace, kv_bytes if kv_offload else 0, config
+        )
         weight_bytes = sizes.by_tier(device_map)
         free = shutil.disk_usage(_existing_parent(machine.offload_dir)).free
         if weight_bytes["disk"] > free:
@@ -95,7 +103,8 @@ class AccelerateStrategy:
         """
         request = plan.request
         device_map: dict[str, Any] = {
-            name: int(place) if place.isdigit() else place for name, place in plan.details["device_map"].items()
+            name: int(place) if place.isdigit() else place
+            for name, place in plan.details["device_map"].items()
         }
         folder = request.machine.offload_dir / f"accelerate-{uuid.uuid4().hex[:12]}"
         folder.mkdir(parents=True)

@@ -56,7 +56,9 @@ class AccelerateEngine:
         # every sequence gets exactly the tokens asked for.
         self.model.generation_config = GenerationConfig(pad_token_id=0)
 
-    def generate(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor, gen_tokens: int) -> Iterator[torch.Tensor]:
+    def generate(
+        self, ids_BT: torch.Tensor, mask_BT: torch.Tensor, gen_tokens: int
+    ) -> Iterator[torch.Tensor]:
         """Yield `gen_tokens` columns of int64 ids of shape (B,), greedily chosen."""
         assert ids_BT.shape == mask_BT.shape, (ids_BT.shape, mask_BT.shape)
         columns: queue.SimpleQueue[torch.Tensor | BaseException | None] = queue.SimpleQueue()

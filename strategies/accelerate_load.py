@@ -52,7 +52,9 @@ def model_config(source: ModelSource) -> Any:
                 f"model {source.name} runs its own Python code; read that code, then pass --trust-remote-code"
             ) from None
         model_type = source.config.get("model_type")
-        raise UsageError(f"model {source.name}: transformers cannot use its config (model_type {model_type!r})") from error
+        raise UsageError(
+            f"model {source.name}: transformers cannot use its config (model_type {model_type!r})"
+        ) from error
 
 
 def meta_model(source: ModelSource, dtype: str, attn_implementation: str) -> PreTrainedModel:
@@ -172,7 +174,9 @@ def load_pretrained(
             output_loading_info=True,
         )
     except (SafetensorError, EOFError) as error:
-        raise CheckpointError(f"model {source.name}: a weight file is damaged ({error}); download or copy it again") from error
+        raise CheckpointError(
+            f"model {source.name}: a weight file is damaged ({error}); download or copy it again"
+        ) from error
     except RuntimeError as error:
         if "size mismatch" in str(error) or "mismatch" in str(error):
             raise CheckpointError(f"model {source.name}: {_one_line(error)}") from error
@@ -185,7 +189,9 @@ def load_pretrained(
     return model  # type: ignore[no-any-return]
 
 
-def load_random(request: PlanRequest, config: Config, device_map: dict[str, Any], folder: Path) -> PreTrainedModel:
+def load_random(
+    request: PlanRequest, config: Config, device_map: dict[str, Any], folder: Path
+) -> PreTrainedModel:
     """Build the model with weights drawn at random, by the device map.
 
     Matrices are normal with the config's initializer range, gains one, biases zero. Each is drawn from
@@ -252,7 +258,11 @@ def _save(weight: torch.Tensor, name: str, folder: Path) -> dict[str, str]:
     """Write one weight as safetensors; return its entry for accelerate's offload index."""
     path = folder / f"{name}.safetensors"
     save_file({name: weight.contiguous().cpu()}, path)
-    return {"safetensors_file": str(path), "weight_name": name, "dtype": str(weight.dtype).removeprefix("torch.")}
+    return {
+        "safetensors_file": str(path),
+        "weight_name": name,
+        "dtype": str(weight.dtype).removeprefix("torch."),
+    }
 
 
 def _draw(weight: torch.Tensor, name: str, std: float, *, seed: int, device: str) -> torch.Tensor:

@@ -124,7 +124,9 @@ class Placed:
 class Engine(Protocol):
     """A loaded model. Holds no clock: it yields, and who consumes may time."""
 
-    def generate(self, ids_BT: "torch.Tensor", mask_BT: "torch.Tensor", gen_tokens: int) -> "Iterator[torch.Tensor]":
+    def generate(
+        self, ids_BT: "torch.Tensor", mask_BT: "torch.Tensor", gen_tokens: int
+    ) -> "Iterator[torch.Tensor]":
         """Yield `gen_tokens` columns of token ids, int64 of shape (B,), each when it is on the host."""
         ...
 

@@ -1,0 +1,237 @@
+"""`harness eval` from settings to exit code: open the record, run the worker, deliver what it measured."""
+
+import logging
+import os
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flexllmgen.errors import OffloadError, OutOfMemory, UsageError
+from harness.config import Settings
+from harness.job import Job
+from harness.provenance import collect_provenance
+from harness.report import Report
+from harness.results import RunError, RunResult, RunStatus, Timeline
+from harness.supervise import Worker
+from harness.tracking import DeliveryError, Tracker, resolve_store
+
+log = logging.getLogger(__name__)
+
+EXIT_NOT_DELIVERED = 4
+EXIT_INTERRUPTED = 130
+
+
+def evaluate(settings: Settings, report: Report, *, argv: Sequence[str], dry_run: bool, as_json: bool) -> int:
+    """Run one strategy on the prompts, record it, report it; return the exit code.
+
+    Raises:
+        UsageError: the log file or the store cannot be used.
+    """
+    config = settings.common
+    check_log_file(config.log_file)
+    tracker = None
+    if not (config.no_mlflow or dry_run):
+        tracker = Tracker(resolve_store(config.tracking_uri, Path.cwd()))
+    job = Job.of(
+        settings,
+        run_uuid=uuid.uuid4().hex,
+        provenance=collect_provenance(Path.cwd(), argv),
+        dry_run=dry_run,
+        verbose=report.verbose,
+    )
+    run = _Evaluation(job, report, tracker, as_json=as_json)
+    return run.run()
+
+
+class _Evaluation:
+    def __init__(self, job: Job, report: Report, tracker: Tracker | None, *, as_json: bool) -> None:
+        self.job = job
+        self.report = report
+        self.tracker = tracker
+        self.as_json = as_json
+        self.folder: Path | None = None
+        self.run_id: str | None = None
+        self.error: Mapping[str, Any] | None = None
+        self.worker: Worker | None = None
+
+    def run(self) -> int:
+        self.worker = Worker(self.job)
+        with self.worker.interruptible():
+            self._reap()
+            code = self.worker.follow(self._on_event)
+        self.report.end_progress()
+        if self.folder is None:
+            if self.error is not None:
+                self.report.error(self.error["message"])
+                return int(self.error["exit_code"])
+            return 0 if code == 0 else self._report_early_death(code)
+        result = self._read_result(self.folder, code)
+        draw_pictures(self.folder, result)
+        delivered = self._deliver(self.folder)
+        self._show(result, self.folder, delivered)
+        if result.error is not None:
+            self.report.error(result.error.message)
+            return result.error.exit_code
+        return 0 if delivered else EXIT_NOT_DELIVERED
+
+    def _reap(self) -> None:
+        """Close the runs of dead processes, while the worker imports its libraries; both take seconds."""
+        if self.tracker is None:
+            return
+        try:
+            if reaped := self.tracker.reap():
+                self.report.say(f"{reaped} run(s) left by a dead process marked FAILED")
+        except DeliveryError as error:
+            # Opening the run meets the same trouble, and says so.
+            log.info("%s", error)
+
+    def _on_event(self, event: Mapping[str, Any]) -> None:
+        match event["event"]:
+            case "phase" if event["name"] == "ready":
+                # The record has been opened by now; nothing of this process runs while timing does.
+                self.worker_go()
+            case "phase":
+                self.report.phase(event["name"], event.get("total"))
+            case "progress":
+                self.report.progress(event["tokens"])
+            case "passed":
+                self.report.passed(event["name"], event["tokens"], event["tok_s"])
+            case "warning":
+                self.report.end_progress()
+                self.report.warn(event["message"])
+            case "planned":
+                self._on_plan(event)
+            case "error":
+                self.error = event
+
+    def worker_go(self) -> None:
+        """Let the worker begin its timed passes."""
+        assert self.worker is not None
+        self.report.end_progress()
+        self.worker.go()
+
+    def _on_plan(self, event: Mapping[str, Any]) -> None:
+        self.report.end_progress()
+        if self.job.dry_run:
+            if self.as_json:
+                self.report.json({"plan": event["plan"]})
+            else:
+                self.report.plan(event["plan"], event["hardware"], to_stdout=True)
+            return
+        self.report.plan(event["plan"], event["hardware"], to_stdout=False)
+        self.folder = Path(event["folder"])
+        if self.tracker is not None:
+            try:
+                self.run_id = self.tracker.open_run(RunResult.read(self.folder))
+            except DeliveryError as error:
+                self.report.warn(f"{error}; measuring goes on, delivery is tried again at the end")
+
+    def _read_result(self, folder: Path, code: int) -> RunResult:
+        result = RunResult.read(folder)
+        if result.status is not RunStatus.RUNNING:
+            return result
+        # The worker could not write its own end.
+        assert self.worker is not None
+        killed = code < 0
+        if self.worker.interrupted:
+            error = RunError(type="Interrupted", message="interrupted and killed", exit_code=EXIT_INTERRUPTED)
+            status = RunStatus.KILLED
+        else:
+            status = RunStatus.FAILED
+            reason = (
+                f"the worker was killed by signal {-code}; most likely the machine ran out of memory: lower "
+                "--batch-size or --cpu-mem"
+                if killed
+                else f"the worker ended with code {code} and wrote no result"
+            )
+            error = RunError(
+                type="WorkerDied",
+                message=reason,
+                traceback="\n".join(self.worker.last_lines),
+                exit_code=OutOfMemory.exit_code if killed else 1,
+            )
+        result = result.model_copy(
+            update={"status": status, "error": error, "ended_at_ms": int(time.time() * 1000)}
+        )
+        result.write(folder)
+        if error.traceback:
+            (folder / "error.txt").write_text(error.traceback + "\n", encoding="utf-8")
+        return result
+
+    def _deliver(self, folder: Path) -> bool:
+        if self.tracker is None:
+            return True
+        try:
+            self.run_id = self.tracker.deliver(folder, self.run_id)
+        except (DeliveryError, OffloadError) as error:
+            self.report.error(f"{error}; the result is safe, deliver it with: harness sync {folder}")
+            return False
+        return True
+
+    def _show(self, result: RunResult, folder: Path, delivered: bool) -> None:
+        if self.as_json:
+            self.report.json(
+                {
+                    "run_id": self.run_id,
+                    "run_uuid": result.run_uuid,
+                    "status": result.status.value,
+                    "delivered": delivered and self.tracker is not None,
+                    "result_path": str(folder / "result.json"),
+                    "params": {**result.params, "strategy": result.strategy},
+                    "metrics": result.metrics,
+                    "plan": result.plan,
+                    "warnings": result.warnings,
+                    "error": None if result.error is None else result.error.message,
+                }
+            )
+        elif result.metrics:
+            seen = None
+            if self.tracker is not None and delivered:
+                uri = self.job.common.tracking_uri
+                seen = f"MLflow  run {self.run_id}; see it with: harness ui" + (
+                    f" --tracking-uri {uri}" if uri else ""
+                )
+            elif self.tracker is None:
+                seen = f"MLflow  not asked; deliver it later with: harness sync {os.path.relpath(folder)}"
+            self.report.result(result, folder, seen)
+
+    def _report_early_death(self, code: int) -> int:
+        assert self.worker is not None
+        if self.worker.interrupted:
+            self.report.error("interrupted")
+            return EXIT_INTERRUPTED
+        last = next((line for line in reversed(self.worker.last_lines) if line.strip()), "no output")
+        self.report.error(f"the worker ended with code {code} before it had planned: {last}")
+        return 1
+
+
+def draw_pictures(folder: Path, result: RunResult) -> None:
+    """Draw the pictures that the folder lacks; where matplotlib is not installed, `harness sync` draws them later."""
+    try:
+        from harness.pictures import draw_memory, draw_token_latency
+    except ImportError:
+        log.info("matplotlib is not installed here: no pictures")
+        return
+    latency, memory, timeline = folder / "token_latency.png", folder / "memory.png", folder / "timeline.json"
+    if result.repeats and not latency.exists():
+        draw_token_latency(result, latency)
+    if timeline.exists() and not memory.exists():
+        draw_memory(Timeline.model_validate_json(timeline.read_bytes()), result, memory)
+
+
+def check_log_file(path: Path) -> None:
+    """Open the log file for appending.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"--log-file {path}: cannot be written ({error.strerror}); name another file"
+        ) from error

@@ -1,0 +1,527 @@
+"""One run, inside the worker: resolve, plan, load, warm up, measure, write the result folder.
+
+Everything a user can get wrong is found before the folder is made; from then on whatever happens, the
+folder says so. Knows nothing of MLflow and prints nothing: it sends events (job.py).
+"""
+
+import json
+import logging
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from flexllmgen.errors import OffloadDirError, OffloadError, OutOfMemory, UsageError
+from flexllmgen.workload import Workload
+from harness.config import EvalConfig
+from harness.job import EventWriter, Job
+from harness.measure import (
+    Batch,
+    BatchTimes,
+    Pass,
+    mean_itl_by_position,
+    median_and_spread,
+    metrics_of,
+    run_pass,
+)
+from harness.models import load_tokenizer, max_positions, resolve_model
+from harness.prompts import PromptSet, load_prompts
+from harness.provenance import environment_freeze, git_diff
+from harness.results import (
+    Repeat,
+    RunError,
+    RunResult,
+    RunStatus,
+    Scalar,
+    Timeline,
+    write_json,
+    write_jsonl,
+    write_text,
+)
+from profiling.hardware import HardwareProfile, available_memory_bytes, read_hardware
+from profiling.sampler import Sampler, device_peaks, energy_joules, peak_rss_bytes
+from strategies.base import Engine, Machine, ModelSource, Placed, Plan, PlanRequest, Strategy
+from strategies.registry import find_strategy
+
+log = logging.getLogger(__name__)
+
+_PROGRESS_INTERVAL_S = 0.1
+
+
+def run_experiment(job: Job, events: EventWriter, wait_for_go: Callable[[], None]) -> int:
+    """Run a job to its end and return the exit code.
+
+    Args:
+        wait_for_go: called between warm-up and the first timed pass; returns when the command is quiet.
+    """
+    config = job.common
+    try:
+        prepared = _prepare(job, events)
+    except OffloadError as error:
+        events.send("error", message=str(error), exit_code=error.exit_code, type=type(error).__name__)
+        log.error("%s", error)
+        return error.exit_code
+    if job.dry_run:
+        events.send("planned", plan=prepared.plan.as_dict(), folder=None, hardware=prepared.hardware.summary)
+        return 0
+    folder = config.results_dir.absolute() / job.run_uuid
+    run = _Run(job, prepared, folder, events)
+    try:
+        run.write_plan()
+        events.send(
+            "planned", plan=prepared.plan.as_dict(), folder=str(folder), hardware=prepared.hardware.summary
+        )
+        for warning in prepared.warnings:
+            events.send("warning", message=warning)
+    except OSError as error:
+        events.send("error", message=f"cannot write {folder}: {error}", exit_code=2, type="UsageError")
+        return 2
+    return run.execute(wait_for_go)
+
+
+class _Prepared:
+    """What is settled before a weight is loaded."""
+
+    def __init__(
+        self,
+        *,
+        strategy: Strategy,
+        plan: Plan,
+        plan_s: float,
+        prompts: PromptSet,
+        tokenizer: Any,
+        hardware: HardwareProfile,
+        warnings: list[str],
+    ) -> None:
+        self.strategy = strategy
+        self.plan = plan
+        self.plan_s = plan_s
+        self.prompts = prompts
+        self.tokenizer = tokenizer
+        self.hardware = hardware
+        self.warnings = warnings
+
+
+def _prepare(job: Job, events: EventWriter) -> _Prepared:
+    config = job.common
+    check_writable(config.offload_dir, "--offload-dir")
+    check_writable(config.results_dir, "--results-dir")
+    events.send("phase", name="prepare")
+    source = resolve_model(
+        config.model,
+        weights=config.weights,
+        trust_remote_code=config.trust_remote_code,
+        allow_pickle=config.allow_pickle,
+    )
+    limit = max_positions(source.config)
+    if limit is not None and config.context > limit:
+        raise UsageError(
+            f"--input-len {config.input_len} + --gen-len {config.gen_len} = {config.context} positions, "
+            f"{config.model} has {limit}; lower one of them"
+        )
+    tokenizer = load_tokenizer(source)
+    prompts = load_prompts(
+        dataset=config.dataset,
+        num_prompts=config.num_prompts,
+        input_len=config.input_len,
+        prompt_mode=config.prompt_mode,
+        prompt_template=config.prompt_template,
+        chat_template=config.chat_template,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size(source),
+        seed=config.seed,
+    )
+    machine, warnings = choose_machine(config)
+    entry = find_strategy(config.strategy)
+    config_type, _ = entry.load_config()
+    strategy = entry.create(config_type.model_validate(job.strategy_config))
+    request = PlanRequest(
+        model=source,
+        workload=Workload(
+            num_sequences=config.num_prompts, prompt_tokens=config.input_len, gen_tokens=config.gen_len
+        ),
+        batch_size=min(config.batch_size, config.num_prompts),
+        dtype=choose_dtype(config.dtype, source, machine.device),
+        machine=machine,
+        seed=config.seed,
+    )
+    started = time.perf_counter()
+    plan = strategy.plan(request)
+    plan_s = time.perf_counter() - started
+    if config.warmup == 0:
+        warnings.append("--warmup 0: the first repeat is a cold one")
+    return _Prepared(
+        strategy=strategy,
+        plan=plan,
+        plan_s=plan_s,
+        prompts=prompts,
+        tokenizer=tokenizer,
+        hardware=read_hardware(config.offload_dir),
+        warnings=[*warnings, *prompts.warnings, *plan.warnings],
+    )
+
+
+class _Run:
+    """The part of a run that leaves a folder behind."""
+
+    def __init__(self, job: Job, prepared: _Prepared, folder: Path, events: EventWriter) -> None:
+        self.job = job
+        self.prepared = prepared
+        self.folder = folder
+        self.events = events
+        self.repeats: list[Repeat] = []
+        self.passes: list[list[BatchTimes]] = []
+        self.cold: dict[str, float] = {}
+        self.once: dict[str, float] = {"plan_s": prepared.plan_s}
+        self.output_ids: list[list[int]] = []
+        self.warnings = list(prepared.warnings)
+        self.placed: Placed | None = None
+        self.result = self._opening_result()
+
+    def write_plan(self) -> None:
+        """Make the folder, with all that is known before a weight is loaded."""
+        self.folder.mkdir(parents=True)
+        handler = logging.FileHandler(self.folder / "run.log", encoding="utf-8")
+        handler.setFormatter(logging.Formatter(LOG_FORMAT))
+        logging.getLogger().addHandler(handler)
+        write_json(self.folder / "plan.json", self.prepared.plan.as_dict())
+        write_json(self.folder / "hardware_profile.json", self.prepared.hardware.as_dict())
+        write_text(self.folder / "environment.txt", environment_freeze())
+        if diff := git_diff(Path.cwd()):
+            write_text(self.folder / "git.diff", diff)
+        self.result.write(self.folder)
+
+    def execute(self, wait_for_go: Callable[[], None]) -> int:
+        """Load, measure, write; returns the exit code."""
+        status, error = RunStatus.FINISHED, None
+        with Sampler() as sampler:
+            try:
+                self._measure(sampler, wait_for_go)
+            except KeyboardInterrupt:
+                status = RunStatus.KILLED
+                error = RunError(
+                    type="Interrupted",
+                    message="interrupted; what was measured until then is kept",
+                    exit_code=130,
+                )
+            except OffloadError as problem:
+                status = RunStatus.FAILED
+                error = _run_error(problem, str(problem), problem.exit_code)
+            except MemoryError as problem:
+                status = RunStatus.FAILED
+                error = _run_error(
+                    problem, "host memory ran out; lower --batch-size or --cpu-mem", OutOfMemory.exit_code
+                )
+            except Exception as problem:
+                log.exception("the run failed")
+                status = RunStatus.FAILED
+                error = _run_error(
+                    problem, f"{type(problem).__name__}: {_first_line(problem)}", _exit_code(problem)
+                )
+        try:
+            self._finish(sampler, status, error)
+        except KeyboardInterrupt:
+            # The first signal came this late; the worker ignores further ones, so this time it is written.
+            self._finish(sampler, status, error)
+        if error is not None:
+            self.events.send("error", message=error.message, exit_code=error.exit_code, type=error.type)
+            return error.exit_code
+        self.events.send("done")
+        return 0
+
+    def _measure(self, sampler: Sampler, wait_for_go: Callable[[], None]) -> None:
+        config = self.job.common
+        batches = make_batches(self.prepared.prompts, self.prepared.plan.batch_size)
+        self.events.send("phase", name="load")
+        started = time.perf_counter()
+        # A phase left early is remembered too, so the picture shows where the run ended.
+        with sampler.phase("load"):
+            context = self.prepared.strategy.build(self.prepared.plan)
+            engine = context.__enter__()
+        try:
+            self.once["load_s"] = time.perf_counter() - started
+            self._note_placed(engine)
+            for index in range(config.warmup):
+                measured = Pass()
+                with sampler.phase("warm-up"):
+                    self._pass(f"warm-up {index + 1}/{config.warmup}", engine, batches[:1], measured)
+                if index == 0:
+                    self.cold = metrics_of(measured.batches)
+            self.events.send("phase", name="ready")
+            wait_for_go()
+            energy_before = energy_joules()
+            for index in range(config.repeats):
+                with sampler.phase(f"repeat {index + 1}"):
+                    self._repeat(index, engine, batches)
+            energy_after = energy_joules()
+            if energy_before is not None and energy_after is not None:
+                self.once["energy_j"] = energy_after - energy_before
+                tokens = config.repeats * config.num_prompts * config.gen_len
+                self.once["energy_j_per_token"] = self.once["energy_j"] / tokens
+            self.once.update(device_peaks())
+            self._note_placed(engine)
+        finally:
+            context.__exit__(None, None, None)
+
+    def _repeat(self, index: int, engine: Engine, batches: Sequence[Batch]) -> None:
+        measured = Pass()
+        try:
+            self._pass(f"repeat {index + 1}/{self.job.common.repeats}", engine, batches, measured)
+        except BaseException:
+            # Better some batches than nothing; but a part of a pass is no repeat beside whole ones.
+            if not self.repeats and measured.batches:
+                self._keep(index, measured)
+            raise
+        if self.output_ids and measured.output_ids != self.output_ids:
+            message = (
+                f"repeat {index + 1} generated other tokens than the first: this setup is not deterministic"
+            )
+            if message not in self.warnings:
+                self.warnings.append(message)
+                self.events.send("warning", message=message)
+        self._keep(index, measured)
+
+    def _keep(self, index: int, measured: Pass) -> None:
+        self.repeats.append(
+            Repeat(index=index, ended_at_ms=int(time.time() * 1000), metrics=metrics_of(measured.batches))
+        )
+        self.passes.append(measured.batches)
+        self.output_ids = self.output_ids or measured.output_ids
+
+    def _pass(self, name: str, engine: Engine, batches: Sequence[Batch], measured: Pass) -> None:
+        gen_len = self.job.common.gen_len
+        total = sum(batch.size for batch in batches) * gen_len
+        self.events.send("phase", name=name, total=total)
+        state = {"tokens": 0, "sent_s": time.perf_counter()}
+
+        def on_column(tokens: int) -> None:
+            state["tokens"] += tokens
+            now = time.perf_counter()
+            if now - state["sent_s"] >= _PROGRESS_INTERVAL_S:
+                state["sent_s"] = now
+                self.events.send("progress", tokens=state["tokens"])
+
+        run_pass(engine, batches, gen_len, into=measured, on_column=on_column)
+        speed = metrics_of(measured.batches)["generation_tok_s"]
+        self.events.send("passed", name=name, tokens=total, tok_s=speed)
+        log.info("%s: %.2f tok/s", name, speed)
+
+    def _note_placed(self, engine: Engine) -> None:
+        self.placed = placed = engine.placed()
+        self.once["pinned_bytes"] = float(placed.pinned_bytes)
+        self.once["offload_disk_bytes"] = float(placed.offload_files_bytes)
+        for tier, num_bytes in placed.weight_bytes.items():
+            self.once[f"weight_bytes_{tier}"] = float(num_bytes)
+
+    def _opening_result(self) -> RunResult:
+        job, prepared = self.job, self.prepared
+        config, request = job.common, prepared.plan.request
+        record = prepared.prompts.record
+        return RunResult(
+            run_uuid=job.run_uuid,
+            status=RunStatus.RUNNING,
+            experiment=config.experiment,
+            run_name=config.run_name or f"{config.strategy} {short_name(config.model)} b{request.batch_size}",
+            strategy=config.strategy,
+            model=config.model,
+            started_at_ms=int(time.time() * 1000),
+            process=job.process,
+            params=self._params(),
+            param_sources=job.sources,
+            tags=config.tags(),
+            dataset=record,
+            provenance=job.provenance,
+            hardware_fingerprint=prepared.hardware.fingerprint,
+            workload_key=(
+                f"{short_name(config.model)}/{record.name}-{record.digest[:8]}/n{config.num_prompts}"
+                f"/in{config.input_len}/gen{config.gen_len}/{request.dtype}"
+            ),
+            plan=prepared.plan.as_dict(),
+            warnings=self.warnings,
+        )
+
+    def _params(self) -> dict[str, Scalar]:
+        """Every effective value. Where an option says auto, the value is what it came to."""
+        job, request = self.job, self.prepared.plan.request
+        params: dict[str, Scalar] = {}
+        for key, value in {**job.common.model_dump(mode="json"), **job.strategy_config}.items():
+            params[key] = (
+                value if isinstance(value, (str, int, float, bool)) or value is None else json.dumps(value)
+            )
+        params["dtype"] = request.dtype
+        params["device"] = request.machine.device
+        params["batch_size"] = request.batch_size
+        params["model_path"] = None if request.model.path is None else str(request.model.path)
+        params["model_revision"] = request.model.revision
+        return params
+
+    def _finish(self, sampler: Sampler, status: RunStatus, error: RunError | None) -> None:
+        metrics, spread = dict(self.once), {}
+        if self.repeats:
+            medians, spread = median_and_spread([repeat.metrics for repeat in self.repeats])
+            metrics.update(medians)
+            metrics["repeats"] = float(len(self.repeats))
+        metrics["peak_rss_bytes"] = float(peak_rss_bytes())
+        plan = {**self.result.plan, **self._read_back()}
+        write_json(self.folder / "plan.json", plan)
+        timeline = Timeline.model_validate(asdict(sampler.samples()))
+        write_text(self.folder / "timeline.json", timeline.model_dump_json())
+        self._write_requests()
+        if error is not None and error.traceback:
+            write_text(self.folder / "error.txt", error.traceback)
+        result = self.result.model_copy(
+            update={
+                "status": status,
+                "ended_at_ms": int(time.time() * 1000),
+                "metrics": metrics,
+                "spread": spread,
+                "repeats": self.repeats,
+                "cold": self.cold,
+                "itl_s": [mean_itl_by_position(batches) for batches in self.passes],
+                "plan": plan,
+                "warnings": self.warnings,
+                "error": error,
+            }
+        )
+        result.write(self.folder)
+
+    def _read_back(self) -> dict[str, Any]:
+        if self.placed is None:
+            return {}
+        return {
+            "placed_weight_bytes": dict(self.placed.weight_bytes),
+            "placed_offload_files_bytes": self.placed.offload_files_bytes,
+            "placed_pinned_bytes": self.placed.pinned_bytes,
+            **self.placed.details,
+        }
+
+    def _write_requests(self) -> None:
+        tokenizer = self.prepared.tokenizer
+        rows = []
+        # After an interruption there may be fewer outputs than prompts.
+        outputs = [*self.output_ids, *[[]] * (len(self.prepared.prompts.prompts) - len(self.output_ids))]
+        for prompt, output_ids in zip(self.prepared.prompts.prompts, outputs, strict=True):
+            text = tokenizer.decode(output_ids, skip_special_tokens=True) if tokenizer is not None else None
+            rows.append(
+                {
+                    "prompt_id": prompt.prompt_id,
+                    "prompt": prompt.text,
+                    "truncated": prompt.truncated,
+                    "input_ids": list(prompt.token_ids),
+                    "output_ids": output_ids,
+                    "output_text": text,
+                }
+            )
+        write_jsonl(self.folder / "requests.jsonl", rows)
+
+
+LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+
+
+def make_batches(prompts: PromptSet, batch_size: int) -> list[Batch]:
+    """Cut the rows into batches of `batch_size`; the last may be smaller."""
+    total = len(prompts.prompts)
+    batches = []
+    for start in range(0, total, batch_size):
+        ids_BT, mask_BT = prompts.batch(start, min(start + batch_size, total))
+        batches.append(Batch(ids_BT=ids_BT, mask_BT=mask_BT))
+    return batches
+
+
+def choose_machine(config: EvalConfig) -> tuple[Machine, list[str]]:
+    """The device and the caps a plan may use.
+
+    Raises:
+        UsageError: CUDA was asked for and there is none.
+    """
+    import torch
+
+    has_cuda = torch.cuda.is_available()
+    if config.device == "cuda" and not has_cuda:
+        raise UsageError(
+            "--device cuda: torch sees no CUDA device here; use --device cpu, or a torch built for CUDA"
+        )
+    warnings: list[str] = []
+    device = "cuda" if has_cuda and config.device != "cpu" else "cpu"
+    gpu_bytes = None
+    if device == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        gpu_bytes = min(config.gpu_mem or free, free)
+        if config.gpu_mem and config.gpu_mem > free:
+            warnings.append(
+                f"--gpu-mem is more than the {free / 2**30:.1f} GiB free of {total / 2**30:.1f}; the free memory counts"
+            )
+    elif config.gpu_mem is not None:
+        gpu_bytes = config.gpu_mem
+    machine = Machine(
+        device=device,  # type: ignore[arg-type]
+        gpu_bytes=gpu_bytes,
+        # A tenth is left to the system and to this process itself.
+        cpu_bytes=config.cpu_mem or available_memory_bytes() * 9 // 10,
+        gpu_capped=config.gpu_mem is not None,
+        cpu_capped=config.cpu_mem is not None,
+        offload_dir=config.offload_dir.expanduser().absolute(),
+    )
+    return machine, warnings
+
+
+def choose_dtype(wanted: str, source: ModelSource, device: str) -> str:
+    """The number format: as asked; auto is the checkpoint's on CUDA and float32 on CPU."""
+    if wanted != "auto":
+        return wanted
+    if device == "cpu":
+        return "float32"
+    text = source.config.get("text_config") or source.config
+    kept = str(
+        source.config.get("dtype") or source.config.get("torch_dtype") or text.get("dtype") or "float16"
+    )
+    return kept.removeprefix("torch.")
+
+
+def vocab_size(source: ModelSource) -> int:
+    """Size of the model's vocabulary, by its config."""
+    text = source.config.get("text_config") or source.config
+    return int(text["vocab_size"])
+
+
+def short_name(model: str) -> str:
+    """The last part of a model's name, as it reads in a run name."""
+    return model.rstrip("/").rsplit("/", 1)[-1]
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """Make a folder and try to write into it.
+
+    Raises:
+        OffloadDirError: it cannot be made or written.
+    """
+    folder = folder.expanduser()
+    probe = folder / f".write-{time.time_ns()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OffloadDirError(
+            f"{option} {folder}: cannot be written ({error.strerror}); name another folder"
+        ) from error
+
+
+def _run_error(problem: BaseException, message: str, exit_code: int) -> RunError:
+    return RunError(
+        type=type(problem).__name__,
+        message=message,
+        traceback="".join(traceback.format_exception(problem)),
+        exit_code=exit_code,
+    )
+
+
+def _exit_code(problem: Exception) -> int:
+    """torch reports a failed host allocation as a plain RuntimeError."""
+    return OutOfMemory.exit_code if "DefaultCPUAllocator" in str(problem) else 1
+
+
+def _first_line(problem: BaseException) -> str:
+    return (str(problem).splitlines() or [""])[0]

@@ -1,0 +1,194 @@
+"""Everything a person reads in the terminal. The only file that prints.
+
+Results go to standard output, progress and messages to standard error; where that is no terminal,
+progress is plain lines.
+"""
+
+import json
+import sys
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+
+from flexllmgen.units import gib
+from harness.results import RunResult, RunStatus
+
+# The rows of the result table: title, metric, how it reads.
+_ROWS: tuple[tuple[str, str, str], ...] = (
+    ("generation throughput", "generation_tok_s", "tok/s"),
+    ("prefill throughput", "prefill_tok_s", "tok/s"),
+    ("decode throughput", "decode_tok_s", "tok/s"),
+    ("time to first token (TTFT)", "ttft_s", "ms"),
+    ("time per output token (TPOT)", "tpot_s", "ms"),
+    ("inter-token latency p50", "itl_p50_s", "ms"),
+    ("inter-token latency p99", "itl_p99_s", "ms"),
+    ("end to end, all prompts", "e2e_s", "s"),
+    ("load", "load_s", "s"),
+    ("peak host memory (RSS)", "peak_rss_bytes", "bytes"),
+    ("peak GPU memory allocated", "peak_device_allocated_bytes", "bytes"),
+    ("peak GPU memory reserved", "peak_device_reserved_bytes", "bytes"),
+    ("weights on GPU", "weight_bytes_gpu", "bytes"),
+    ("weights in host memory", "weight_bytes_cpu", "bytes"),
+    ("weights on disk", "weight_bytes_disk", "bytes"),
+    ("energy, timed passes", "energy_j", "J"),
+)
+
+
+class Report:
+    """The terminal, as `-q` and `-v` want it."""
+
+    def __init__(self, *, quiet: bool = False, verbose: bool = False) -> None:
+        self.quiet = quiet
+        self.verbose = verbose
+        self.out = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+        self.err = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._total = 0
+
+    def say(self, message: str) -> None:
+        """A line of progress, unless quiet."""
+        if not self.quiet:
+            self.err.print(message, markup=False)
+
+    def warn(self, message: str) -> None:
+        """A warning, one line."""
+        self.err.print(f"warning: {message}", style="yellow", markup=False)
+
+    def error(self, message: str) -> None:
+        """What went wrong and the way out, one line."""
+        self.err.print(f"error: {' '.join(message.split())}", style="bold red", markup=False)
+
+    def traceback(self) -> None:
+        """The exception being handled, whole."""
+        self.err.print(traceback.format_exc(), markup=False)
+
+    def json(self, value: Mapping[str, Any]) -> None:
+        """One JSON object on standard output."""
+        sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def text(self, text: str) -> None:
+        """Plain text on standard output."""
+        self.out.print(text, markup=False)
+
+    def rows(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """A table on standard output; the first column never wraps."""
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for index, column in enumerate(columns):
+            table.add_column(column, no_wrap=index == 0, overflow="fold")
+        for row in rows:
+            table.add_row(*(cell.replace("[", r"\[") for cell in row))
+        self.out.print(table)
+
+    def plan(self, plan: Mapping[str, Any], hardware: str, *, to_stdout: bool) -> None:
+        """What is going to happen, before a weight is loaded."""
+        if self.quiet and not to_stdout:
+            return
+        weights, kv = plan["weight_bytes"], plan["kv_bytes"]
+        lines = [
+            f"plan: {plan['strategy']}, {plan['model']}, {plan['dtype']} on {plan['device']} ({hardware})",
+            f"  {plan['num_sequences']} prompts x {plan['prompt_tokens']} tokens in batches of {plan['batch_size']}, "
+            f"{plan['gen_tokens']} tokens each",
+            f"  weights {_tiers(weights)}; KV cache {_tiers(kv)} a batch; workspace {gib(plan['workspace_bytes'])}",
+        ]
+        console = self.out if to_stdout else self.err
+        for line in lines:
+            console.print(line, markup=False)
+
+    def phase(self, name: str, total: int | None) -> None:
+        """A phase begins; one with a total shows a bar with tokens per second."""
+        self.end_progress()
+        if self.quiet:
+            return
+        if not self.err.is_terminal:
+            if total is None:
+                self.say(f"{name} ...")
+            return
+        columns: list[Any] = [SpinnerColumn(), TextColumn("{task.description}")]
+        if total is not None:
+            columns += [BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}")]
+        # Four times a second: the drawing must not take the processor from what is measured.
+        self._progress = Progress(
+            *columns, TimeElapsedColumn(), console=self.err, transient=True, refresh_per_second=4
+        )
+        self._progress.start()
+        self._task = self._progress.add_task(name, total=total, speed="")
+
+    def progress(self, tokens: int) -> None:
+        """Tokens made so far in the current phase."""
+        if self._progress is not None and self._task is not None:
+            task = self._progress.tasks[0]
+            elapsed = task.elapsed or 0.0
+            speed = f"{tokens / elapsed:.1f} tok/s" if elapsed > 0 else ""
+            self._progress.update(self._task, completed=tokens, speed=speed)
+
+    def passed(self, name: str, tokens: int, tok_s: float) -> None:
+        """A pass has ended."""
+        self.end_progress()
+        self.say(f"{name}: {tokens} tokens, {tok_s:.2f} tok/s")
+
+    def end_progress(self) -> None:
+        """Take the bar away."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = self._task = None
+
+    def result(self, result: RunResult, folder: Path, how_to_see: str | None) -> None:
+        """The figures of a run, and where its record is."""
+        repeats = len(result.repeats)
+        status = "" if result.status is RunStatus.FINISHED else f" ({result.status.value})"
+        title = f"{result.run_name}: median of {repeats} repeat{'s' if repeats != 1 else ''}{status}"
+        table = Table(
+            title=title,
+            title_justify="left",
+            title_style="bold",
+            box=None,
+            pad_edge=False,
+            padding=(0, 3, 0, 0),
+        )
+        table.add_column("metric")
+        table.add_column("value", justify="right")
+        table.add_column("spread", justify="right")
+        for label, name, unit in _ROWS:
+            value = result.metrics.get(name)
+            if value is None or (value == 0 and name.startswith("weight_bytes")):
+                continue
+            spread = result.spread.get(name)
+            table.add_row(label, _reading(value, unit), "" if spread is None else f"{spread:.1%}")
+        self.out.print(table)
+        self.out.print(f"record  {_shown(folder)}", markup=False)
+        if how_to_see:
+            self.out.print(how_to_see, markup=False)
+
+
+def _reading(value: float, unit: str) -> str:
+    if unit == "ms":
+        return f"{value * 1000:.1f} ms"
+    if unit == "bytes":
+        return gib(value)
+    return f"{value:,.2f} {unit}"
+
+
+def _tiers(sizes: Mapping[str, int]) -> str:
+    names = {"gpu": "GPU", "cpu": "host", "disk": "disk"}
+    return " + ".join(f"{gib(size)} {names[tier]}" for tier, size in sizes.items() if size) or "none"
+
+
+def _shown(path: Path) -> str:
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
