@@ -1,7 +1,7 @@
 """ActivationStore: hidden states of each micro-batch between two stages, split by sequence over the tiers.
 
-With everything on the device, each micro-batch has a buffer that stages work in. Otherwise hidden states are put
-together in a slot before a stage and taken apart after it.
+With everything on the device, each micro-batch has a buffer that stages work in. Otherwise hidden states are
+put together in a slot before a stage and taken apart after it.
 """
 
 # B sequences  T positions  D model

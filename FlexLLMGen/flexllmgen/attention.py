@@ -1,8 +1,8 @@
 """Attention over a prompt and over the cache, on the device that holds the KV.
 
-Both go through torch's scaled dot product attention; what is decided here is which of its kernels can serve. A mask
-rules out the flash kernel, so none is made for batches without padding. Grouped queries of a decode step are passed
-as rows of one head: every kernel takes that, with or without a mask, and reads each key once.
+Both go through torch's scaled dot product attention; what is decided here is which of its kernels can serve.
+A mask rules out the flash kernel, so none is made for batches without padding. Grouped queries of a decode
+step are passed as rows of one head: every kernel takes that, with or without a mask, and reads each key once.
 """
 
 # B sequences  T new tokens  S cached positions  N query heads  K key heads  G = N / K  H head dim

@@ -1,7 +1,7 @@
 """Checkpoints: where weights come from, one tensor of ours at a time.
 
-`SafetensorsCheckpoint` reads a folder in Hugging Face's layout (one file or shards with an index); `RandomCheckpoint`
-makes seeded numbers, for measuring without a download. Knows nothing of tiers.
+`SafetensorsCheckpoint` reads a folder in Hugging Face's layout (one file or shards with an index);
+`RandomCheckpoint` makes seeded numbers, for measuring without a download. Knows nothing of tiers.
 """
 
 import fnmatch
@@ -39,7 +39,7 @@ class Checkpoint(Protocol):
 
 
 class RandomCheckpoint:
-    """Seeded normal weights: the same seed, device kind and dtype give the same numbers, whatever the policy."""
+    """Seeded normal weights: seed, device kind and dtype decide the numbers, the policy does not."""
 
     on_device = True
 
@@ -53,7 +53,7 @@ class RandomCheckpoint:
     def validate(self, spec: ModelSpec) -> None:
         """Random weights fit every model."""
 
-    def fill(self, spec: ModelSpec, layer: int, name: str, target: torch.Tensor) -> None:
+    def fill(self, spec: ModelSpec, layer: int, name: str, target: torch.Tensor) -> None:  # noqa: ARG002
         key = hashlib.sha256(f"{self.seed}/{layer}/{name}".encode()).digest()
         generator = torch.Generator(device=target.device).manual_seed(int.from_bytes(key[:7], "little"))
         target.normal_(0.0, self.std, generator=generator)

@@ -4,8 +4,8 @@
         for column in engine.generate(ids, mask, sampling=Greedy(), max_new_tokens=32):
             ...
 
-An engine serves one block of requests at a time and holds no timer: it yields one column of tokens per step, and
-whoever measures holds the clock.
+An engine serves one block of requests at a time and holds no timer: it yields one column of tokens per step,
+and whoever measures holds the clock.
 """
 
 # B sequences of the block  T prompt positions  V vocabulary
@@ -319,7 +319,7 @@ class FlexEngine:
     def _score(self, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         targets = ids.to(self.device).long()
 
-        def head(w: Weights, x_BTD: torch.Tensor, first: int, token: int) -> torch.Tensor:
+        def head(w: Weights, x_BTD: torch.Tensor, first: int, _token: int) -> torch.Tensor:
             batch, length, size = x_BTD.shape
             rows, wanted = x_BTD[:, :-1].reshape(-1, size), targets[first : first + batch, 1:].reshape(-1)
             scores = torch.empty(len(rows), dtype=torch.float32, device=x_BTD.device)

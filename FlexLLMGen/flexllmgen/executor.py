@@ -70,7 +70,7 @@ class Executor:
         try:
             for step in zigzag(shape):
                 if step.action is Action.COMPUTE:
-                    self._compute(step, batches[step.micro_batch], prompt, head)
+                    self._compute(step, batches[step.micro_batch], head)
                 elif step.action is Action.EMIT:
                     yield self._emit(batches)
                     if step.token + 1 < num_tokens:
@@ -148,7 +148,7 @@ class Executor:
         else:
             self._hidden.store(step.micro_batch, step.slot, self._computed)
 
-    def _compute(self, step: Step, batch: _MicroBatch, prompt: int, head: Head) -> None:
+    def _compute(self, step: Step, batch: _MicroBatch, head: Head) -> None:
         stage = self._plan.stages[step.stage]
         needs = [
             *self._weights.ready(step.slot),
@@ -176,7 +176,7 @@ class Executor:
     def _layer(
         self, kind: str, layer: int, w: Weights, x_BTD: torch.Tensor, step: Step, batch: _MicroBatch
     ) -> None:
-        """A layer or a half of one; a prompt in parts of whole sequences, so that what it needs besides is bounded."""
+        """A layer or a half of one; a prompt in parts of whole sequences, which bounds the workspace."""
         segments = (
             self._kv.segments(layer, step.micro_batch, step.kv_slot, batch.count)
             if kind in ("layer", "attention")
@@ -194,6 +194,6 @@ class Executor:
                 self._decoder.mlp(w, x_BTD[start:stop])
 
     def _emit(self, batches: Sequence[_MicroBatch]) -> torch.Tensor:
-        """The block's results on the host. The wait is here, after the loads of the next token have been issued."""
+        """The block's results on the host. The only wait, after the next token's first loads were issued."""
         results = [batch.result for batch in batches if batch.result is not None]
         return (results[0] if len(results) == 1 else torch.cat(results)).cpu()

@@ -1,8 +1,8 @@
 """KVCache: keys and values of every layer and micro-batch, split by sequence over the tiers.
 
-Rows are positions, so what a step reads is one run of bytes and what it appends is another. A unit is one layer of
-one micro-batch; its sequences lie on the device first, then on the host, then on disk. Nothing is ever moved to
-make room: all memory is taken once.
+Rows are positions, so what a step reads is one run of bytes and what it appends is another. A unit is one
+layer of one micro-batch; its sequences lie on the device first, then on the host, then on disk. Nothing is
+ever moved to make room: all memory is taken once.
 """
 
 # B sequences  S cached positions  K key heads  H head dim
@@ -155,14 +155,14 @@ class KVCache:
 
     def _make_segments(self, unit: int, slot: int) -> list[Segment]:
         split, segments, start = self._splits[unit], [], 0
-        parts = (
-            (split.gpu, lambda: self._resident[unit]),
-            (split.cpu, lambda: self._blocks.cpu_part(unit, slot)),
-            (split.disk, lambda: self._blocks.disk_part(unit, slot)),
-        )
-        for count, memory in parts:
-            if count:
-                segments.append(Segment(start, start + count, self._as_rows(memory(), count)))
+        for tier, count in (("gpu", split.gpu), ("cpu", split.cpu), ("disk", split.disk)):
+            if not count:
+                continue
+            if tier == "gpu":
+                memory = self._resident[unit]
+            else:
+                memory = (self._blocks.cpu_part if tier == "cpu" else self._blocks.disk_part)(unit, slot)
+            segments.append(Segment(start, start + count, self._as_rows(memory, count)))
             start += count
         return segments
 

@@ -1,8 +1,8 @@
 """Policy + ModelSpec + Workload -> what lies where, to the byte. Pure: allocates nothing.
 
-The weights of a stage are packed into one *image*: tensors one after another, each at a multiple of ALIGNMENT.
-An image is cut by bytes, not by tensors: its first bytes lie on the device, the next in host memory, the last on
-disk. So shares are what was asked for, and every layer streams the same number of bytes.
+The weights of a stage are packed into one *image*: tensors one after another, each at a multiple of
+ALIGNMENT. An image is cut by bytes, not by tensors: its first bytes lie on the device, the next in host
+memory, the last on disk. So shares are what was asked for, and every layer streams the same number of bytes.
 KV and activations are cut by sequences, and the remainders are carried over from unit to unit.
 """
 
@@ -16,7 +16,7 @@ from flexllmgen.spec import ModelSpec
 from flexllmgen.workload import Workload
 
 ALIGNMENT = 256
-"""Where tensors start in an image, and the grain of every cut: what the widest vector loads and copies like."""
+"""Where tensors start in an image, and the grain of every cut: what wide loads and copies like."""
 PAGE = 4096
 """What direct disk I/O must be aligned to, in memory and in the file."""
 GiB = 1 << 30
@@ -24,7 +24,7 @@ GiB = 1 << 30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedTensor:
-    """Where a tensor lies in its image. `lookup` tensors are only read by rows, so they may stay on the host."""
+    """Where a tensor lies in its image. `lookup` tensors are read by rows, so they may stay on the host."""
 
     offset: int
     shape: tuple[int, ...]
@@ -196,7 +196,8 @@ def _cut(total: int, share: float, grain: int) -> int:
 def pack(spec: ModelSpec, policy: Policy, dtype_bytes: int) -> tuple[tuple[Image, ...], tuple[Stage, ...]]:
     """Images and stages of a model, nothing placed yet.
 
-    A token table shared by embedding and head lies in the head's image only, and the embedding reads it there.
+    A token table shared by embedding and head lies in the head's image only, and the embedding reads it
+    there.
     """
     images: list[Image] = []
     stages: list[Stage] = []
@@ -230,8 +231,9 @@ def pack(spec: ModelSpec, policy: Policy, dtype_bytes: int) -> tuple[tuple[Image
 def place_images(images: tuple[Image, ...], shares: Placement) -> tuple[Image, ...]:
     """Cuts images so that all together have the shares asked for, layers evenly.
 
-    The head is read whole every step, so it takes device memory first; the embedding is read by rows, which the
-    host can do, so it takes host memory first. Layers divide the rest, remainders carried from one to the next.
+    The head is read whole every step, so it takes device memory first; the embedding is read by rows, which
+    the host can do, so it takes host memory first. Layers divide the rest, remainders carried from one to the
+    next.
     """
     total = sum(image.num_bytes for image in images)
     left = {"gpu": _cut(total, shares.gpu, ALIGNMENT)}
@@ -248,7 +250,8 @@ def place_images(images: tuple[Image, ...], shares: Placement) -> tuple[Image, .
         placed[index] = _with_bytes(image, taken["gpu"], taken["cpu"])
 
     take(1, ("gpu", "cpu", "disk"))
-    # An embedding that fits no tier whole would be streamed; where one has room for all of it, that one is first.
+    # An embedding that fits no tier whole would be streamed; where one has room for all of it, that one is
+    # first.
     whole = [tier for tier in ("cpu", "gpu", "disk") if left[tier] >= images[0].num_bytes]
     rest = [tier for tier in ("cpu", "disk", "gpu") if tier not in whole[:1]]
     take(0, (*whole[:1], *rest))
@@ -325,7 +328,7 @@ def streamed_bytes(image: Image, *, in_place: bool, embedding: bool) -> int:
 
 
 def looked_up_on_host(image: Image) -> bool:
-    """Whether an image holds only tables that are read by rows, all in host memory: nothing to stream then."""
+    """Whether an image is only tables read by rows, all in host memory: then nothing is streamed."""
     return image.cpu_bytes == image.num_bytes and all(tensor.lookup for tensor in image.tensors.values())
 
 
@@ -343,13 +346,14 @@ def _workspace(
     chunk_tokens: int,
     accelerated: bool,
 ) -> int:
-    """Bytes that computing takes at its peak besides what is placed: counted from the decoder's temporaries."""
+    """Bytes that computing takes at its peak: counted from the decoder's temporaries."""
     batch, prompt = min(policy.micro_batch_size, workload.num_sequences), workload.prompt_tokens
     rows = min(max(chunk_tokens, prompt), batch * prompt)
     sequences = max(1, rows // prompt)
     inner = spec.intermediate_size * (3 if spec.traits.gated else 2)
     routed = spec.experts_per_token * spec.hidden_size + spec.num_experts if spec.num_experts else 0
-    # Attention: the norm, q/k/v as one, rotated copies of q and k (expanded to all heads where a mask is), output.
+    # Attention: the norm, q/k/v as one, rotated copies of q and k (expanded to all heads where a mask is),
+    # output.
     attention = 2 * spec.hidden_size + 5 * spec.query_size + 6 * spec.kv_size
     mlp = 2 * spec.hidden_size + inner + 2 * routed
     context = round_up(workload.max_context, 8)

@@ -20,7 +20,8 @@ class Placement:
     >>> Placement.from_percent(gpu=70, cpu=50)
     Traceback (most recent call last):
     ...
-    flexllmgen.errors.PolicyError: shares of 70 % gpu and 50 % cpu sum to 120 %; lower one so that they sum to at \
+    flexllmgen.errors.PolicyError: shares of 70 % gpu and 50 % cpu sum to 120 %; lower one so that they sum to
+    at \
 most 100 (disk is the rest)
     """
 
@@ -61,7 +62,7 @@ class Policy:
 
     Args:
         pin_weight: weights in host memory are page-locked, so that copies run at the link's rate.
-        overlap: how many loads run ahead of the compute they are for; 0 runs the same steps one after another.
+        overlap: how many loads run ahead of the compute they are for; 0 runs the same steps in turn.
         sep_layer: attention and MLP are loaded as two steps, which halves the slots on the device.
 
     >>> Policy(micro_batch_size=4, num_micro_batches=3).block_size

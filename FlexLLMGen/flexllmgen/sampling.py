@@ -1,7 +1,7 @@
 """Choosing the next token from logits: greedy, or drawn with temperature, top-k and top-p.
 
-Random numbers depend on the seed, the step and the sequence's place in the block, not on how the block is cut into
-micro-batches: every policy draws the same tokens.
+Random numbers depend on the seed, the step and the sequence's place in the block, not on how the block is cut
+into micro-batches: every policy draws the same tokens.
 """
 
 # B sequences of one micro-batch  V vocabulary
@@ -39,7 +39,7 @@ class Greedy:
     stop_ids: tuple[int, ...] = ()
     pad_id: int = 0
 
-    def pick(self, logits_BV: torch.Tensor, first_sequence: int, token: int) -> torch.Tensor:
+    def pick(self, logits_BV: torch.Tensor, first_sequence: int, token: int) -> torch.Tensor:  # noqa: ARG002
         return logits_BV.argmax(dim=-1)
 
 

@@ -1,9 +1,9 @@
 """The order of loads, computes and stores: a pure iterator, zig-zag through the block.
 
-For each token, for each stage, for each micro-batch: a stage's weights are loaded once and serve all micro-batches
-(FlexGen, Sheng et al. 2023, section 4.1). Loads run ahead of the compute they are for. Weights come in as many parts
-as there are micro-batches, one between each two KV loads, so that neither queues behind the whole of the other.
-Knows nothing of bytes, devices or tensors; `executor.py` runs it.
+For each token, for each stage, for each micro-batch: a stage's weights are loaded once and serve all micro-
+batches (FlexGen, Sheng et al. 2023, section 4.1). Loads run ahead of the compute they are for. Weights come
+in as many parts as there are micro-batches, one between each two KV loads, so that neither queues behind the
+whole of the other. Knows nothing of bytes, devices or tensors; `executor.py` runs it.
 """
 
 import enum

@@ -83,7 +83,8 @@ class ModelSpec:
         >>> ModelSpec.from_hf_config({"model_type": "gpt2"})
         Traceback (most recent call last):
         ...
-        flexllmgen.errors.UnsupportedModelError: model type 'gpt2' is not supported (supported: llama, mistral, \
+        flexllmgen.errors.UnsupportedModelError: model type 'gpt2' is not supported (supported: llama,
+        mistral, \
 mixtral, opt, qwen2, qwen3, qwen3_moe); use -s accelerate for other models
         """
         kind = str(config.get("model_type", ""))
@@ -234,8 +235,8 @@ mixtral, opt, qwen2, qwen3, qwen3_moe); use -s accelerate for other models
         """
         return self.hidden_size * tokens * dtype_bytes
 
-    # Operations. Two for each multiply-add of a matrix product (Kaplan et al. 2020, section 2.1); attention adds
-    # two products of query size for each pair of positions. Embedding look-ups are free.
+    # Operations. Two for each multiply-add of a matrix product (Kaplan et al. 2020, section 2.1); attention
+    # adds two products of query size for each pair of positions. Embedding look-ups are free.
 
     def _matrix_flops(self) -> int:
         """Operations of the layers' matrix products for one token."""
@@ -284,7 +285,8 @@ def _activation(config: Mapping[str, Any], key: str) -> str:
     activation = str(config.get(key, ""))
     if activation not in ACTIVATIONS:
         raise UnsupportedModelError(
-            f"activation {activation!r} is not supported (supported: {', '.join(ACTIVATIONS)}); use -s accelerate"
+            f"activation {activation!r} is not supported (supported: {', '.join(ACTIVATIONS)}); "
+            "use -s accelerate"
         )
     return activation
 
@@ -368,7 +370,8 @@ def _rope(config: Mapping[str, Any]) -> RopeSpec:
     kind = str(given.get("rope_type") or given.get("type") or "default")
     if kind not in ROPE_TYPES or float(given.get("partial_rotary_factor") or 1.0) != 1.0:
         raise UnsupportedModelError(
-            f"rotary embedding {kind!r} is not supported (supported: {', '.join(ROPE_TYPES)}); use -s accelerate"
+            f"rotary embedding {kind!r} is not supported (supported: {', '.join(ROPE_TYPES)}); "
+            "use -s accelerate"
         )
     theta = given.get("rope_theta") or config.get("rope_theta") or 10000.0
     original = given.get("original_max_position_embeddings") or config["max_position_embeddings"]

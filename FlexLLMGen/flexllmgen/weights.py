@@ -1,8 +1,8 @@
 """WeightStore: holds the packed weights on their tiers and brings a stage's streamed part into a slot.
 
-A stage's tensors are views: of the resident bytes where a tensor lies wholly there, of a slot otherwise. What is
-streamed of an image is one run of bytes up to its end, so a load is a few long copies. On the CPU, host memory is
-the compute device's own, and only disk parts are streamed.
+A stage's tensors are views: of the resident bytes where a tensor lies wholly there, of a slot otherwise. What
+is streamed of an image is one run of bytes up to its end, so a load is a few long copies. On the CPU, host
+memory is the compute device's own, and only disk parts are streamed.
 """
 
 import contextlib
@@ -98,7 +98,8 @@ class WeightStore:
         return bool(self._pieces[stage])
 
     def fill(self, checkpoint: Checkpoint) -> None:
-        """Reads all weights from the checkpoint onto their tiers; packs disk parts unless they are there already.
+        """Reads all weights from the checkpoint onto their tiers; packs disk parts unless they are there
+        already.
 
         Raises:
             CheckpointError: if it does not fit the model; OffloadDirError: if the disk is full.
@@ -142,7 +143,8 @@ class WeightStore:
         from_disk = [piece for piece in mine if piece.source == "disk"]
         started: Event | None = None
         if from_disk:
-            # Direct from disk into the slot: it must be free. Through staging: only staging must be, which is so
+            # Direct from disk into the slot: it must be free. Through staging: only staging must be, which is
+            # so
             # once the slot's last load has been copied on.
             needs = after if not self._staging else self._staging_free(slot, part)
 
@@ -202,7 +204,7 @@ class WeightStore:
     # Layout
 
     def _bases(self, stage: int) -> list[tuple[int, int, int]]:
-        """(image, offset its streamed run starts at, slot offset of that) for each image with something to stream."""
+        """(image, where its streamed run starts in it, and in the slot) of each image that is streamed."""
         bases, base = [], 0
         for index in self._plan.stages[stage].images:
             image = self._plan.images[index]

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import TINY, TinyModel, prompts
 
 from flexllmgen.engine import FlexEngine
-from flexllmgen.policy import ON_CPU, ON_DISK, ON_GPU, Placement, Policy
+from flexllmgen.policy import ON_CPU, ON_DISK, Placement, Policy
 from flexllmgen.workload import Workload
-
-from tiny_models import TINY, TinyModel, prompts
 
 SEQUENCES, PROMPT, TOKENS = 6, 9, 6
 MIXED = Placement(gpu=0.3, cpu=0.4, disk=0.3)

@@ -1,8 +1,9 @@
 """HostArena: all host memory of an engine in one mapping, page-locked where copies run from it.
 
-Regions are reserved first and get their memory in one `commit`: huge pages, touched by many threads, registered with
-the driver in groups of regions (a copy must not cross two registrations). On an H200 machine this is ten times as
-fast as asking torch for pinned memory, which also rounds every block up to a power of two.
+Regions are reserved first and get their memory in one `commit`: huge pages, touched by many threads,
+registered with the driver in groups of regions (a copy must not cross two registrations). On an H200 machine
+this is ten times as fast as asking torch for pinned memory, which also rounds every block up to a power of
+two.
 """
 
 import ctypes
@@ -70,7 +71,8 @@ class HostArena:
             mapping = mmap.mmap(-1, self._size)
         except OSError as error:
             raise OutOfMemory(
-                f"cannot map {self._size / GiB:.2f} GiB of host memory ({error.strerror}); lower the cpu shares"
+                f"cannot map {self._size / GiB:.2f} GiB of host memory ({error.strerror}); "
+                "lower the cpu shares"
             ) from error
         if hasattr(mmap, "MADV_HUGEPAGE"):
             mapping.madvise(mmap.MADV_HUGEPAGE)

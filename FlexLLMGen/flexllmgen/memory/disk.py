@@ -1,7 +1,7 @@
 """Direct disk I/O: a file opened past the page cache, read and written in pieces by several threads.
 
-Reads and writes are whole pages from page-aligned memory, which is what O_DIRECT asks for; where a file system does not
-know O_DIRECT, the same calls go through the page cache.
+Reads and writes are whole pages from page-aligned memory, which is what O_DIRECT asks for; where a file
+system does not know O_DIRECT, the same calls go through the page cache.
 """
 
 import ctypes
@@ -46,7 +46,8 @@ class DirectFile:
                 raise _dir_error(path, error, size) from error
 
     def read(self, target: torch.Tensor, offset: int) -> None:
-        """Fills `target`, a flat byte tensor, from `offset`; both page-aligned, the length a whole number of pages.
+        """Fills `target`, a flat byte tensor, from `offset`; both page-aligned, the length a whole number of
+        pages.
 
         Raises:
             OffloadDirError: if the disk fails or the file is too short.

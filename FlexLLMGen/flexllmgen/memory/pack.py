@@ -1,8 +1,8 @@
 """WeightPack: the disk parts of packed layers in the offload directory, kept for the next run.
 
-A folder per model, dtype and layout; a file per layer: its bytes in whole pages, then a page that holds their length
-and checksum. Files appear by renaming, so a file that is there is whole; a lock serialises two processes that pack
-the same model. A file whose checksum does not match is thrown away and packed again.
+A folder per model, dtype and layout; a file per layer: its bytes in whole pages, then a page that holds their
+length and checksum. Files appear by renaming, so a file that is there is whole; a lock serialises two
+processes that pack the same model. A file whose checksum does not match is thrown away and packed again.
 """
 
 import fcntl
@@ -147,4 +147,4 @@ class WeightPack:
 
 
 def _checksum(memory: torch.Tensor, start: int = 0) -> int:
-    return zlib.crc32(memoryview(memory.numpy()), start)
+    return zlib.crc32(memory.numpy().data, start)

@@ -1,9 +1,9 @@
 """TieredBlocks: blocks of bytes that are split over host and disk and pass through slots on the device.
 
-KV cache and activations are such blocks. A block's host part lies in the arena, its disk part in a scratch file;
-a slot is a device buffer with room for both, [host part | disk part]. Knows bytes only: what they mean, and which
-sequences they hold, is the caller's business. With `in_place` the compute device reads the arena itself, so only
-disk parts go through slots.
+KV cache and activations are such blocks. A block's host part lies in the arena, its disk part in a scratch
+file; a slot is a device buffer with room for both, [host part | disk part]. Knows bytes only: what they mean,
+and which sequences they hold, is the caller's business. With `in_place` the compute device reads the arena
+itself, so only disk parts go through slots.
 """
 
 from collections.abc import Sequence
@@ -101,7 +101,7 @@ class TieredBlocks:
         return self._slot_memory[slot][self._slot_cpu : self._slot_cpu + self._sizes[block].disk]
 
     def load(self, block: int, slot: int, cpu_bytes: int, disk_bytes: int) -> Event:
-        """Brings the first bytes of a block's parts into a slot, after the slot's last user and the last store."""
+        """Brings the first bytes of a block's parts into a slot, once it is free and they are stored."""
         busy, stored = self._busy[slot], self._stored[block]
         self._busy[slot] = []
 

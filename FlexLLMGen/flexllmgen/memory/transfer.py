@@ -1,8 +1,9 @@
 """Lanes: ordered queues of copies that run beside the compute, and the events that order them against it.
 
-On an accelerator a lane is a stream; where disk is involved, or without an accelerator, a lane is also a thread, so
-that waiting for the disk does not hold up the main loop. A lane without either runs its work at once: the same
-steps, one after another. An error inside a lane surfaces at whoever waits for the work, never as a hang.
+On an accelerator a lane is a stream; where disk is involved, or without an accelerator, a lane is also a
+thread, so that waiting for the disk does not hold up the main loop. A lane without either runs its work at
+once: the same steps, one after another. An error inside a lane surfaces at whoever waits for the work, never
+as a hang.
 """
 
 import queue
@@ -116,7 +117,7 @@ def mark(device: torch.device) -> Event:
 
 
 PACKET_BYTES = 64 << 20
-"""Copies are cut into pieces of this size: long enough for the link's full rate, short enough to take turns."""
+"""Copies are cut into such pieces: long enough for the link's full rate, short enough to take turns."""
 
 
 def copy_bytes(target: torch.Tensor, source: torch.Tensor) -> int:

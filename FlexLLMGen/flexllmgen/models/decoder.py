@@ -1,7 +1,7 @@
 """One decoder for all families: what differs between them is in ModelSpec and its traits.
 
-Stages work in place on the hidden states of a micro-batch and are given their weights by name. Knows nothing of
-tiers, slots or schedules.
+Stages work in place on the hidden states of a micro-batch and are given their weights by name. Knows nothing
+of tiers, slots or schedules.
 """
 
 # B sequences  T new tokens  R = B * T rows  D model  N query heads  K key heads  H head dim  V vocabulary
@@ -35,10 +35,9 @@ class Span:
 
     Args:
         first: index of the first new position in the cache.
-        prompt: the new positions attend to themselves only; otherwise there is one, and it attends to the cache.
+        prompt: the new positions attend to themselves only; else there is one, and it attends to the cache.
         keep_BT: false on padding of a prompt; None without padding.
         bias_B11S: added to a decode step's scores: minus infinity on padding; None without padding.
-        row: where a decode step writes, as a device tensor, if it must not be baked into a recorded graph.
     """
 
     first: int
@@ -179,7 +178,7 @@ class Decoder:
         return self._activation(gate) * up
 
     def _experts(self, w: Weights, x_RD: torch.Tensor) -> torch.Tensor:
-        """Routes each row to its best experts (Shazeer et al. 2017), each expert working on its rows at once."""
+        """Routes each row to its best experts (Shazeer et al. 2017); each expert takes its rows at once."""
         chosen = self.spec.experts_per_token
         scores = F.linear(x_RD, w["router.weight"]).float().softmax(dim=-1)
         weights, experts = scores.topk(chosen, dim=-1)

@@ -12,7 +12,8 @@ from flexllmgen.spec import RopeSpec
 def inverse_frequencies(rope: RopeSpec, head_dim: int) -> torch.Tensor:
     """Angles per position, [head_dim / 2], scaled as the model was trained.
 
-    `llama3` keeps short wavelengths, divides long ones by `factor` and blends between (Llama 3 herd, section 3.4.2).
+    `llama3` keeps short wavelengths, divides long ones by `factor` and blends between (Llama 3 herd, section
+    3.4.2).
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     frequencies = 1.0 / (rope.theta**exponents)
