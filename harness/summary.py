@@ -17,6 +17,7 @@ from harness.results import RunError, RunResult, Scalar, Timeline
 
 PARAM_LIMIT, TAG_LIMIT, NAME_LIMIT = 6000, 8000, 250
 SAMPLE_INTERVAL_S = 1.0
+MAX_SAMPLES = 3600  # of one series; the UI draws no more, and a store keeps every row
 MEGABYTE = 1e6  # MLflow's own system metrics count decimal megabytes
 
 # Series of a Timeline -> MLflow's name for it, factor, how samples of one second become one.
@@ -288,9 +289,9 @@ def _renamed(row: MetricRow) -> MetricRow:
 
 
 def _seconds(points: Sequence[tuple[float, float]]) -> Iterator[Sequence[tuple[float, float]]]:
-    """Split samples into buckets of a second, or into halves where all of them fit in less than two."""
+    """Split samples into buckets of a second; wider ones for a long run, halves of a very short one."""
     start_s, length_s = points[0][0], points[-1][0] - points[0][0]
-    interval_s = SAMPLE_INTERVAL_S if length_s >= 2 * SAMPLE_INTERVAL_S else max(length_s / 2, 1e-9)
+    interval_s = min(max(SAMPLE_INTERVAL_S, length_s / MAX_SAMPLES), max(length_s / 2, 1e-9))
     buckets: dict[int, list[tuple[float, float]]] = {}
     for time, value in points:
         buckets.setdefault(int((time - start_s) / interval_s), []).append((time, value))

@@ -187,9 +187,9 @@ class Tracker:
             raise UsageError(
                 f"{folder} is still running (pid {result.process.get('pid')}); deliver it when it has ended"
             )
-        files = _files(folder)
-        digest = _digest(folder, files)
         with self._translated():
+            files = _files(folder)
+            digest = _digest(folder, files)
             return self._retried(lambda client: self._deliver(client, folder, result, files, digest, run_id))
 
     def reap(self) -> int:
@@ -227,7 +227,8 @@ class Tracker:
             return 0
         query = f"attributes.status = 'RUNNING' and tags.`harness.host` = '{host}'"
         reaped = 0
-        for run in _pages(client.search_runs, experiment_ids=experiments, filter_string=query):
+        # Listed first: runs that stop matching while they are paged through would shift the pages.
+        for run in list(_pages(client.search_runs, experiment_ids=experiments, filter_string=query)):
             tags = run.data.tags
             process = {
                 "host": host,
@@ -311,11 +312,11 @@ class Tracker:
                 location = self.store.artifact_location
                 tags = {KIND_TAG: KIND, VIEW_TAG: table_view()}
                 return str(client.create_experiment(name, artifact_location=location, tags=tags))
-            except MlflowException as error:
+            except MlflowException:
                 # Another process may have been quicker.
                 found = client.get_experiment_by_name(name)
                 if found is None:
-                    raise error
+                    raise
         if found.lifecycle_stage != "active":
             uri = f"MLFLOW_TRACKING_URI={self.store.shown_uri}"
             restore = f"{uri} mlflow experiments restore --experiment-id {found.experiment_id}"
@@ -400,8 +401,9 @@ class Tracker:
         except Exception as error:
             # MLflow, SQLAlchemy, requests and the artifact stores share no base class.
             log.debug("delivery failed", exc_info=True)
-            reason = shorten(" ".join(str(error).split()) or type(error).__name__, 300)
-            raise DeliveryError(f"MLflow store {self.store.shown_uri}: {reason}") from error
+            # SQLAlchemy appends the whole statement.
+            reason = " ".join(str(error).partition("[SQL:")[0].split()) or type(error).__name__
+            raise DeliveryError(f"MLflow store {self.store.shown_uri}: {shorten(reason, 300)}") from error
 
 
 def run_ui(store: Store, *, port: int, open_browser: bool, announce: Callable[[str], None] = log.info) -> int:
@@ -431,6 +433,7 @@ def run_ui(store: Store, *, port: int, open_browser: bool, announce: Callable[[s
         "--host": "127.0.0.1",
         "--port": str(free),
         "--workers": "1",
+        "--uvicorn-opts": "--log-level warning",
     }
     if store.artifact_location:
         options["--default-artifact-root"] = store.artifact_location
@@ -442,11 +445,14 @@ def run_ui(store: Store, *, port: int, open_browser: bool, announce: Callable[[s
         "--no-serve-artifacts",
         *(word for pair in options.items() for word in pair),
     ]
-    environment = {**_ENVIRONMENT, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **os.environ}
-    # A session of its own, so that one signal ends the server with all its workers.
-    server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "PYTHONWARNINGS": "ignore"}
+    environment = {**_ENVIRONMENT, **quiet, **os.environ}
+    ends = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, signal.default_int_handler) for number in ends]
+    server = None
     try:
+        # A session of its own, so that one signal ends the server with all its workers.
+        server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
         announce(f"MLflow UI at {url} (Ctrl-C ends it), store {store.shown_uri}")
         if open_browser and _answers(free, server):
             webbrowser.open(url)
@@ -454,10 +460,17 @@ def run_ui(store: Store, *, port: int, open_browser: bool, announce: Callable[[s
     except KeyboardInterrupt:
         return 0
     finally:
-        signal.signal(signal.SIGTERM, before)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGTERM)
-        server.wait()
+        if server is not None:
+            _end(server)
+        for number, handler in zip(ends, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _end(server: subprocess.Popen[bytes]) -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(server.pid, number)
+            server.wait(timeout=5)
 
 
 def _free_port(port: int) -> int:
