@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from flexllmgen.errors import UsageError
 from harness.config import cache_dir
@@ -132,11 +133,11 @@ def _quiet_tqdm() -> Iterator[None]:
 
     original = tqdm.tqdm.__init__
 
-    def silent(self: "tqdm.tqdm[object]", *args: object, **options: object) -> None:
-        original(self, *args, **{**options, "disable": True})  # type: ignore[arg-type]
+    def silent(self: Any, *args: Any, **options: Any) -> None:
+        original(self, *args, **{**options, "disable": True})
 
-    tqdm.tqdm.__init__ = silent  # type: ignore[method-assign, assignment]
+    tqdm.tqdm.__init__ = silent
     try:
         yield
     finally:
-        tqdm.tqdm.__init__ = original  # type: ignore[method-assign]
+        tqdm.tqdm.__init__ = original

@@ -73,8 +73,7 @@ def takes_run_options(function: Callable[..., None]) -> Callable[..., None]:
 
 def _parameter(name: str) -> inspect.Parameter:
     field = EvalConfig.model_fields[name]
-    extra = field.json_schema_extra
-    assert isinstance(extra, dict)
+    extra: Any = field.json_schema_extra
     flags: Any = extra["flags"] or ("--" + name.replace("_", "-"),)
     default = field.get_default(call_default_factory=True)
     shown = None if isinstance(default, (bool, list)) or default is None else _home(str(default))

@@ -64,7 +64,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def _option(default: Any, help_text: str, *flags: str, panel: str, metavar: str = "", **checks: Any) -> Any:
-    extra = {"flags": flags, "panel": panel, "metavar": metavar}
+    extra: Any = {"flags": flags, "panel": panel, "metavar": metavar}
     if callable(default):
         return Field(default_factory=default, description=help_text, json_schema_extra=extra, **checks)
     return Field(default, description=help_text, json_schema_extra=extra, **checks)

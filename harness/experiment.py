@@ -358,7 +358,8 @@ class _Run:
         return params
 
     def _finish(self, sampler: Sampler, status: RunStatus, error: RunError | None) -> None:
-        metrics, spread = dict(self.once), {}
+        metrics = dict(self.once)
+        spread: dict[str, float] = {}
         if self.repeats:
             medians, spread = median_and_spread([repeat.metrics for repeat in self.repeats])
             metrics.update(medians)

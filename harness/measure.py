@@ -102,7 +102,7 @@ def run_pass(
     gen_tokens: int,
     *,
     into: Pass | None = None,
-    on_column: Callable[[int], None] = lambda tokens: None,
+    on_column: Callable[[int], None] | None = None,
     clock: Clock = time.perf_counter,
 ) -> Pass:
     """Send every batch through the engine, timing each column.
@@ -123,7 +123,8 @@ def run_pass(
             for column_B in engine.generate(batch.ids_BT, batch.mask_BT, gen_tokens):
                 arrived.append(clock())
                 columns.append(column_B)
-                on_column(batch.size)
+                if on_column is not None:
+                    on_column(batch.size)
         except BaseException:
             if arrived:
                 measured.add(batch, started, arrived, columns)

@@ -72,7 +72,7 @@ class Worker:
                 self.process.kill()
                 self.process.wait()
 
-    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+    def _on_signal(self, _signum: int, _frame: FrameType | None) -> None:
         if self.interrupted:
             self.process.kill()
         else:

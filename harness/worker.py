@@ -42,7 +42,7 @@ def main() -> int:
         return 1
 
 
-def _interrupt(signum: int, frame: FrameType | None) -> None:
+def _interrupt(_signum: int, _frame: FrameType | None) -> None:
     # Once is enough: a second signal must not cut short the writing of what was measured.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -77,7 +77,7 @@ def meta_model(source: ModelSource, dtype: str, attn_implementation: str) -> Pre
         raise UsageError(f"model {source.name}: {str(error).splitlines()[0]}") from error
     model.tie_weights()
     model.eval()
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,7 +186,7 @@ def load_pretrained(
         raise CheckpointError(f"model {source.name}: the checkpoint lacks {len(missing)} tensors: {named}")
     _move_disk_weights(model, folder)
     model.eval()
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def load_random(
