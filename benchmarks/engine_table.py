@@ -1,0 +1,83 @@
+"""Runs a set of measurements one after another, each in its own process with a time-out, and prints a table.
+
+python benchmarks/engine_table.py --set final --out results.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+CASE = Path(__file__).with_name("engine_case.py")
+
+# name -> (seconds allowed, arguments)
+FIRST = {
+    "links": (60, "links"),
+    "stream-30b": (120, "ours --model opt-30b --batch 8 --kv-gpu 1 --steps 6 --trace {out}/trace-30b.json"),
+    "kv-host-30b": (150, "ours --model opt-30b --batch 24 --batches 3 --steps 8"),
+    "kv-host-6.7b": (80, "ours --model opt-6.7b --gpu-gib 8 --batch 32 --batches 6 --steps 8"),
+    "llama-8b": (60, "ours --model Meta-Llama-3-8B --gpu-gib 8 --batch 64 --steps 16"),
+    "all-gpu-6.7b": (
+        40,
+        "ours --model opt-6.7b --batch 2 --weights-gpu 1 --kv-gpu 1 --trace {out}/trace-all.json",
+    ),
+    "all-gpu-6.7b-hf": (50, "accelerate --model opt-6.7b --gpu-gib 20 --weights-gib 20 --batch 2"),
+    "disk-6.7b": (
+        70,
+        "ours --model opt-6.7b --batch 8 --weights-gpu 0 --weights-disk 1 --kv-gpu 1 --steps 4",
+    ),
+}
+SETS = {"first": FIRST}
+
+
+def run(name: str, seconds: int, arguments: str, out: Path) -> dict[str, object]:
+    start = time.time()
+    command = [sys.executable, str(CASE), *arguments.format(out=out).split()]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        stdout, stderr = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        return {"name": name, "error": f"over {seconds} s"}
+    lines = [line for line in stdout.splitlines() if line.startswith("{")]
+    if process.returncode or not lines:
+        return {"name": name, "error": " | ".join(stderr.strip().splitlines()[-6:])[-1500:]}
+    return {"name": name, **json.loads(lines[-1]), "wall_s": round(time.time() - start, 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--set", choices=SETS, default="first")
+    parser.add_argument("--only", default="", help="comma-separated names")
+    parser.add_argument("--out", default="results.json")
+    args = parser.parse_args()
+    out = Path(args.out)
+    results = []
+    for name, (seconds, arguments) in SETS[args.set].items():
+        if args.only and name not in args.only.split(","):
+            continue
+        results.append(run(name, seconds, arguments, out.parent))
+        print(json.dumps(results[-1]), flush=True)
+        out.write_text(json.dumps(results, indent=1))
+    print(
+        f"{'name':20} {'seqs':>5} {'load':>6} {'prefill':>8} {'step':>8} {'tok/s':>8} {'h2d':>6} {'peak':>6}"
+    )
+    for each in results:
+        row = [each.get(key, "") for key in ("sequences", "load_s", "prefill_s", "decode_step_s", "tok_s")]
+        row += [each.get("h2d_decode_gb_s", ""), each.get("peak_reserved_gib", "")]
+        widths = (5, 6, 8, 8, 8, 6, 6)
+        cells = " ".join(f"{value!s:>{width}}" for value, width in zip(row, widths, strict=True))
+        print(f"{each['name']:20} {cells} {'ERROR' if 'error' in each else ''}")
+
+
+if __name__ == "__main__":
+    main()
