@@ -187,7 +187,8 @@ class Tracker:
             raise UsageError(
                 f"{folder} is still running (pid {result.process.get('pid')}); deliver it when it has ended"
             )
-        with self._translated():
+        # Alone with the folder, lest two who deliver it at once make two runs of it.
+        with self._translated(), _alone(folder):
             files = _files(folder)
             digest = _digest(folder, files)
             return self._retried(lambda client: self._deliver(client, folder, result, files, digest, run_id))
@@ -573,26 +574,31 @@ def _probe_sqlite(path: Path) -> None:
             raise DeliveryError(f"MLflow store {path}: {error}; {way_out}") from error
 
 
-@contextlib.contextmanager
-def _first_use(path: Path | None) -> Iterator[None]:
+def _first_use(path: Path | None) -> contextlib.AbstractContextManager[None]:
     """Let one process at a time open a sqlite store: the first creates its tables, and two cannot."""
     if path is None:
-        yield
-        return
+        return contextlib.nullcontext()
+    return _alone(path.parent / f".{path.name}.lock", os.O_RDWR | os.O_CREAT)
+
+
+@contextlib.contextmanager
+def _alone(path: Path, flags: int = os.O_RDONLY) -> Iterator[None]:
+    """Hold the lock on `path`, a file or a folder, that other processes respect; dying releases it."""
     deadline = time.monotonic() + LOCK_TIMEOUT_S
-    with (path.parent / f".{path.name}.lock").open("w") as file:
+    handle = os.open(path, flags, 0o644)
+    try:
         while True:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise DeliveryError(
-                        f"MLflow store {path} is being set up by another process for {LOCK_TIMEOUT_S:.0f} s; "
-                        "end that process or name another store with --tracking-uri"
-                    ) from None
+                    words = f"another process holds {path} for {LOCK_TIMEOUT_S:.0f} s; end it and try again"
+                    raise DeliveryError(words) from None
                 time.sleep(0.05)
-        yield  # closing the file releases the lock
+        yield
+    finally:
+        os.close(handle)
 
 
 def _ending(result: RunResult) -> tuple[RunStatus, RunError | None]:

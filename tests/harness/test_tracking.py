@@ -1,8 +1,10 @@
 """Delivery to real MLflow stores: whole, once, quickly given up, and from any state a run can end in."""
 
+import contextlib
 import json
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import textwrap
@@ -565,19 +567,23 @@ def test_silent_server_costs_little(tmp_path: Path, silent_port: int) -> None:
     assert not (folder / ".delivered.json").exists()
 
 
-def test_two_processes_create_the_store_at_once(tmp_path: Path) -> None:
+DELIVER = """
+import sys
+from pathlib import Path
+from harness.tracking import Tracker, resolve_store
+base, folder = map(Path, sys.argv[1:])
+Tracker(resolve_store(None, base)).deliver(folder)
+"""
+
+
+@pytest.mark.parametrize("names", [("one", "two"), ("same", "same")])
+def test_two_processes_create_the_store_at_once(tmp_path: Path, names: tuple[str, str]) -> None:
     """Both find no database and no experiment, both deliver, and neither says a word."""
-    folders = [make_folder(tmp_path, make_result(run_uuid=name)) for name in ("one", "two")]
-    code = textwrap.dedent("""
-        import sys
-        from pathlib import Path
-        from harness.tracking import Tracker, resolve_store
-        base, folder = map(Path, sys.argv[1:])
-        Tracker(resolve_store(None, base)).deliver(folder)
-    """)
-    commands = [[sys.executable, "-c", code, str(tmp_path), str(folder)] for folder in folders]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    children = [subprocess.Popen(command, **pipes) for command in commands]  # type: ignore[call-overload]
+    folders = [make_folder(tmp_path, make_result(run_uuid=name)) for name in names]
+    commands = [[sys.executable, "-c", DELIVER, str(tmp_path), str(folder)] for folder in folders]
+    children = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for command in commands
+    ]
     assert [child.communicate()[0] for child in children] == [b"", b""]
     assert [child.returncode for child in children] == [0, 0]
 
@@ -585,7 +591,19 @@ def test_two_processes_create_the_store_at_once(tmp_path: Path) -> None:
 
     client = MlflowClient(tracking_uri=resolve_store(None, tmp_path).tracking_uri)
     assert {one.name for one in client.search_experiments()} == {"offload-eval", "Default"}
-    assert [run[1] for run in everything(client).values()] == ["FINISHED", "FINISHED"]
+    assert [run[1] for run in everything(client).values()] == ["FINISHED"] * len(set(names))
+
+
+def test_database_that_cannot_be_written_is_one_line(tracker: Tracker, store: Store, tmp_path: Path) -> None:
+    tracker.open_run(make_result())
+    assert store.sqlite_path is not None
+    with contextlib.closing(sqlite3.connect(store.sqlite_path)) as file:
+        file.execute("drop table params")
+    with pytest.raises(DeliveryError) as caught:
+        tracker.deliver(make_folder(tmp_path / "results"))
+    assert "params" in str(caught.value)
+    assert "SQL:" not in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 # The UI
