@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ByteSize,
@@ -49,6 +50,8 @@ def parse_size(value: Any) -> int:
     Raises:
         ValueError: not a size, or not more than zero.
     """
+    if isinstance(value, bool):
+        raise ValueError("not a size; write it like 16GiB or 800MB")
     try:
         size = int(TypeAdapter(ByteSize).validate_python(value))
     except ValidationError:
@@ -58,8 +61,23 @@ def parse_size(value: Any) -> int:
     return size
 
 
+def _whole_number(value: Any) -> Any:
+    """Refuse what pydantic would take for 0 and 1."""
+    if isinstance(value, bool):
+        raise ValueError("Input should be a whole number")
+    return value
+
+
+def _expand_home(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise ValueError("there is no such home folder") from None
+
+
 Size = Annotated[int, BeforeValidator(parse_size)]
-PathText = Annotated[Path, PlainSerializer(str)]
+Count = Annotated[int, BeforeValidator(_whole_number)]
+PathText = Annotated[Path, AfterValidator(_expand_home), PlainSerializer(str)]
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -116,7 +134,7 @@ class EvalConfig(BaseModel):
         "-d",
         panel=_PROMPTS,
     )
-    num_prompts: int = _option(8, "How many prompts to run.", "--num-prompts", "-n", panel=_PROMPTS, ge=1)
+    num_prompts: Count = _option(8, "How many prompts to run.", "--num-prompts", "-n", panel=_PROMPTS, ge=1)
     prompt_mode: Literal["pad", "fill"] = _option(
         "pad",
         "pad: a prompt a row, cut and left-padded to --input-len; fill: prompts joined until the row is full.",
@@ -130,9 +148,9 @@ class EvalConfig(BaseModel):
         "Wrap prompts in the model's chat template; auto: for chat and instruction data.",
         panel=_PROMPTS,
     )
-    input_len: int = _option(128, "Tokens of each prompt row.", panel=_PROMPTS, ge=1)
-    gen_len: int = _option(32, "Tokens to generate for each prompt, exactly.", panel=_PROMPTS, ge=1)
-    batch_size: int = _option(1, "Prompts run together.", "--batch-size", "-b", panel=_PROMPTS, ge=1)
+    input_len: Count = _option(128, "Tokens of each prompt row.", panel=_PROMPTS, ge=1)
+    gen_len: Count = _option(32, "Tokens to generate for each prompt, exactly.", panel=_PROMPTS, ge=1)
+    batch_size: Count = _option(1, "Prompts run together.", "--batch-size", "-b", panel=_PROMPTS, ge=1)
 
     device: Literal["auto", "cuda", "cpu"] = _option("auto", "Where to compute.", panel=_MACHINE)
     gpu_mem: Size | None = _option(
@@ -151,11 +169,15 @@ class EvalConfig(BaseModel):
         lambda: cache_dir() / "offload", "Folder for what goes to disk.", panel=_MACHINE, metavar="DIR"
     )
 
-    warmup: int = _option(
+    warmup: Count = _option(
         1, "Untimed passes over the first batch; the first is logged as the cold run.", panel=_MEASURE, ge=0
     )
-    repeats: int = _option(3, "Timed passes over all prompts; the median is reported.", panel=_MEASURE, ge=1)
-    seed: int = _option(0, "Chooses the prompts and draws random weights.", panel=_MEASURE, ge=0)
+    repeats: Count = _option(
+        3, "Timed passes over all prompts; the median is reported.", panel=_MEASURE, ge=1
+    )
+    seed: Count = _option(
+        0, "Chooses the prompts and draws random weights.", panel=_MEASURE, ge=0, le=2**32 - 1
+    )
 
     experiment: str = _option("offload-eval", "MLflow experiment.", panel=_RECORD, min_length=1)
     run_name: str | None = _option(
@@ -305,7 +327,9 @@ def resolve(
 
 def unknown_variables(environ: Mapping[str, str], strategy_keys: list[str]) -> list[str]:
     """HARNESS_* variables that mean nothing here, for a warning."""
-    known = {ENV_PREFIX + key.upper() for key in [*EvalConfig.model_fields, *strategy_keys, "cache_dir"]}
+    known = {
+        ENV_PREFIX + key.upper() for key in [*EvalConfig.model_fields, *strategy_keys, "cache_dir", "config"]
+    }
     return sorted(name for name in environ if name.startswith(ENV_PREFIX) and name not in known)
 
 

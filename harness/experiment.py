@@ -9,13 +9,14 @@ import logging
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from flexllmgen.errors import OffloadDirError, OffloadError, OutOfMemory, UsageError
+from flexllmgen.spec import ModelSpec
 from flexllmgen.workload import Workload
-from harness.config import EvalConfig
+from harness.config import EvalConfig, cache_dir
 from harness.job import EventWriter, Job
 from harness.measure import (
     Batch,
@@ -41,6 +42,7 @@ from harness.results import (
     write_text,
 )
 from profiling.hardware import HardwareProfile, available_memory_bytes, read_hardware
+from profiling.rates import Rates, measured_rates
 from profiling.sampler import Sampler, device_peaks, energy_joules, peak_rss_bytes
 from strategies.base import Engine, Machine, ModelSource, Placed, Plan, PlanRequest, Strategy
 from strategies.registry import find_strategy
@@ -146,8 +148,11 @@ def _prepare(job: Job, events: EventWriter) -> _Prepared:
         dtype=choose_dtype(config.dtype, source, machine.device),
         machine=machine,
         seed=config.seed,
+        spec=known_spec(source),
     )
+    hardware = read_hardware(config.offload_dir)
     started = time.perf_counter()
+    request = replace(request, rates=_rates(request, hardware) if request.spec is not None else None)
     plan = strategy.plan(request)
     plan_s = time.perf_counter() - started
     if config.warmup == 0:
@@ -158,7 +163,7 @@ def _prepare(job: Job, events: EventWriter) -> _Prepared:
         plan_s=plan_s,
         prompts=prompts,
         tokenizer=tokenizer,
-        hardware=read_hardware(config.offload_dir),
+        hardware=hardware,
         warnings=[*warnings, *prompts.warnings, *plan.warnings],
     )
 
@@ -187,7 +192,10 @@ class _Run:
         handler.setFormatter(logging.Formatter(LOG_FORMAT))
         logging.getLogger().addHandler(handler)
         write_json(self.folder / "plan.json", self.prepared.plan.as_dict())
-        write_json(self.folder / "hardware_profile.json", self.prepared.hardware.as_dict())
+        hardware = self.prepared.hardware.as_dict()
+        if self.prepared.plan.request.rates is not None:
+            hardware["rates"] = self.prepared.plan.request.rates.as_dict()
+        write_json(self.folder / "hardware_profile.json", hardware)
         write_text(self.folder / "environment.txt", environment_freeze())
         if diff := git_diff(Path.cwd()):
             write_text(self.folder / "git.diff", diff)
@@ -365,6 +373,7 @@ class _Run:
             metrics.update(medians)
             metrics["repeats"] = float(len(self.repeats))
         metrics["peak_rss_bytes"] = float(peak_rss_bytes())
+        metrics.update(compare_with_plan(self.prepared.plan, metrics.get("generation_tok_s")))
         plan = {**self.result.plan, **self._read_back()}
         write_json(self.folder / "plan.json", plan)
         timeline = Timeline.model_validate(asdict(sampler.samples()))
@@ -485,6 +494,46 @@ def vocab_size(source: ModelSource) -> int:
     """Size of the model's vocabulary, by its config."""
     text = source.config.get("text_config") or source.config
     return int(text["vocab_size"])
+
+
+def compare_with_plan(plan: Plan, measured_tok_s: float | None) -> dict[str, float]:
+    """The three numbers side by side: predicted, measured, limit, and how they relate.
+
+    `prediction_error` is predicted / measured - 1, `attainment` measured / limit.
+    """
+    metrics: dict[str, float] = {}
+    steps = plan.request.workload.gen_tokens - 1
+    batches = -(-plan.request.workload.num_sequences // plan.batch_size)
+    for name, estimate in (("predicted", plan.predicted), ("limit", plan.limit)):
+        if estimate is not None:
+            metrics[f"{name}_tok_s"] = estimate.generation_tok_s
+            metrics[f"{name}_ttft_s"] = estimate.prefill_s / batches
+            if steps:
+                metrics[f"{name}_tpot_s"] = estimate.decode_s / batches / steps
+    if measured_tok_s and plan.predicted is not None:
+        metrics["prediction_error"] = plan.predicted.generation_tok_s / measured_tok_s - 1
+    if measured_tok_s and plan.limit is not None:
+        metrics["attainment"] = measured_tok_s / plan.limit.generation_tok_s
+    return metrics
+
+
+def known_spec(source: ModelSource) -> ModelSpec | None:
+    """The model's dimensions, or None for an architecture that nothing can be predicted for."""
+    try:
+        return ModelSpec.from_hf_config(source.config, source.name)
+    except OffloadError as error:
+        log.info("no prediction and no limit: %s", error)
+        return None
+
+
+def _rates(request: PlanRequest, hardware: HardwareProfile) -> Rates:
+    return measured_rates(
+        hardware,
+        device=request.machine.device,
+        dtype=request.dtype,
+        offload_dir=request.machine.offload_dir,
+        cache=cache_dir() / "profiles",
+    )
 
 
 def short_name(model: str) -> str:

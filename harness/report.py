@@ -29,6 +29,8 @@ from harness.results import RunResult, RunStatus
 # The rows of the result table: title, metric, how it reads.
 _ROWS: tuple[tuple[str, str, str], ...] = (
     ("generation throughput", "generation_tok_s", "tok/s"),
+    ("  predicted", "predicted_tok_s", "tok/s"),
+    ("  physical limit", "limit_tok_s", "tok/s"),
     ("prefill throughput", "prefill_tok_s", "tok/s"),
     ("decode throughput", "decode_tok_s", "tok/s"),
     ("time to first token (TTFT)", "ttft_s", "ms"),
@@ -104,6 +106,13 @@ class Report:
             f"{plan['gen_tokens']} tokens each",
             f"  weights {_tiers(weights)}; KV cache {_tiers(kv)} a batch; workspace {gib(plan['workspace_bytes'])}",
         ]
+        predicted, limit = plan.get("predicted"), plan.get("limit")
+        if predicted and limit:
+            lines.append(
+                f"  predicted {predicted['generation_tok_s']:,.1f} tok/s; physical limit "
+                f"{limit['generation_tok_s']:,.1f} tok/s (prefill bound by {limit['prefill_bound']}, "
+                f"decode by {limit['decode_bound']})"
+            )
         console = self.out if to_stdout else self.err
         for line in lines:
             console.print(line, markup=False)

@@ -17,7 +17,10 @@ import torch
 
 from flexllmgen.errors import OutOfMemory, PlanInfeasible, UsageError
 from flexllmgen.units import gib
+from profiling.cost_model import Traffic, physical_limit
+from profiling.hardware import available_memory_bytes
 from strategies.accelerate_config import Config
+from strategies.accelerate_cost import predict
 from strategies.accelerate_engine import AccelerateEngine
 from strategies.accelerate_load import WeightSizes, load_pretrained, load_random, meta_model
 from strategies.base import Plan, PlanRequest
@@ -82,8 +85,36 @@ class AccelerateStrategy:
         tier = "gpu" if machine.device == "cuda" else "cpu"
         kv_tiers = {"gpu": 0, "cpu": 0, "disk": 0}
         kv_tiers["cpu" if kv_offload else tier] = kv_bytes
+        page_cached = 0 < weight_bytes["disk"] < available_memory_bytes() // 2
+        if page_cached:
+            warnings.append(
+                f"{gib(weight_bytes['disk'])} of weights on disk fit this machine's page cache, through which accelerate "
+                "reads: after the first pass they come from memory, whatever --cpu-mem says"
+            )
+        predicted = limit = None
+        # Quantised weights have rates of their own, which nothing here has measured.
+        if request.spec is not None and request.rates is not None and config.quantize == "none":
+            predicted = predict(
+                request.spec,
+                model.config,
+                request,
+                weight_bytes,
+                kv_offload=kv_offload,
+                page_cached=page_cached,
+                rates=request.rates,
+            )
+            traffic = Traffic(
+                batch_size=request.batch_size,
+                weight_bytes=weight_bytes,
+                kv_shares={place: kv / kv_bytes for place, kv in kv_tiers.items()},
+                dtype_bytes=_itemsize(request.dtype),
+                page_cached=page_cached,
+            )
+            limit = physical_limit(request.spec, request.workload, traffic, request.rates)
         return Plan(
             request=request,
+            predicted=predicted,
+            limit=limit,
             strategy=self.name,
             batch_size=request.batch_size,
             weight_bytes=weight_bytes,

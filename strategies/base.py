@@ -7,14 +7,18 @@ Knows nothing of prompts' text, of clocks, or of how a run is recorded.
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from flexllmgen.workload import Workload
+from profiling.cost_model import CostEstimate
 
 if TYPE_CHECKING:
     import torch
+
+    from flexllmgen.spec import ModelSpec
+    from profiling.rates import Rates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +58,10 @@ class Machine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanRequest:
-    """Everything a strategy may look at to plan a run."""
+    """Everything a strategy may look at to plan a run.
+
+    `spec` is None for an architecture whose dimensions we do not know; nothing can be predicted then.
+    """
 
     model: ModelSource
     workload: Workload
@@ -62,6 +69,8 @@ class PlanRequest:
     dtype: str
     machine: Machine
     seed: int
+    spec: "ModelSpec | None" = None
+    rates: "Rates | None" = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +83,8 @@ class Plan:
         kv_bytes: planned bytes of KV cache by tier, at full context, of one batch.
         workspace_bytes: bytes for activations and buffers on the compute device.
         details: what only this strategy has (a device map, a policy), JSON-ready.
+        predicted: what the strategy's own model of itself says the run will take.
+        limit: what the machine's measured rates allow at best for this plan.
     """
 
     request: PlanRequest
@@ -83,6 +94,8 @@ class Plan:
     kv_bytes: Mapping[str, int]
     workspace_bytes: int
     details: Mapping[str, Any] = field(default_factory=dict)
+    predicted: CostEstimate | None = None
+    limit: CostEstimate | None = None
     warnings: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
@@ -103,6 +116,8 @@ class Plan:
             "weight_bytes": dict(self.weight_bytes),
             "kv_bytes": dict(self.kv_bytes),
             "workspace_bytes": self.workspace_bytes,
+            "predicted": None if self.predicted is None else asdict(self.predicted),
+            "limit": None if self.limit is None else asdict(self.limit),
             **self.details,
         }
 

@@ -1,0 +1,156 @@
+"""What strategy `accelerate` should take: the prediction that every run is held against.
+
+accelerate overlaps nothing: a module is fetched, then runs. So the times add up, where the physical
+limit takes the largest. The parts are measured here on this machine, in about a second: linear layers at the
+rows of prefill and of decode, and what a layer of this architecture costs beside its arithmetic
+(Python, hooks, launches), found with a model too small to compute anything.
+"""
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from flexllmgen.spec import ModelSpec
+from profiling.cost_model import CostEstimate
+from profiling.rates import Rates
+from strategies.base import PlanRequest
+
+_ROTATED_BYTES = 256 << 20
+_TRIALS = 5
+
+
+def predict(
+    spec: ModelSpec,
+    config: Any,
+    request: PlanRequest,
+    weight_bytes: Mapping[str, int],
+    *,
+    kv_offload: bool,
+    page_cached: bool,
+    rates: Rates,
+) -> CostEstimate:
+    """Predicted seconds for the whole workload, each batch after the other."""
+    workload, device = request.workload, request.machine.device
+    size = int(getattr(torch, request.dtype).itemsize)
+    compute_bytes = sum(weight_bytes.values()) * spec.active_parameters / spec.num_parameters
+    fetch_s = _fetch_seconds(weight_bytes, device, rates, page_cached=page_cached)
+    overhead_s = spec.num_layers * layer_overhead_s(config, device)
+    prefill_s = decode_s = 0.0
+    remaining = workload.num_sequences
+    speeds: dict[int, tuple[float, float]] = {}
+    while remaining > 0:
+        batch = min(request.batch_size, remaining)
+        remaining -= batch
+        if batch not in speeds:
+            speeds[batch] = (
+                linear_bytes_per_s(spec, request.dtype, device, rows=batch * workload.prompt_tokens),
+                linear_bytes_per_s(spec, request.dtype, device, rows=batch),
+            )
+        prefill_rate, decode_rate = speeds[batch]
+        prefill_s += compute_bytes / prefill_rate + fetch_s + overhead_s
+        steps = workload.gen_tokens - 1
+        kv = batch * spec.kv_bytes(workload.prompt_tokens + steps // 2, size)
+        # transformers concatenates the cache at each step: it is read, written and read again.
+        kv_s = 3 * kv / rates.device_bytes_per_s
+        if kv_offload and rates.h2d_pageable_bytes_per_s:
+            kv_s += 2 * kv / rates.h2d_pageable_bytes_per_s
+        decode_s += steps * (compute_bytes / decode_rate + fetch_s + overhead_s + kv_s)
+    parts = {"compute": compute_bytes / decode_rate, "fetching weights": fetch_s, "overhead": overhead_s}
+    bound = max(parts, key=lambda name: parts[name])
+    return CostEstimate(
+        prefill_s=prefill_s,
+        decode_s=decode_s,
+        generation_tok_s=workload.output_tokens / (prefill_s + decode_s),
+        prefill_bound="fetching weights" if fetch_s > compute_bytes / prefill_rate else "compute",
+        decode_bound=bound,
+    )
+
+
+def _fetch_seconds(weight_bytes: Mapping[str, int], device: str, rates: Rates, *, page_cached: bool) -> float:
+    """Seconds to bring in all offloaded weights once."""
+    disk, host = weight_bytes.get("disk", 0), weight_bytes.get("cpu", 0)
+    seconds = disk / (rates.cached_file_bytes_per_s if page_cached else rates.disk_read_bytes_per_s)
+    if device == "cuda" and rates.h2d_pageable_bytes_per_s:
+        seconds += (disk + host) / rates.h2d_pageable_bytes_per_s
+    return seconds
+
+
+def linear_bytes_per_s(spec: ModelSpec, dtype: str, device: str, *, rows: int) -> float:
+    """How many weight bytes a second linear layers of this width get through, with `rows` input rows.
+
+    Goes round several matrices, together larger than any cache, as a model's layers do.
+    """
+    kind = getattr(torch, dtype)
+    out_size = spec.intermediate_size
+    count = max(2, _ROTATED_BYTES // (spec.hidden_size * out_size * kind.itemsize))
+    count = min(count, 64)
+    weights = [torch.randn(out_size, spec.hidden_size, device=device).to(kind) for _ in range(count)]
+    x = torch.randn(rows, spec.hidden_size, device=device).to(kind)
+    # Many rows take long: a few matrices are then enough, for arithmetic and not memory sets the pace.
+    used = weights if rows <= 64 else weights[:4]
+
+    def run() -> None:
+        for weight in used:
+            torch.nn.functional.linear(x, weight)
+
+    return len(used) * used[0].nbytes / _median_s(run, device)
+
+
+def layer_overhead_s(config: Any, device: str) -> float:
+    """Seconds a decoder layer takes in a decode step beside its arithmetic.
+
+    The difference between tiny models of six and two layers of the same architecture.
+    """
+    return max(0.0, (_tiny_step_s(config, 6, device) - _tiny_step_s(config, 2, device)) / 4)
+
+
+def _tiny_step_s(config: Any, layers: int, device: str) -> float:
+    tiny = copy.deepcopy(config)
+    text = tiny.get_text_config()
+    heads = 2
+    small = {
+        "num_hidden_layers": layers,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "moe_intermediate_size": 32,
+        "ffn_dim": 32,
+        "word_embed_proj_dim": 32,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "head_dim": 16,
+        "vocab_size": 64,
+        "pad_token_id": 0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    for name, value in small.items():
+        if hasattr(text, name):
+            setattr(text, name, value)
+    if kinds := getattr(text, "layer_types", None):
+        text.layer_types = list(kinds)[:layers]
+    model = AutoModelForCausalLM.from_config(tiny).to(device).eval()
+    ids = torch.ones(1, 4, dtype=torch.long, device=device)
+    with torch.inference_mode():
+        cache = model(ids, use_cache=True).past_key_values
+
+        def run() -> None:
+            model(ids[:, :1], past_key_values=cache, use_cache=True)
+
+        return _median_s(run, device)
+
+
+def _median_s(action: Callable[[], object], device: str) -> float:
+    times = []
+    for _ in range(_TRIALS + 1):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        action()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return sorted(times[1:])[_TRIALS // 2]
