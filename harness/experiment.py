@@ -320,6 +320,7 @@ class _Run:
         self.placed = placed = engine.placed()
         self.once["pinned_bytes"] = float(placed.pinned_bytes)
         self.once["offload_disk_bytes"] = float(placed.offload_files_bytes)
+        self.once.update({name: float(count) for name, count in placed.counters.items()})
         for tier, num_bytes in placed.weight_bytes.items():
             self.once[f"weight_bytes_{tier}"] = float(num_bytes)
 

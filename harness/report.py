@@ -42,11 +42,15 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ("peak host memory (RSS)", "peak_rss_bytes", "bytes"),
     ("peak GPU memory allocated", "peak_device_allocated_bytes", "bytes"),
     ("peak GPU memory reserved", "peak_device_reserved_bytes", "bytes"),
-    ("weights on GPU", "weight_bytes_gpu", "bytes"),
+    ("weights on the {device}", "weight_bytes_gpu", "bytes"),
     ("weights in host memory", "weight_bytes_cpu", "bytes"),
     ("weights on disk", "weight_bytes_disk", "bytes"),
     ("energy, timed passes", "energy_j", "J"),
 )
+
+
+# Without a GPU, the tier `gpu` of a plan is memory of the device that computes.
+_DEVICE_NAMES = {"cuda": "GPU", "cpu": "compute device"}
 
 
 class Report:
@@ -99,12 +103,13 @@ class Report:
         """What is going to happen, before a weight is loaded."""
         if self.quiet and not to_stdout:
             return
-        weights, kv = plan["weight_bytes"], plan["kv_bytes"]
+        device = _DEVICE_NAMES[plan["device"]]
+        weights, kv = _tiers(plan["weight_bytes"], device), _tiers(plan["kv_bytes"], device)
         lines = [
             f"plan: {plan['strategy']}, {plan['model']}, {plan['dtype']} on {plan['device']} ({hardware})",
             f"  {plan['num_sequences']} prompts x {plan['prompt_tokens']} tokens in batches of {plan['batch_size']}, "
             f"{plan['gen_tokens']} tokens each",
-            f"  weights {_tiers(weights)}; KV cache {_tiers(kv)} a batch; workspace {gib(plan['workspace_bytes'])}",
+            f"  weights {weights}; KV cache {kv} a batch; workspace {gib(plan['workspace_bytes'])}",
         ]
         predicted, limit = plan.get("predicted"), plan.get("limit")
         if predicted and limit:
@@ -176,6 +181,7 @@ class Report:
             if value is None or (value == 0 and name.startswith("weight_bytes")):
                 continue
             spread = result.spread.get(name)
+            label = label.format(device=_DEVICE_NAMES.get(str(result.params.get("device")), "GPU"))
             table.add_row(label, _reading(value, unit), "" if spread is None else f"{spread:.1%}")
         self.out.print(table)
         self.out.print(f"record  {_shown(folder)}", markup=False)
@@ -191,8 +197,8 @@ def _reading(value: float, unit: str) -> str:
     return f"{value:,.2f} {unit}"
 
 
-def _tiers(sizes: Mapping[str, int]) -> str:
-    names = {"gpu": "GPU", "cpu": "host", "disk": "disk"}
+def _tiers(sizes: Mapping[str, int], device: str) -> str:
+    names = {"gpu": device, "cpu": "host", "disk": "disk"}
     return " + ".join(f"{gib(size)} {names[tier]}" for tier, size in sizes.items() if size) or "none"
 
 

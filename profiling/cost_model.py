@@ -80,6 +80,57 @@ def physical_limit(spec: "ModelSpec", workload: Workload, traffic: Traffic, rate
     )
 
 
+def overlapped_cost(
+    spec: "ModelSpec",
+    workload: Workload,
+    traffic: Traffic,
+    rates: "Rates",
+    *,
+    micro_batch_size: int,
+    device: str,
+    dtype: str,
+    overlap: bool,
+) -> CostEstimate:
+    """What an engine that copies while it computes should take: the prediction.
+
+    Unlike the limit it computes at the rate measured for linear layers of these shapes and reads the weights
+    once for each micro-batch; transfers still hide behind compute, or add to it where `overlap` is off.
+    """
+    from profiling.compute import linear_bytes_per_s
+
+    prefill_s = decode_s = 0.0
+    prefill_bounds: dict[str, float] = {}
+    decode_bounds: dict[str, float] = {}
+    weights = sum(traffic.weight_bytes.values()) * spec.active_parameters / spec.num_parameters
+    together = max if overlap else sum
+    prefill_rate = linear_bytes_per_s(spec, dtype, device, rows=micro_batch_size * workload.prompt_tokens)
+    decode_rate = linear_bytes_per_s(spec, dtype, device, rows=micro_batch_size)
+    remaining = workload.num_sequences
+    while remaining > 0:
+        block = min(traffic.batch_size, remaining)
+        remaining -= block
+        micro_batches = block / micro_batch_size
+        times = _phase_times(spec, traffic, rates, block, new_tokens=workload.prompt_tokens, cached=0)
+        times["compute"] = micro_batches * weights / prefill_rate
+        prefill_s += together(times.values())
+        _add(prefill_bounds, times)
+        steps = workload.gen_tokens - 1
+        if steps:
+            middle = workload.prompt_tokens + steps // 2
+            times = _phase_times(spec, traffic, rates, block, new_tokens=1, cached=middle)
+            kv_bytes = block * spec.kv_bytes(middle, traffic.dtype_bytes)
+            times["compute"] = micro_batches * weights / decode_rate + kv_bytes / rates.device_bytes_per_s
+            decode_s += steps * together(times.values())
+            _add(decode_bounds, times)
+    return CostEstimate(
+        prefill_s=prefill_s,
+        decode_s=decode_s,
+        generation_tok_s=workload.output_tokens / (prefill_s + decode_s),
+        prefill_bound=_binding(prefill_bounds),
+        decode_bound=_binding(decode_bounds),
+    )
+
+
 def _phase_times(
     spec: "ModelSpec", traffic: Traffic, rates: "Rates", batch: int, *, new_tokens: int, cached: int
 ) -> dict[str, float]:

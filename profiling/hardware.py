@@ -107,6 +107,11 @@ def available_memory_bytes() -> int:
     return min(psutil.virtual_memory().available, _memory_limit())
 
 
+def free_disk_bytes(path: Path) -> int:
+    """Free bytes of the disk that holds `path`, which need not exist yet."""
+    return shutil.disk_usage(_existing(path)).free
+
+
 @contextmanager
 def nvml() -> Iterator[Any]:
     """The NVML module between init and shutdown, or None where there is no NVIDIA driver."""
@@ -155,7 +160,7 @@ def _text(value: Any) -> str:
 
 
 def _read_disk(path: Path) -> Disk:
-    existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    existing = _existing(path)
     partitions = sorted(psutil.disk_partitions(all=True), key=lambda part: len(part.mountpoint), reverse=True)
     holder = next((part for part in partitions if existing.resolve().is_relative_to(part.mountpoint)), None)
     usage = shutil.disk_usage(existing)
@@ -166,6 +171,10 @@ def _read_disk(path: Path) -> Disk:
         total_bytes=usage.total,
         free_bytes=usage.free,
     )
+
+
+def _existing(path: Path) -> Path:
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
 
 
 def _cpu_model() -> str:

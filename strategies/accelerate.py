@@ -10,7 +10,6 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ import torch
 from flexllmgen.errors import OutOfMemory, PlanInfeasible, UsageError
 from flexllmgen.units import gib
 from profiling.cost_model import Traffic, physical_limit
-from profiling.hardware import available_memory_bytes
+from profiling.hardware import available_memory_bytes, free_disk_bytes
 from strategies.accelerate_config import Config
 from strategies.accelerate_cost import predict
 from strategies.accelerate_engine import AccelerateEngine
@@ -76,7 +75,7 @@ class AccelerateStrategy:
             model, sizes, request, kv_on_device + workspace, kv_bytes if kv_offload else 0, config
         )
         weight_bytes = sizes.by_tier(device_map)
-        free = shutil.disk_usage(_existing_parent(machine.offload_dir)).free
+        free = free_disk_bytes(machine.offload_dir)
         if weight_bytes["disk"] > free:
             raise PlanInfeasible(
                 f"{gib(weight_bytes['disk'])} of weights go to disk, {machine.offload_dir} has {gib(free)} free; "
@@ -247,10 +246,6 @@ def _cap_gpu(gpu_bytes: int | None) -> None:
     assert gpu_bytes is not None
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, gpu_bytes / total))
-
-
-def _existing_parent(path: Path) -> Path:
-    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
 
 
 def _first_line(error: Exception) -> str:

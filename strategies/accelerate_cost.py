@@ -7,20 +7,17 @@ rows of prefill and of decode, and what a layer of this architecture costs besid
 """
 
 import copy
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
 from flexllmgen.spec import ModelSpec
+from profiling.compute import linear_bytes_per_s, median_s
 from profiling.cost_model import CostEstimate
 from profiling.rates import Rates
 from strategies.base import PlanRequest
-
-_ROTATED_BYTES = 256 << 20
-_TRIALS = 5
 
 
 def predict(
@@ -79,27 +76,6 @@ def _fetch_seconds(weight_bytes: Mapping[str, int], device: str, rates: Rates, *
     return seconds
 
 
-def linear_bytes_per_s(spec: ModelSpec, dtype: str, device: str, *, rows: int) -> float:
-    """How many weight bytes a second linear layers of this width get through, with `rows` input rows.
-
-    Goes round several matrices, together larger than any cache, as a model's layers do.
-    """
-    kind = getattr(torch, dtype)
-    out_size = spec.intermediate_size
-    count = max(2, _ROTATED_BYTES // (spec.hidden_size * out_size * kind.itemsize))
-    count = min(count, 64)
-    weights = [torch.randn(out_size, spec.hidden_size, device=device).to(kind) for _ in range(count)]
-    x = torch.randn(rows, spec.hidden_size, device=device).to(kind)
-    # Many rows take long: a few matrices are then enough, for arithmetic and not memory sets the pace.
-    used = weights if rows <= 64 else weights[:4]
-
-    def run() -> None:
-        for weight in used:
-            torch.nn.functional.linear(x, weight)
-
-    return len(used) * used[0].nbytes / _median_s(run, device)
-
-
 def layer_overhead_s(config: Any, device: str) -> float:
     """Seconds a decoder layer takes in a decode step beside its arithmetic.
 
@@ -140,17 +116,4 @@ def _tiny_step_s(config: Any, layers: int, device: str) -> float:
         def run() -> None:
             model(ids[:, :1], past_key_values=cache, use_cache=True)
 
-        return _median_s(run, device)
-
-
-def _median_s(action: Callable[[], object], device: str) -> float:
-    times = []
-    for _ in range(_TRIALS + 1):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        action()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return sorted(times[1:])[_TRIALS // 2]
+        return median_s(run, device)

@@ -127,12 +127,13 @@ class Placed:
     """What was really placed where, read back from the loaded model; bytes by tier.
 
     `offload_files_bytes` are bytes in files under the offload directory; `pinned_bytes` is page-locked
-    host memory; `devices` gives the detail by device or module for plan.json.
+    host memory; `counters` are figures that go to the metrics; `details` go to plan.json.
     """
 
     weight_bytes: Mapping[str, int]
     offload_files_bytes: int
     pinned_bytes: int
+    counters: Mapping[str, int] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
 
 

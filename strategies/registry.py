@@ -41,6 +41,11 @@ STRATEGIES: tuple[StrategyEntry, ...] = (
         module="strategies.accelerate",
         summary="Hugging Face accelerate: whole layers on GPU, CPU and disk, KV cache on the GPU or in host memory",
     ),
+    StrategyEntry(
+        name="flexgen",
+        module="strategies.flexgen",
+        summary="our own engine: exact shares of weights, KV cache and activations on GPU, CPU and disk, copies overlapped",
+    ),
 )
 
 

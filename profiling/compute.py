@@ -1,0 +1,48 @@
+"""How fast linear layers run at the shapes a model has: the compute half of every prediction."""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from flexllmgen.spec import ModelSpec
+
+_ROTATED_BYTES = 256 << 20
+_TRIALS = 5
+
+
+def linear_bytes_per_s(spec: ModelSpec, dtype: str, device: str, *, rows: int) -> float:
+    """How many weight bytes a second linear layers of this width get through, with `rows` input rows.
+
+    Goes round several matrices, together larger than any cache, as a model's layers do.
+    """
+    kind = getattr(torch, dtype)
+    matrix_bytes: int = spec.hidden_size * spec.intermediate_size * kind.itemsize
+    count = min(64, max(2, _ROTATED_BYTES // matrix_bytes))
+    # With many rows arithmetic and not memory sets the pace: a few matrices are then enough.
+    if rows > 64:
+        count = min(count, 4)
+    weights = [
+        torch.randn(spec.intermediate_size, spec.hidden_size, device=device).to(kind) for _ in range(count)
+    ]
+    x = torch.randn(rows, spec.hidden_size, device=device).to(kind)
+
+    def run() -> None:
+        for weight in weights:
+            torch.nn.functional.linear(x, weight)
+
+    return count * matrix_bytes / median_s(run, device)
+
+
+def median_s(action: Callable[[], object], device: str) -> float:
+    """Median seconds of five runs after one that does not count; waits for the device."""
+    times = []
+    for _ in range(_TRIALS + 1):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        action()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return sorted(times[1:])[_TRIALS // 2]

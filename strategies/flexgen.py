@@ -1,0 +1,240 @@
+"""Strategy `flexgen`: our own engine, under the policy that the user sets.
+
+Translates the strategy's keys into a Policy, the plan into what every plan shows, and hands the rest to
+flexllmgen. Where weights go is the user's word here; finding the best policy is `autoflex`'s.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from flexllmgen.checkpoint import Checkpoint, RandomCheckpoint, SafetensorsCheckpoint
+from flexllmgen.engine import FlexEngine
+from flexllmgen.errors import OutOfMemory, PlanInfeasible, UsageError
+from flexllmgen.placement import PlacementPlan, check_fits, plan_placement
+from flexllmgen.policy import Placement, Policy
+from flexllmgen.sampling import Greedy
+from flexllmgen.spec import ModelSpec
+from flexllmgen.units import gib
+from profiling.cost_model import Traffic, overlapped_cost, physical_limit
+from profiling.hardware import free_disk_bytes
+from strategies.base import Placed, Plan, PlanRequest
+from strategies.flexgen_config import Config
+
+
+def create(config: Config) -> "FlexgenStrategy":
+    """The strategy under its configuration."""
+    return FlexgenStrategy(config)
+
+
+class FlexgenStrategy:
+    """Plans exact shares, loads them, generates block by block."""
+
+    name = "flexgen"
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def plan(self, request: PlanRequest) -> Plan:
+        """Place every byte by the shares that were asked for.
+
+        Raises:
+            PolicyError: shares over 100 %.
+            UnsupportedModelError: an architecture the engine does not have.
+            CheckpointError: the checkpoint is not the model's.
+            PlanInfeasible: some tier is too small; the message has the numbers.
+        """
+        machine = request.machine
+        spec = request.spec or ModelSpec.from_hf_config(request.model.config, request.model.name)
+        policy = make_policy(self.config, request.batch_size)
+        checkpoint = make_checkpoint(request)
+        checkpoint.validate(spec)
+        size = int(getattr(torch, request.dtype).itemsize)
+        on_cpu = machine.device == "cpu"
+        placement = plan_placement(
+            spec, policy, request.workload, size, in_place=on_cpu, gpu_cap_bytes=machine.gpu_bytes
+        )
+        folder = self._folder(request)
+        check_fits(
+            placement,
+            gpu_bytes=machine.gpu_bytes,
+            cpu_bytes=machine.cpu_bytes,
+            disk_free_bytes=free_disk_bytes(folder) if placement.disk_bytes else None,
+        )
+        if on_cpu and machine.gpu_bytes is None:
+            _check_shared_memory(placement, machine.cpu_bytes)
+        traffic = Traffic(
+            batch_size=min(policy.block_size, request.workload.num_sequences),
+            weight_bytes=_tiers(placement.weights),
+            kv_shares={
+                "gpu": placement.kv_cache.shares.gpu,
+                "cpu": placement.kv_cache.shares.cpu,
+                "disk": placement.kv_cache.shares.disk,
+            },
+            dtype_bytes=size,
+        )
+        predicted = limit = None
+        if request.rates is not None:
+            limit = physical_limit(spec, request.workload, traffic, request.rates)
+            predicted = overlapped_cost(
+                spec,
+                request.workload,
+                traffic,
+                request.rates,
+                micro_batch_size=min(policy.micro_batch_size, request.workload.num_sequences),
+                device=machine.device,
+                dtype=request.dtype,
+                overlap=policy.overlap > 0,
+            )
+        return Plan(
+            request=request,
+            strategy=self.name,
+            batch_size=traffic.batch_size,
+            weight_bytes=_tiers(placement.weights),
+            kv_bytes=_tiers(placement.kv_cache),
+            workspace_bytes=placement.workspace_bytes + placement.slot_bytes,
+            details={"policy": _policy_details(policy), "shares": _share_details(placement)},
+            predicted=predicted,
+            limit=limit,
+        )
+
+    @contextmanager
+    def build(self, plan: Plan) -> Iterator["FlexgenEngine"]:
+        """Load as planned. Packed weights stay in the offload directory for the next run.
+
+        Raises:
+            OutOfMemory: device memory ran out although the plan fitted.
+        """
+        request = plan.request
+        spec = request.spec or ModelSpec.from_hf_config(request.model.config, request.model.name)
+        try:
+            with FlexEngine.load(
+                spec,
+                make_checkpoint(request),
+                make_policy(self.config, request.batch_size),
+                workload=request.workload,
+                device=request.machine.device,
+                dtype=request.dtype,
+                offload_dir=self._folder(request),
+                gpu_bytes=request.machine.gpu_bytes if request.machine.gpu_capped else None,
+                cpu_bytes=request.machine.cpu_bytes,
+            ) as engine:
+                yield FlexgenEngine(engine)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(
+                f"the GPU ran out of memory ({str(error).splitlines()[0]}); lower a gpu share or micro_batch_size"
+            ) from error
+
+    def _folder(self, request: PlanRequest) -> Path:
+        return (
+            Path(self.config.path).expanduser().absolute()
+            if self.config.path
+            else request.machine.offload_dir
+        )
+
+
+class FlexgenEngine:
+    """flexllmgen's engine behind the Engine protocol."""
+
+    def __init__(self, engine: FlexEngine) -> None:
+        self.engine = engine
+
+    def generate(
+        self, ids_BT: torch.Tensor, mask_BT: torch.Tensor, gen_tokens: int
+    ) -> Iterator[torch.Tensor]:
+        """Yield `gen_tokens` columns of int64 ids of shape (B,), greedily chosen; EOS ends nothing."""
+        # A mask that hides nothing would only cost.
+        mask = None if bool(mask_BT.all()) else mask_BT
+        yield from self.engine.generate(ids_BT, mask, sampling=Greedy(), max_new_tokens=gen_tokens)
+
+    def placed(self) -> Placed:
+        """Bytes by tier as placed, and what has been moved since loading."""
+        stats = self.engine.stats()
+        return Placed(
+            weight_bytes=_tiers(self.engine.placement.weights),
+            offload_files_bytes=stats.disk_bytes,
+            pinned_bytes=stats.pinned_bytes,
+            counters={
+                "engine_host_bytes": stats.host_bytes,
+                "moved_h2d_bytes": stats.h2d_bytes,
+                "moved_d2h_bytes": stats.d2h_bytes,
+                "moved_disk_read_bytes": stats.disk_read_bytes,
+                "moved_disk_write_bytes": stats.disk_write_bytes,
+            },
+        )
+
+
+def make_policy(config: Config, batch_size: int) -> Policy:
+    """The engine's policy from the strategy's keys.
+
+    Raises:
+        PolicyError: shares of one kind sum to more than 100 %.
+    """
+    return Policy(
+        micro_batch_size=config.micro_batch_size or batch_size,
+        num_micro_batches=config.num_micro_batches,
+        weights=Placement.from_percent(config.w_gpu_percent, config.w_cpu_percent, "w"),
+        kv_cache=Placement.from_percent(config.cache_gpu_percent, config.cache_cpu_percent, "cache"),
+        activations=Placement.from_percent(config.act_gpu_percent, config.act_cpu_percent, "act"),
+        pin_weight=config.pin_weight,
+        overlap=config.overlap,
+        sep_layer=config.sep_layer,
+    )
+
+
+def make_checkpoint(request: PlanRequest) -> Checkpoint:
+    """Where the weights come from.
+
+    Raises:
+        UsageError: a checkpoint in a form that the engine does not read.
+    """
+    source = request.model
+    if source.weights == "random":
+        return RandomCheckpoint(seed=request.seed)
+    assert source.path is not None
+    if not any(source.path.glob("*.safetensors")):
+        raise UsageError(
+            f"model {source.name}: strategy flexgen reads safetensors only, {source.path} has none; "
+            "convert the checkpoint, or use -s accelerate"
+        )
+    return SafetensorsCheckpoint(source.path)
+
+
+def _check_shared_memory(placement: PlacementPlan, cpu_bytes: int) -> None:
+    """Without a GPU, and without --gpu-mem to emulate one, both shares lie in the same memory."""
+    needed = placement.gpu_bytes + placement.cpu_bytes
+    if needed > cpu_bytes:
+        raise PlanInfeasible(
+            f"needs {gib(needed)} of memory (weights {gib(placement.weights.gpu + placement.weights.cpu)}, KV cache "
+            f"{gib(placement.kv_cache.gpu + placement.kv_cache.cpu)}), has {gib(cpu_bytes)}; put more on disk "
+            "(--set w_gpu_percent=..., w_cpu_percent=...), or lower --batch-size"
+        )
+
+
+def _tiers(sizes: object) -> dict[str, int]:
+    return {tier: int(getattr(sizes, tier)) for tier in ("gpu", "cpu", "disk")}
+
+
+def _policy_details(policy: Policy) -> dict[str, object]:
+    return {
+        "micro_batch_size": policy.micro_batch_size,
+        "num_micro_batches": policy.num_micro_batches,
+        "overlap": policy.overlap,
+        "sep_layer": policy.sep_layer,
+        "pin_weight": policy.pin_weight,
+    }
+
+
+def _share_details(placement: PlacementPlan) -> dict[str, dict[str, float]]:
+    """The shares that came out, in percent; within 1 % of those asked for."""
+    kinds = {
+        "weights": placement.weights,
+        "kv_cache": placement.kv_cache,
+        "activations": placement.activations,
+    }
+    return {
+        name: {tier: round(100 * size / max(sizes.total, 1), 3) for tier, size in _tiers(sizes).items()}
+        for name, sizes in kinds.items()
+    }

@@ -1,0 +1,26 @@
+"""The keys of strategy `flexgen`; flexgen.toml beside this holds their defaults and explains them."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Percent = Annotated[float, Field(ge=0, le=100)]
+
+
+class Config(BaseModel):
+    """What only `flexgen` has."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str
+    pin_weight: bool
+    w_gpu_percent: Percent
+    w_cpu_percent: Percent
+    cache_gpu_percent: Percent
+    cache_cpu_percent: Percent
+    act_gpu_percent: Percent
+    act_cpu_percent: Percent
+    micro_batch_size: Annotated[int, Field(ge=0)]
+    num_micro_batches: Annotated[int, Field(ge=1)]
+    overlap: Annotated[int, Field(ge=0, le=8)]
+    sep_layer: bool
