@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -92,11 +93,11 @@ class Report:
 
     def rows(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """A table on standard output; the first column never wraps."""
-        table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        table = Table(title=escape(title) or None, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for index, column in enumerate(columns):
             table.add_column(column, no_wrap=index == 0, overflow="fold")
         for row in rows:
-            table.add_row(*(cell.replace("[", r"\[") for cell in row))
+            table.add_row(*(escape(cell) for cell in row))
         self.out.print(table)
 
     def plan(self, plan: Mapping[str, Any], hardware: str, *, to_stdout: bool) -> None:
