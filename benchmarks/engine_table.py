@@ -33,7 +33,24 @@ FIRST = {
         "ours --model opt-6.7b --batch 8 --weights-gpu 0 --weights-disk 1 --kv-gpu 1 --steps 4",
     ),
 }
-SETS = {"first": FIRST}
+SECOND = {
+    "all-gpu-6.7b": (
+        40,
+        "ours --model opt-6.7b --batch 2 --weights-gpu 1 --kv-gpu 1 --trace {out}/trace-all.json",
+    ),
+    "all-gpu-8b": (40, "ours --model Meta-Llama-3-8B --gpu-gib 24 --batch 16 --weights-gpu 1 --kv-gpu 1"),
+    "all-gpu-8b-hf": (50, "accelerate --model Meta-Llama-3-8B --gpu-gib 24 --weights-gib 24 --batch 16"),
+    "llama-8b": (
+        60,
+        "ours --model Meta-Llama-3-8B --gpu-gib 8 --batch 64 --steps 8 --trace {out}/trace-8b.json",
+    ),
+    "stream-30b": (80, "ours --model opt-30b --batch 8 --kv-gpu 1 --steps 5"),
+    "disk-6.7b": (
+        150,
+        "ours --model opt-6.7b --batch 8 --weights-gpu 0 --weights-disk 1 --kv-gpu 1 --steps 4",
+    ),
+}
+SETS = {"first": FIRST, "second": SECOND}
 
 
 def run(name: str, seconds: int, arguments: str, out: Path) -> dict[str, object]:

@@ -39,13 +39,13 @@ def prompt_attention(
     tokens, groups = q_BTNH.shape[1], q_BTNH.shape[2] // k_BTKH.shape[2]
     q, k, v = (each.transpose(1, 2) for each in (q_BTNH, k_BTKH, v_BTKH))
     if keep_BT is None and (not window or window >= tokens):
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups > 1)
+        out = _attend(q, k, v, causal=True, gqa=groups > 1)
     else:
         mask = prompt_mask(keep_BT, tokens, window, q.device)
         if groups > 1:
             # The kernels that take a mask do not share keys between heads; a chunk's copies are small.
             k, v = (each.repeat_interleave(groups, dim=1) for each in (k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        out = _attend(q, k, v, mask)
     return out.transpose(1, 2)
 
 
@@ -63,11 +63,46 @@ def decode_attention(
     k, v = (kv_SBKH[:, which].permute(1, 2, 0, 3) for which in (0, 1))
     q = q_BNH.reshape(sequences, num_kv_heads, heads // num_kv_heads, size)
     bias = None if bias_B11S is None else bias_B11S[..., first:length]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).reshape(sequences, heads, size)
+    return _attend(q, k, v, bias).reshape(sequences, heads, size)
 
 
-def append(segment: Segment, k_BTKH: torch.Tensor, v_BTKH: torch.Tensor, first: int) -> None:
-    """Writes keys and values of all the segment's sequences at positions from `first` on."""
+def append(
+    segment: Segment,
+    k_BTKH: torch.Tensor,
+    v_BTKH: torch.Tensor,
+    first: int,
+    row: torch.Tensor | None = None,
+) -> None:
+    """Writes keys and values of all the segment's sequences at positions from `first` on.
+
+    With `row`, at that one position, which the device knows and the host need not.
+    """
+    if row is not None:
+        segment.kv_S2BKH.index_copy_(0, row, torch.stack((k_BTKH[:, 0], v_BTKH[:, 0]))[None])
+        return
     rows = segment.kv_S2BKH[first : first + k_BTKH.shape[1]]
     rows[:, 0].copy_(k_BTKH.transpose(0, 1))
     rows[:, 1].copy_(v_BTKH.transpose(0, 1))
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    causal: bool = False,
+    gqa: bool = False,
+) -> torch.Tensor:
+    """torch's attention without cuDNN's kernel, which is planned anew for every length: 1.8 ms a call.
+
+    Decoding meets a new length at every step, so that planning took more time than all the work it was for.
+    """
+    if not q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=gqa)
+    allowed = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=gqa)
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(allowed)

@@ -299,6 +299,7 @@ class FlexEngine:
             if not bool(mask[:, -1].all()):
                 raise UsageError("a prompt ends in padding; pad on the left")
 
+    @torch.inference_mode()  # As a decorator it is left at each yield: the consumer's code is not in it.
     def _generate(
         self, ids: torch.Tensor, mask: torch.Tensor | None, sampling: Sampling, tokens: int
     ) -> Iterator[torch.Tensor]:
@@ -308,13 +309,12 @@ class FlexEngine:
 
         stops = torch.tensor(sampling.stop_ids, dtype=torch.int64)
         ended = torch.zeros(len(ids), dtype=torch.bool)
-        with torch.inference_mode():
-            for column in self._executor.run(ids, mask, tokens, head):
-                shown = torch.where(ended, sampling.pad_id, column)
-                ended |= torch.isin(column, stops)
-                yield shown
-                if len(stops) and bool(ended.all()):
-                    return
+        for column in self._executor.run(ids, mask, tokens, head):
+            shown = torch.where(ended, sampling.pad_id, column)
+            ended = ended | torch.isin(column, stops)
+            yield shown
+            if len(stops) and bool(ended.all()):
+                return
 
     def _score(self, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         targets = ids.to(self.device).long()

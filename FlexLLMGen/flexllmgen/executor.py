@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from flexllmgen.activations import ActivationStore
+from flexllmgen.graph import RecordedDecode
 from flexllmgen.kv_cache import KVCache
 from flexllmgen.memory.transfer import Event, mark
 from flexllmgen.models.decoder import Decoder, Span, Weights
@@ -53,6 +54,7 @@ class Executor:
     ) -> None:
         self._plan, self._decoder, self._device, self._dtype = plan, decoder, device, dtype
         self._weights, self._kv, self._hidden = weights, kv, hidden
+        self._records: dict[tuple[int, ...], RecordedDecode] = {}
 
     def run(
         self, ids_BT: torch.Tensor, mask_BT: torch.Tensor | None, num_tokens: int, head: Head
@@ -67,14 +69,17 @@ class Executor:
         prompt = ids_BT.shape[1]
         batches = self._begin(ids_BT, mask_BT)
         shape = self._shape(num_tokens, len(batches))
+        record = self._record(shape, [batch.count for batch in batches])
         try:
             for step in zigzag(shape):
-                if step.action is Action.COMPUTE:
+                if step.action is Action.COMPUTE and record is not None and step.token > 0:
+                    self._replay(step, batches, record, head)
+                elif step.action is Action.COMPUTE:
                     self._compute(step, batches[step.micro_batch], head)
                 elif step.action is Action.EMIT:
                     yield self._emit(batches)
                     if step.token + 1 < num_tokens:
-                        self._advance(batches, prompt + step.token)
+                        self._advance(batches, prompt + step.token, record)
                 else:
                     self._move(step, shape, prompt)
         finally:
@@ -113,9 +118,46 @@ class Executor:
             first += size
         return batches
 
-    def _advance(self, batches: Sequence[_MicroBatch], position: int) -> None:
+    def _record(self, shape: Shape, counts: Sequence[int]) -> RecordedDecode | None:
+        """The recorded decode step, where there can be one: all on the device, and no wait inside."""
+        spec, context = self._plan.spec, self._plan.max_context
+        streams = any(shape.streamed_weights) or any(shape.streamed_kv) or shape.streamed_hidden
+        elsewhere = self._plan.weights.cpu + self._plan.kv_cache.cpu + self._plan.disk_bytes > 0
+        windowed = any(0 < window < context for window in spec.sliding_windows)
+        if self._device.type != "cuda" or streams or elsewhere or windowed or spec.num_experts:
+            return None
+        key = tuple(counts)
+        if key not in self._records:
+            self._records[key] = RecordedDecode(counts, context, self._decoder, self._device, self._dtype)
+        return self._records[key]
+
+    def _replay(self, step: Step, batches: Sequence[_MicroBatch], record: RecordedDecode, head: Head) -> None:
+        """A decode step's computes at once, when the first of them comes; the head's each in its turn."""
+        if self._plan.stages[step.stage].kind == "head":
+            self._compute(step, batches[step.micro_batch], head)
+        elif step.stage == 0 and step.micro_batch == 0:
+
+            def work(micro_batch: int, span: Span) -> None:
+                batch = batches[micro_batch]
+                batch.ids_BT, batch.span = record.buffers[micro_batch].ids_B1, span
+                for stage in range(len(self._plan.stages) - 1):
+                    self._work(Step(Action.COMPUTE, step.token, stage, micro_batch), batch, head)
+
+            record.run(work)
+
+    def _advance(self, batches: Sequence[_MicroBatch], position: int, record: RecordedDecode | None) -> None:
         """Turns each micro-batch to its next position: the token just chosen, at cache index `position`."""
         self._hidden.begin(1)
+        if record is not None:
+            if batches[0].span.prompt:
+                record.begin([batch.span for batch in batches], position)
+            else:
+                record.advance()
+            for batch, buffers in zip(batches, record.buffers, strict=True):
+                assert batch.result is not None
+                buffers.ids_B1.copy_(batch.result[:, None])
+                batch.span = Span(first=position, prompt=False, positions_BT=buffers.positions_B1)
+            return
         for batch in batches:
             assert batch.result is not None
             span = batch.span
@@ -149,7 +191,6 @@ class Executor:
             self._hidden.store(step.micro_batch, step.slot, self._computed)
 
     def _compute(self, step: Step, batch: _MicroBatch, head: Head) -> None:
-        stage = self._plan.stages[step.stage]
         needs = [
             *self._weights.ready(step.slot),
             *self._kv.ready(step.kv_slot, prompt=step.token == 0),
@@ -159,6 +200,16 @@ class Executor:
             stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
             for event in needs:
                 event.order(stream)
+        self._work(step, batch, head)
+        if max(step.slot, step.kv_slot, step.hidden_slot) >= 0:
+            self._computed: Event = mark(self._device)
+            self._weights.release(step.slot, self._computed)
+            self._kv.release(step.kv_slot, self._computed)
+            self._hidden.release(step.hidden_slot, self._computed)
+
+    def _work(self, step: Step, batch: _MicroBatch, head: Head) -> None:
+        """The arithmetic of a compute step."""
+        stage = self._plan.stages[step.stage]
         w = self._weights.tensors(step.stage, step.slot)
         x_BTD = self._hidden.hidden(step.micro_batch, step.hidden_slot, batch.count)
         if stage.kind == "embed":
@@ -167,11 +218,6 @@ class Executor:
             batch.result = head(w, x_BTD, batch.first, step.token)
         else:
             self._layer(stage.kind, stage.layer, w, x_BTD, step, batch)
-        if max(step.slot, step.kv_slot, step.hidden_slot) >= 0:
-            self._computed: Event = mark(self._device)
-            self._weights.release(step.slot, self._computed)
-            self._kv.release(step.kv_slot, self._computed)
-            self._hidden.release(step.hidden_slot, self._computed)
 
     def _layer(
         self, kind: str, layer: int, w: Weights, x_BTD: torch.Tensor, step: Step, batch: _MicroBatch

@@ -6,6 +6,7 @@ memory is the compute device's own, and only disk parts are streamed.
 """
 
 import contextlib
+import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -85,6 +86,7 @@ class WeightStore:
         self._files: dict[int, DirectFile] = {}
         self._pieces = [self._plan_pieces(stage) for stage in range(len(plan.stages))]
         self._views: dict[tuple[int, int], Mapping[str, torch.Tensor]] = {}
+        self._one_at_a_time = threading.Lock()
         self._busy: list[list[Event]] = [[] for _ in range(slots)]
         self._loads: list[list[Event]] = [[] for _ in range(slots)]
 
@@ -312,9 +314,9 @@ class WeightStore:
             for index, image in images
             if image.name in stale or image.gpu_bytes + image.cpu_bytes > 0
         ]
-        # Random numbers are made on the device, one image at a time; files are read by several threads.
-        on_accelerator = checkpoint.on_device and self._device.type != "cpu"
-        threads = 1 if on_accelerator else min(4, max(1, torch.get_num_threads()))
+        # Files are read, and packs written, by several threads. Random numbers are made on the device, by one
+        # thread at a time: its memory has room for few images.
+        threads = min(4, max(1, torch.get_num_threads()))
         with ThreadPoolExecutor(max_workers=threads) as pool:
             futures = [
                 pool.submit(self._fill_one, checkpoint, index, image, pack if image.name in stale else None)
@@ -336,19 +338,20 @@ class WeightStore:
         host_from = 0 if plan.in_place else image.gpu_bytes
         host_to = image.gpu_bytes + image.cpu_bytes
         host = self._arena.view(self._homes[index])
-        if make_on.type == "cpu" and host_from == 0 and host_to == image.num_bytes:
-            memory = host
-        else:
-            memory = torch.empty(image.num_bytes, dtype=torch.uint8, device=make_on)
-        for name, tensor in image.tensors.items():
-            raw = memory[tensor.offset : tensor.end].view(self._dtype).view(tensor.shape)
-            checkpoint.fill(plan.spec, image.layer, name, raw)
-        if memory is host:
-            return
-        if not plan.in_place:
-            self._resident[index].copy_(memory[:resident])
-        host.copy_(memory[host_from:host_to])
-        if pack is not None:
-            payload = aligned_empty(round_up(image.disk_bytes, PAGE))
-            payload[: image.disk_bytes].copy_(memory[host_to:])
+        whole = make_on.type == "cpu" and host_from == 0 and host_to == image.num_bytes
+        payload = aligned_empty(round_up(image.disk_bytes, PAGE)) if pack is not None else None
+        with self._one_at_a_time if make_on.type != "cpu" else contextlib.nullcontext():
+            memory = host if whole else torch.empty(image.num_bytes, dtype=torch.uint8, device=make_on)
+            for name, tensor in image.tensors.items():
+                raw = memory[tensor.offset : tensor.end].view(self._dtype).view(tensor.shape)
+                checkpoint.fill(plan.spec, image.layer, name, raw)
+            if whole:
+                return
+            if not plan.in_place:
+                self._resident[index].copy_(memory[:resident])
+            host.copy_(memory[host_from:host_to])
+            if payload is not None:
+                payload[: image.disk_bytes].copy_(memory[host_to:])
+            del memory
+        if pack is not None and payload is not None:
             pack.write(image, payload)

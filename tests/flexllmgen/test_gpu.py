@@ -26,8 +26,7 @@ PLACEMENTS: dict[str, dict[str, Placement]] = {
     "disk": {"weights": ON_DISK, "kv_cache": ON_DISK, "activations": ON_DISK},
     "mixed": {"weights": MIXED, "kv_cache": MIXED, "activations": MIXED},
 }
-# Half precision: rounding of a product of 128 terms, relative to the largest logit.
-TOLERANCE = {torch.float32: 2e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+FP32_TOLERANCE = 2e-4
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +53,8 @@ def test_parity(
     larger: Any, tmp_path: Path, name: str, dtype: torch.dtype, placement: str, padded: bool
 ) -> None:
     model = larger(name)
-    model.model.to("cuda", dtype)
+    model.model.to("cuda", torch.float32)
     ids, mask = prompts(SEQUENCES, PROMPT, padded=padded)
-    want, want_logits = model.greedy(ids.cuda(), None if mask is None else mask.cuda(), TOKENS)
-    want, want_logits = want.cpu(), want_logits.float().cpu()
     policy = Policy(micro_batch_size=4, num_micro_batches=3, overlap=2, **PLACEMENTS[placement])
     workload = Workload(num_sequences=SEQUENCES, prompt_tokens=PROMPT, gen_tokens=TOKENS)
     recorder = Recorder()
@@ -71,15 +68,32 @@ def test_parity(
         offload_dir=tmp_path,
     ) as engine:
         got = torch.stack(list(engine.generate(ids, mask, sampling=recorder)), dim=1)
-    logits = recorder.logits().float().cpu()
-    scale = want_logits.abs().max()
-    for row in range(SEQUENCES):
-        for token in range(TOKENS):
-            error = (logits[row, token] - want_logits[row, token]).abs().max() / scale
-            assert error < TOLERANCE[dtype], (row, token, float(error))
-            if got[row, token] != want[row, token]:
-                # After a tie within the tolerance the two texts go their own ways.
-                top = want_logits[row, token].topk(2).values
-                assert dtype != torch.float32, (row, token)
-                assert (top[0] - top[1]) / scale < TOLERANCE[dtype], (row, token)
-                break
+    mine = recorder.logits().float().cpu()
+    exact = logits_of(model, ids, mask, got)
+    scale = exact.abs().max()
+    error = (mine - exact).abs().max() / scale
+    if dtype == torch.float32:
+        assert error < FP32_TOLERANCE
+        assert torch.equal(got, exact.argmax(-1))
+        return
+    # Half precision: no further from the fp32 model than transformers is at the same precision, within noise.
+    model.model.to(dtype)
+    theirs = logits_of(model, ids, mask, got)
+    assert error < 2 * (theirs - exact).abs().max() / scale + 1e-3
+    # Where the choice differs from the exact one, the two were as close as that error.
+    chosen = exact.gather(-1, got[..., None])[..., 0]
+    assert ((exact.max(-1).values - chosen) / scale < 2 * error).all()
+
+
+def logits_of(
+    model: TinyModel, ids: torch.Tensor, mask: torch.Tensor | None, new: torch.Tensor
+) -> torch.Tensor:
+    """transformers' logits [B, new tokens, V] for the texts that the engine wrote."""
+    whole = torch.cat((ids, new[:, :-1]), dim=1).cuda()
+    seen = torch.ones_like(whole)
+    if mask is not None:
+        seen[:, : mask.shape[1]] = mask.cuda()
+    places = (seen.cumsum(dim=1) - 1).clamp(min=0)
+    with torch.inference_mode():
+        logits = model.model(whole, attention_mask=seen, position_ids=places).logits
+    return logits[:, ids.shape[1] - 1 :].float().cpu()

@@ -38,6 +38,8 @@ class Span:
         prompt: the new positions attend to themselves only; else there is one, and it attends to the cache.
         keep_BT: false on padding of a prompt; None without padding.
         bias_B11S: added to a decode step's scores: minus infinity on padding; None without padding.
+        row: where a recorded decode step writes, known to the device only; `first` is then the last there
+            is room for, and the bias hides what is not written yet.
     """
 
     first: int
@@ -47,6 +49,7 @@ class Span:
     sin: torch.Tensor | None = None
     keep_BT: torch.Tensor | None = None
     bias_B11S: torch.Tensor | None = None
+    row: torch.Tensor | None = None
 
     def part(self, start: int, stop: int) -> "Span":
         """The same positions of sequences [start, stop)."""
@@ -62,6 +65,7 @@ class Span:
             sin=cut(self.sin),
             keep_BT=cut(self.keep_BT),
             bias_B11S=cut(self.bias_B11S),
+            row=self.row,
         )
 
 
@@ -129,7 +133,7 @@ class Decoder:
             if start >= stop:
                 continue
             mine = _part_of(segment, offset + start, offset + stop)
-            append(mine, k_BTKH[start:stop], v_BTKH[start:stop], span.first)
+            append(mine, k_BTKH[start:stop], v_BTKH[start:stop], span.first, span.row)
             if not span.prompt:
                 bias = None if span.bias_B11S is None else span.bias_B11S[start:stop]
                 mixed.append(decode_attention(q_BTNH[start:stop, 0], mine, span.first + 1, bias, window))
