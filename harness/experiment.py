@@ -9,13 +9,16 @@ import logging
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from flexllmgen.errors import OffloadDirError, OffloadError, OutOfMemory, UsageError
 from flexllmgen.spec import ModelSpec
+from flexllmgen.units import gib
 from flexllmgen.workload import Workload
+from harness.builtin import BUILTIN, builtin_path
 from harness.config import EvalConfig, cache_dir
 from harness.job import EventWriter, Job
 from harness.measure import (
@@ -110,7 +113,8 @@ def _prepare(job: Job, events: EventWriter) -> _Prepared:
     config = job.common
     check_writable(config.offload_dir, "--offload-dir")
     check_writable(config.results_dir, "--results-dir")
-    events.send("phase", name="prepare")
+    first = config.model == BUILTIN and not builtin_path().exists()
+    events.send("phase", name="unpack the built-in model (once)" if first else "prepare")
     source = resolve_model(
         config.model,
         weights=config.weights,
@@ -151,6 +155,7 @@ def _prepare(job: Job, events: EventWriter) -> _Prepared:
         spec=known_spec(source),
     )
     hardware = read_hardware(config.offload_dir)
+    events.send("phase", name="plan")
     started = time.perf_counter()
     request = replace(request, rates=_rates(request, hardware) if request.spec is not None else None)
     plan = strategy.plan(request)
@@ -245,10 +250,10 @@ class _Run:
         self.events.send("phase", name="load")
         started = time.perf_counter()
         # A phase left early is remembered too, so the picture shows where the run ended.
-        with sampler.phase("load"):
-            context = self.prepared.strategy.build(self.prepared.plan)
-            engine = context.__enter__()
-        try:
+        with ExitStack() as stack:
+            with sampler.phase("load"):
+                # What goes wrong later is for the strategy to see too: it knows what ran out.
+                engine = stack.enter_context(self.prepared.strategy.build(self.prepared.plan))
             self.once["load_s"] = time.perf_counter() - started
             self._note_placed(engine)
             for index in range(config.warmup):
@@ -270,8 +275,6 @@ class _Run:
                 self.once["energy_j_per_token"] = self.once["energy_j"] / tokens
             self.once.update(device_peaks())
             self._note_placed(engine)
-        finally:
-            context.__exit__(None, None, None)
 
     def _repeat(self, index: int, engine: Engine, batches: Sequence[Batch]) -> None:
         measured = Pass()
@@ -466,11 +469,14 @@ def choose_machine(config: EvalConfig) -> tuple[Machine, list[str]]:
             )
     elif config.gpu_mem is not None:
         gpu_bytes = config.gpu_mem
+    # A tenth is left to the system and to this process itself.
+    available = available_memory_bytes() * 9 // 10
+    if config.cpu_mem and config.cpu_mem > available:
+        warnings.append(f"--cpu-mem is more than the {gib(available)} that can be had here, which count")
     machine = Machine(
         device=device,  # type: ignore[arg-type]
         gpu_bytes=gpu_bytes,
-        # A tenth is left to the system and to this process itself.
-        cpu_bytes=config.cpu_mem or available_memory_bytes() * 9 // 10,
+        cpu_bytes=min(config.cpu_mem or available, available),
         gpu_capped=config.gpu_mem is not None,
         cpu_capped=config.cpu_mem is not None,
         offload_dir=config.offload_dir.expanduser().absolute(),
