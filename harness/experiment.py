@@ -249,8 +249,8 @@ class _Run:
         batches = make_batches(self.prepared.prompts, self.prepared.plan.batch_size)
         self.events.send("phase", name="load")
         started = time.perf_counter()
-        # A phase left early is remembered too, so the picture shows where the run ended.
         with ExitStack() as stack:
+            # A phase left early is remembered too, so the picture shows where the run ended.
             with sampler.phase("load"):
                 # What goes wrong later is for the strategy to see too: it knows what ran out.
                 engine = stack.enter_context(self.prepared.strategy.build(self.prepared.plan))

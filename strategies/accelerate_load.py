@@ -5,6 +5,7 @@ checkpoint's type and place: then the offload directory's disk is the one that i
 """
 
 import logging
+import pickle
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -173,13 +174,19 @@ def load_pretrained(
             local_files_only=True,
             output_loading_info=True,
         )
-    except (SafetensorError, EOFError) as error:
+    except (SafetensorError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(
             f"model {source.name}: a weight file is damaged ({error}); download or copy it again"
         ) from error
     except RuntimeError as error:
-        if "size mismatch" in str(error) or "mismatch" in str(error):
-            raise CheckpointError(f"model {source.name}: {_one_line(error)}") from error
+        if "mismatch" in str(error):
+            raise CheckpointError(
+                f"model {source.name}: tensors of the checkpoint have other shapes than its config says; the log has them"
+            ) from error
+        if "PytorchStreamReader" in str(error):
+            raise CheckpointError(
+                f"model {source.name}: a weight file is damaged ({_one_line(error)}); download or copy it again"
+            ) from error
         raise
     if missing := sorted(info["missing_keys"]):
         named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
@@ -280,4 +287,4 @@ def _place(device_map: Mapping[str, Any], name: str) -> Any:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    return " ".join(str(error).split())[:150]
