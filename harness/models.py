@@ -4,8 +4,10 @@ Decides where weights come from and refuses early what cannot load: a missing or
 pickle checkpoint. Loads no weight.
 """
 
+import contextlib
 import importlib
 import json
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -72,9 +74,11 @@ def resolve_model(
         CheckpointError: a weight file is truncated or missing.
     """
     revision = None
+    # Not Path.expanduser, which raises for a user that does not exist.
+    folder = Path(os.path.expanduser(name))  # noqa: PTH111
     if name == BUILTIN:
         path: Path | None = prepare_builtin()
-    elif (folder := Path(name).expanduser()).is_dir():
+    elif folder.is_dir():
         path = folder.resolve()
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or folder.is_file():
         raise UsageError(
@@ -223,7 +227,7 @@ def _hub_folder(repo: str, revision: str | None, weights: str) -> Path:
         raise UsageError(f"--model {repo}: not a hub id (owner/name) and no such folder; {way_out}") from None
     if not reachable():
         raise UsageError(
-            f"--model {repo}: no network (the Hugging Face hub cannot be reached) and not in this machine's cache; {way_out}"
+            f"--model {repo}: no network (the Hugging Face hub cannot be reached) and not whole in the cache here; {way_out}"
         )
     try:
         files = hub.HfApi().list_repo_files(repo, revision=revision)
@@ -243,6 +247,11 @@ def _hub_folder(repo: str, revision: str | None, weights: str) -> Path:
 
 
 def _has_weights(folder: Path) -> bool:
+    """Whether a snapshot holds weights, and of sharded ones all: a download may have been broken off."""
+    for index in folder.glob("*.index.json"):
+        with contextlib.suppress(ValueError, KeyError, AttributeError, OSError):
+            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            return all((folder / shard).exists() for shard in shards)
     return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
 
 
