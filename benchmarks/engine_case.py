@@ -5,7 +5,7 @@
     python benchmarks/engine_case.py flexgen --model opt-30b --gpu-gib 16 --percent 20 80 0 100 0 100 --batch 48
     python benchmarks/engine_case.py links
 
-Random weights, prompts of random tokens, greedy, no early stop. The first pass, of the same prompts, is a warm-up of two or three columns. Of long
+Random weights, prompts of random tokens, greedy, no early stop. The first pass, of the same prompts, is a
 generations only `--steps` columns are run; the rest is projected from the median step.
 """
 

@@ -33,7 +33,7 @@ from flexllmgen.placement import GiB, PlacementPlan, check_fits, plan_placement
 from flexllmgen.policy import Policy
 from flexllmgen.sampling import Greedy, Sampling
 from flexllmgen.spec import ModelSpec
-from flexllmgen.weights import WeightStore
+from flexllmgen.weights import WeightStore, weight_pack
 from flexllmgen.workload import Workload
 
 log = logging.getLogger(__name__)
@@ -172,7 +172,8 @@ class FlexEngine:
                 raise PolicyError(
                     "the policy has disk shares, which need an offload directory; give --offload-dir"
                 )
-            free = _free_bytes(directory)
+            packed = weight_pack(plan, weights, directory, resolved, number).num_bytes()
+            free = _free_bytes(directory) + packed
         check_fits(plan, gpu_bytes=gpu_bytes, cpu_bytes=cpu_bytes, disk_free_bytes=free)
         log.info("%s: %s", spec.name or spec.family, plan.describe())
         if resolved.type == "cuda":

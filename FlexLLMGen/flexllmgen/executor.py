@@ -112,11 +112,21 @@ class Executor:
                 positions = torch.arange(prompt, device=self._device).expand(size, prompt)
             else:
                 positions = (keep.long().cumsum(dim=1) - 1).clamp(min=0)
-            cos, sin = self._decoder.rotations(positions)
+            cos, sin = self._rotations(positions, same=keep is None)
             span = Span(first=0, prompt=True, positions_BT=positions, cos=cos, sin=sin, keep_BT=keep)
             batches.append(_MicroBatch(first, ids_BT[first : first + size], span))
             first += size
         return batches
+
+    def _rotations(
+        self, positions_BT: torch.Tensor, *, same: bool
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Rotations of each sequence's positions; made once where all have the `same`."""
+        cos, sin = self._decoder.rotations(positions_BT[:1] if same else positions_BT)
+        count = len(positions_BT)
+        if cos is None or sin is None:
+            return None, None
+        return cos.expand(count, -1, -1, -1), sin.expand(count, -1, -1, -1)
 
     def _record(self, shape: Shape, counts: Sequence[int]) -> RecordedDecode | None:
         """The recorded decode step, where there can be one: all on the device, and no wait inside."""
@@ -213,7 +223,9 @@ class Executor:
         w = self._weights.tensors(step.stage, step.slot)
         x_BTD = self._hidden.hidden(step.micro_batch, step.hidden_slot, batch.count)
         if stage.kind == "embed":
-            self._decoder.embed(w, batch.ids_BT, batch.span.positions_BT, x_BTD)
+            for start, stop in self._parts(batch, x_BTD.shape[1]):
+                ids_BT, positions_BT = batch.ids_BT[start:stop], batch.span.positions_BT[start:stop]
+                self._decoder.embed(w, ids_BT, positions_BT, x_BTD[start:stop])
         elif stage.kind == "head":
             batch.result = head(w, x_BTD, batch.first, step.token)
         else:
@@ -228,16 +240,18 @@ class Executor:
             if kind in ("layer", "attention")
             else ()
         )
-        at_once = batch.count
-        if batch.span.prompt:
-            at_once = max(1, self._plan.chunk_tokens // x_BTD.shape[1])
-        for start in range(0, batch.count, at_once):
-            stop = min(start + at_once, batch.count)
-            part = batch.span if at_once >= batch.count else batch.span.part(start, stop)
+        for start, stop in self._parts(batch, x_BTD.shape[1]):
+            part = batch.span if stop - start == batch.count else batch.span.part(start, stop)
             if kind in ("layer", "attention"):
                 self._decoder.attention(w, x_BTD[start:stop], layer, part, segments, start)
             if kind in ("layer", "mlp"):
                 self._decoder.mlp(w, x_BTD[start:stop])
+
+    def _parts(self, batch: _MicroBatch, columns: int) -> Iterator[tuple[int, int]]:
+        """Ranges of sequences that are computed at once."""
+        at_once = max(1, self._plan.chunk_tokens // columns) if batch.span.prompt else batch.count
+        for start in range(0, batch.count, at_once):
+            yield start, min(start + at_once, batch.count)
 
     def _emit(self, batches: Sequence[_MicroBatch]) -> torch.Tensor:
         """The block's results on the host. The only wait, after the next token's first loads were issued."""

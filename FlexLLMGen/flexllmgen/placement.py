@@ -355,15 +355,15 @@ def _workspace(
     # Attention: the norm, q/k/v as one, rotated copies of q and k (expanded to all heads where a mask is),
     # output.
     attention = 2 * spec.hidden_size + 5 * spec.query_size + 6 * spec.kv_size
-    mlp = 2 * spec.hidden_size + inner + 2 * routed
+    mlp = 2 * spec.hidden_size + inner + 4 * routed
     context = round_up(workload.max_context, 8)
     mask = sequences * prompt * prompt * 2 + batch * context * 2
     fp32 = 2 if dtype_bytes == 2 else 1
     logits = batch * spec.vocab_size * (1 + 2 * fp32)
-    rope = 2 * context * spec.head_dim
+    rope = 2 * min(policy.block_size, workload.num_sequences) * prompt * spec.head_dim
     elements = rows * max(attention, mlp) + mask + logits + rope + 2 * batch * spec.hidden_size
-    # Matrix libraries' own workspace, and what the caching allocator loses to rounding.
-    return int(elements * dtype_bytes * 1.1) + ((96 << 20) if accelerated else 0)
+    # What the caching allocator loses to rounding and to blocks of other sizes; matrix libraries' workspace.
+    return int(elements * dtype_bytes * 1.25) + ((160 << 20) if accelerated else 0)
 
 
 def plan_placement(

@@ -43,6 +43,14 @@ class _Piece:
     staging_offset: int = 0
 
 
+def weight_pack(
+    plan: PlacementPlan, checkpoint: Checkpoint, directory: Path, device: torch.device, dtype: torch.dtype
+) -> WeightPack:
+    """Where the disk parts of these weights are packed. Random numbers differ between kinds of device."""
+    kind = device.type if checkpoint.on_device else ""
+    return WeightPack(directory, pack_key(checkpoint.fingerprint + kind, dtype, plan.images))
+
+
 class WeightStore:
     """Weights of a model on their tiers.
 
@@ -114,9 +122,7 @@ class WeightStore:
             self._fill_all(checkpoint, None, set())
         else:
             assert self._directory is not None, "a plan with disk shares needs a directory"
-            kind = self._device.type if checkpoint.on_device else ""
-            key = pack_key(checkpoint.fingerprint + kind, self._dtype, plan.images)
-            pack = WeightPack(self._directory, key)
+            pack = weight_pack(plan, checkpoint, self._directory, self._device, self._dtype)
             with pack.locked():
                 self._fill_all(checkpoint, pack, pack.stale(packed))
             for index, image in enumerate(plan.images):

@@ -97,3 +97,23 @@ def logits_of(
     with torch.inference_mode():
         logits = model.model(whole, attention_mask=seen, position_ids=places).logits
     return logits[:, ids.shape[1] - 1 :].float().cpu()
+
+
+@pytest.mark.parametrize("name", ["opt-350m", "llama3"])
+def test_a_recorded_step_serves_the_next_blocks_too(larger: Any, name: str) -> None:
+    model = larger(name)
+    model.model.to("cuda", torch.float32)
+    workload = Workload(num_sequences=4, prompt_tokens=PROMPT, gen_tokens=TOKENS)
+    with FlexEngine.load(
+        model.spec,
+        model.checkpoint,
+        Policy(micro_batch_size=4),
+        workload=workload,
+        device="cuda",
+        dtype="float32",
+    ) as engine:
+        for seed, length, padded in ((0, PROMPT, False), (1, 20, True), (2, PROMPT, True)):
+            ids, mask = prompts(4, length, padded=padded, seed=seed)
+            want, _ = model.greedy(ids.cuda(), None if mask is None else mask.cuda(), TOKENS)
+            got = torch.stack(list(engine.generate(ids, mask)), dim=1)
+            assert torch.equal(got, want.cpu())

@@ -55,6 +55,10 @@ class WeightPack:
     def path(self, image: Image) -> Path:
         return self.folder / f"{image.name}.bin"
 
+    def num_bytes(self) -> int:
+        """Bytes that are packed already."""
+        return sum(path.stat().st_size for path in self.folder.glob("*.bin")) if self.folder.is_dir() else 0
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Holds the pack alone while checking and writing; undoes what was written if that fails."""

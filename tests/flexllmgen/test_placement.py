@@ -1,0 +1,104 @@
+"""Shares are true to the byte, layers are even, and what does not fit is refused with its numbers."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexllmgen.errors import PlanInfeasible, PolicyError, UnsupportedModelError
+from flexllmgen.models.published import published_config
+from flexllmgen.placement import ALIGNMENT, check_fits, plan_placement, split_sequences
+from flexllmgen.policy import ON_CPU, Placement, Policy
+from flexllmgen.spec import OPT_125M, ModelSpec
+from flexllmgen.workload import Workload
+
+WORK = Workload(num_sequences=48, prompt_tokens=512, gen_tokens=32)
+PERCENT = st.integers(0, 100).flatmap(lambda gpu: st.tuples(st.just(gpu), st.integers(0, 100 - gpu)))
+MODELS = ("opt-125m", "opt-350m", "opt-30b", "Meta-Llama-3-8B", "Mixtral-8x7B-v0.1")
+
+
+def spec_of(name: str) -> ModelSpec:
+    return ModelSpec.from_hf_config(published_config(name), name=name)
+
+
+@settings(max_examples=60, deadline=None)
+@given(percent=PERCENT, name=st.sampled_from(MODELS), sep_layer=st.booleans())
+def test_weights_have_the_shares_asked_for(percent: tuple[int, int], name: str, sep_layer: bool) -> None:
+    spec, shares = spec_of(name), Placement.from_percent(*percent)
+    policy = Policy(micro_batch_size=8, weights=shares, sep_layer=sep_layer)
+    plan = plan_placement(spec, policy, WORK, 2)
+    got = plan.weights.shares
+    for tier in ("gpu", "cpu", "disk"):
+        assert abs(getattr(got, tier) - getattr(shares, tier)) < 0.0001, tier
+    # Packing adds next to nothing to the model itself.
+    assert plan.weights.total == pytest.approx(spec.weight_bytes(2), rel=0.001)
+
+
+@settings(max_examples=60, deadline=None)
+@given(percent=PERCENT, name=st.sampled_from(MODELS))
+def test_every_layer_streams_the_same(percent: tuple[int, int], name: str) -> None:
+    spec = spec_of(name)
+    policy = Policy(micro_batch_size=8, weights=Placement.from_percent(*percent))
+    plan = plan_placement(spec, policy, WORK, 2)
+    layers = [image for image in plan.images if image.layer >= 0]
+    for field in ("gpu_bytes", "cpu_bytes", "disk_bytes"):
+        sizes = [getattr(image, field) for image in layers]
+        assert max(sizes) - min(sizes) <= 2 * ALIGNMENT
+        assert min(sizes) >= 0
+
+
+@given(
+    counts=st.lists(st.integers(1, 32), min_size=1, max_size=64),
+    percent=PERCENT,
+)
+def test_sequences_are_split_as_asked_to_within_one(counts: list[int], percent: tuple[int, int]) -> None:
+    shares = Placement.from_percent(*percent)
+    splits = split_sequences(counts, shares)
+    total = sum(counts)
+    assert [split.count for split in splits] == counts
+    for tier in ("gpu", "cpu", "disk"):
+        assert abs(sum(getattr(split, tier) for split in splits) - getattr(shares, tier) * total) <= 1.5
+        if getattr(shares, tier) == 0:
+            assert not sum(getattr(split, tier) for split in splits)
+
+
+def test_what_does_not_fit_is_refused_with_its_numbers() -> None:
+    spec = spec_of("opt-30b")
+    plan = plan_placement(spec, Policy(micro_batch_size=48, kv_cache=ON_CPU), WORK, 2)
+    with pytest.raises(
+        PlanInfeasible, match=r"needs \d+\.\d\d GiB on the GPU \(weights 55\.8.*has 16\.00; lower"
+    ):
+        check_fits(plan, gpu_bytes=16 << 30)
+    with pytest.raises(PlanInfeasible, match=r"GiB of host memory .*has 8\.00"):
+        check_fits(plan, cpu_bytes=8 << 30)
+    check_fits(plan, gpu_bytes=80 << 30, cpu_bytes=64 << 30)
+
+
+def test_prefill_is_cut_smaller_to_fit() -> None:
+    spec = spec_of("opt-6.7b")
+    policy = Policy(micro_batch_size=48, weights=ON_CPU, kv_cache=ON_CPU)
+    roomy = plan_placement(spec, policy, WORK, 2)
+    tight = plan_placement(spec, policy, WORK, 2, gpu_cap_bytes=roomy.gpu_bytes - 1)
+    assert tight.chunk_tokens < roomy.chunk_tokens
+    assert tight.gpu_bytes < roomy.gpu_bytes
+
+
+def test_too_long_a_context_is_refused() -> None:
+    workload = Workload(num_sequences=1, prompt_tokens=2040, gen_tokens=32)
+    with pytest.raises(PolicyError, match=r"2072 positions are asked for, the model has 2048"):
+        plan_placement(OPT_125M, Policy(micro_batch_size=1), workload, 2)
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.6, 0.0), (0.5, 0.4, 0.0), (-0.1, 1.1, 0.0)])
+def test_shares_must_sum_to_one(shares: tuple[float, float, float]) -> None:
+    with pytest.raises(PolicyError, match="sum"):
+        Placement(gpu=shares[0], cpu=shares[1], disk=shares[2])
+
+
+def test_unsupported_models_are_named_with_the_way_out() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"'gpt2'.*llama, mistral.*-s accelerate"):
+        ModelSpec.from_hf_config({"model_type": "gpt2"})
+    config = {**published_config("Meta-Llama-3-8B"), "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
+    with pytest.raises(UnsupportedModelError, match=r"'yarn'"):
+        ModelSpec.from_hf_config(config)
