@@ -158,7 +158,8 @@ def ui_command(
     open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open a browser window.")] = True,
 ) -> None:
     """Open the MLflow UI on the store that runs are recorded in."""
-    from harness.tracking import resolve_store, run_ui
+    from harness.store import resolve_store
+    from harness.ui import run_ui
 
     def run(report: "Report") -> int:
         store = resolve_store(tracking_uri or os.environ.get("HARNESS_TRACKING_URI"), Path.cwd())
@@ -266,7 +267,7 @@ def _settings(
 def _exit(run: "Callable[[Report], int]", *, verbose: bool = False, quiet: bool = False) -> None:
     """Run a verb; a user's mistake becomes one line and its exit code."""
     from harness.report import Report
-    from harness.tracking import DeliveryError
+    from harness.store import DeliveryError
 
     report = Report(quiet=quiet, verbose=verbose)
     try:

@@ -6,7 +6,8 @@ from flexllmgen.errors import OffloadError
 from harness.evaluation import draw_pictures
 from harness.report import Report
 from harness.results import RunResult
-from harness.tracking import DeliveryError, Tracker, find_result_folders, resolve_store
+from harness.store import DeliveryError, resolve_store
+from harness.tracking import Tracker, find_result_folders
 
 
 def sync(folder: Path, tracking_uri: str | None, report: Report) -> int:

@@ -14,8 +14,9 @@ from harness.job import Job
 from harness.provenance import collect_provenance
 from harness.report import Report
 from harness.results import RunError, RunResult, RunStatus, Timeline
+from harness.store import DeliveryError, resolve_store
 from harness.supervise import Worker
-from harness.tracking import DeliveryError, Tracker, resolve_store
+from harness.tracking import Tracker
 
 log = logging.getLogger(__name__)
 

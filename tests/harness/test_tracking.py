@@ -30,14 +30,12 @@ from harness.results import (
     write_jsonl,
     write_text,
 )
+from harness.store import DeliveryError, Store, resolve_store
 from harness.tracking import (
-    DeliveryError,
-    Store,
     Tracker,
     find_result_folders,
-    resolve_store,
-    run_ui,
 )
+from harness.ui import run_ui
 
 START_MS = 1_790_000_000_000
 UUID = "3f2b8c1e-0000-4000-8000-000000000001"
@@ -570,7 +568,8 @@ def test_silent_server_costs_little(tmp_path: Path, silent_port: int) -> None:
 DELIVER = """
 import sys
 from pathlib import Path
-from harness.tracking import Tracker, resolve_store
+from harness.tracking import Tracker
+from harness.store import resolve_store
 base, folder = map(Path, sys.argv[1:])
 Tracker(resolve_store(None, base)).deliver(folder)
 """
@@ -618,7 +617,8 @@ def test_ui_serves_and_is_a_store_itself(tmp_path: Path, store: Store, tracker: 
     code = textwrap.dedent("""
         import sys
         from pathlib import Path
-        from harness.tracking import resolve_store, run_ui
+        from harness.store import resolve_store
+        from harness.ui import run_ui
         store, say = resolve_store(None, Path(sys.argv[1])), lambda words: print(words, flush=True)
         run_ui(store, port=int(sys.argv[2]), open_browser=False, announce=say)
     """)
