@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,10 +114,8 @@ class Sampler:
                 values[f"gpu_{index}_utilization_percent"] = self._nvml.nvmlDeviceGetUtilizationRates(
                     handle
                 ).gpu
-                try:
+                with suppress(self._nvml.NVMLError):
                     values[f"gpu_{index}_power_w"] = self._nvml.nvmlDeviceGetPowerUsage(handle) / 1000
-                except self._nvml.NVMLError:
-                    pass
         torch = sys.modules.get("torch")
         if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
             values["device_allocated_bytes"] = torch.cuda.memory_allocated()
