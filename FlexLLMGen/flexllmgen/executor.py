@@ -85,8 +85,10 @@ class Executor:
         finally:
             # A consumer may stop early: loads that ran ahead must end before their slots are used again.
             self._weights.drain()
-            self._kv.reset()
-            self._hidden.reset()
+            try:
+                self._kv.reset()
+            finally:
+                self._hidden.reset()
 
     def _shape(self, num_tokens: int, num_micro_batches: int) -> Shape:
         stages = self._plan.stages

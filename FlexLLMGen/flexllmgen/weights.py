@@ -347,7 +347,8 @@ class WeightStore:
         whole = make_on.type == "cpu" and host_from == 0 and host_to == image.num_bytes
         payload = aligned_empty(round_up(image.disk_bytes, PAGE)) if pack is not None else None
         with self._one_at_a_time if make_on.type != "cpu" else contextlib.nullcontext():
-            memory = host if whole else torch.empty(image.num_bytes, dtype=torch.uint8, device=make_on)
+            # Zeros, so that the gaps between tensors are the same in every pack of the same weights.
+            memory = host if whole else torch.zeros(image.num_bytes, dtype=torch.uint8, device=make_on)
             for name, tensor in image.tensors.items():
                 raw = memory[tensor.offset : tensor.end].view(self._dtype).view(tensor.shape)
                 checkpoint.fill(plan.spec, image.layer, name, raw)

@@ -150,15 +150,22 @@ class TieredBlocks:
         return event
 
     def forget(self) -> None:
-        """Starts a new block of requests: whatever was stored is void. Waits for stores still under way."""
-        for event in self._stored:
-            if event is not None:
-                event.synchronize()
-        for busy in self._busy:
-            for event in busy:
-                event.synchronize()
-            busy.clear()
+        """Starts a new block of requests: whatever was stored is void.
+
+        Waits for stores still under way, and raises the first error among them when all have ended.
+        """
+        events = [event for event in self._stored if event is not None]
+        events += [event for busy in self._busy for event in busy]
         self._stored = [None] * len(self._sizes)
+        self._busy = [[] for _ in range(self._slots)]
+        errors = []
+        for event in events:
+            try:
+                event.synchronize()
+            except Exception as error:  # noqa: BLE001 - raised below
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def close(self) -> None:
         if self._file is not None:
