@@ -93,7 +93,9 @@ class Report:
 
     def rows(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """A table on standard output; the first column never wraps."""
-        table = Table(title=escape(title) or None, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        table = Table(
+            title=escape(title) or None, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+        )
         for index, column in enumerate(columns):
             table.add_column(column, no_wrap=index == 0, overflow="fold")
         for row in rows:
@@ -163,6 +165,10 @@ class Report:
 
     def result(self, result: RunResult, folder: Path, how_to_see: str | None) -> None:
         """The figures of a run, and where its record is."""
+        if not result.repeats:
+            self.out.print(f"{result.run_name}: {result.status.value}, nothing measured", markup=False)
+            self._where(folder, how_to_see)
+            return
         repeats = len(result.repeats)
         status = "" if result.status is RunStatus.FINISHED else f" ({result.status.value})"
         title = f"{result.run_name}: median of {repeats} repeat{'s' if repeats != 1 else ''}{status}"
@@ -185,6 +191,9 @@ class Report:
             label = label.format(device=_DEVICE_NAMES.get(str(result.params.get("device")), "GPU"))
             table.add_row(label, _reading(value, unit), "" if spread is None else f"{spread:.1%}")
         self.out.print(table)
+        self._where(folder, how_to_see)
+
+    def _where(self, folder: Path, how_to_see: str | None) -> None:
         self.out.print(f"record  {_shown(folder)}", markup=False)
         if how_to_see:
             self.out.print(how_to_see, markup=False)

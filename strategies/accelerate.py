@@ -22,7 +22,7 @@ from strategies.accelerate_config import Config
 from strategies.accelerate_cost import predict
 from strategies.accelerate_engine import AccelerateEngine
 from strategies.accelerate_load import WeightSizes, load_pretrained, load_random, meta_model
-from strategies.base import Plan, PlanRequest
+from strategies.base import Plan, PlanRequest, out_of_memory_reason
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +69,7 @@ class AccelerateStrategy:
             * kv_bytes_per_token(model.config, request.dtype)
         )
         workspace = _workspace_bytes(model.config, request)
-        # With the KV cache offloaded, transformers holds the running layer's and the next one's on the device.
-        kv_on_device = kv_bytes * 2 // _num_layers(model.config) if kv_offload else kv_bytes
+            kv_on_device = kv_bytes * 2 // _num_layers(model.config) if kv_offload else kv_bytes
         device_map = _map_modules(
             model, sizes, request, kv_on_device + workspace, kv_bytes if kv_offload else 0, config
         )
@@ -150,7 +149,7 @@ class AccelerateStrategy:
             yield engine
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(
-                f"the GPU ran out of memory ({_first_line(error)}); lower --batch-size, --input-len or --gen-len"
+                f"the GPU ran out of memory ({out_of_memory_reason(error)}); lower --batch-size, --input-len or --gen-len"
             ) from error
         finally:
             if engine is not None:
@@ -185,14 +184,19 @@ def _workspace_bytes(config: Any, request: PlanRequest) -> int:
     """What prefill of one batch needs beside weights and KV: activations of a layer, logits of a position.
 
     Counted: the residual stream twice, Q, K, V and the attention output, the MLP's two intermediates, and
-    logits in the compute type and in float32.
+    logits in the compute type and in float32. On a GPU also what measured runs showed beside them: cuBLAS's own
+    workspace, and a tenth of the memory that the caching allocator holds in pieces too small to use.
     """
     text = config.get_text_config()
     hidden = int(text.hidden_size)
     inner = int(getattr(text, "intermediate_size", None) or getattr(text, "ffn_dim", None) or 4 * hidden)
     rows = request.batch_size * request.workload.prompt_tokens
     size = _itemsize(request.dtype)
-    return rows * (6 * hidden + 2 * inner) * size + request.batch_size * int(text.vocab_size) * (size + 4)
+    needed = rows * (6 * hidden + 2 * inner) * size + request.batch_size * int(text.vocab_size) * (size + 4)
+    if request.machine.device == "cuda":
+        assert request.machine.gpu_bytes is not None
+        needed += (96 << 20) + request.machine.gpu_bytes // 10
+    return needed
 
 
 def _map_modules(
@@ -246,7 +250,3 @@ def _cap_gpu(gpu_bytes: int | None) -> None:
     assert gpu_bytes is not None
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, gpu_bytes / total))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]

@@ -167,3 +167,12 @@ class Strategy(Protocol):
     def build(self, plan: Plan) -> AbstractContextManager[Engine]:
         """Load the model as planned; leaving the context frees memory, threads and temporary files."""
         ...
+
+
+def out_of_memory_reason(error: Exception) -> str:
+    """What torch could not allocate, without its paragraph of advice.
+
+    >>> out_of_memory_reason(Exception("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total ..."))
+    'CUDA out of memory. Tried to allocate 2.00 GiB'
+    """
+    return ". ".join(str(error).split(". ")[:2])

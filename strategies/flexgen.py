@@ -20,7 +20,7 @@ from flexllmgen.spec import ModelSpec
 from flexllmgen.units import gib
 from profiling.cost_model import Traffic, overlapped_cost, physical_limit
 from profiling.hardware import free_disk_bytes
-from strategies.base import Placed, Plan, PlanRequest
+from strategies.base import Placed, Plan, PlanRequest, out_of_memory_reason
 from strategies.flexgen_config import Config
 
 
@@ -124,7 +124,7 @@ class FlexgenStrategy:
                 yield FlexgenEngine(engine)
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(
-                f"the GPU ran out of memory ({str(error).splitlines()[0]}); lower a gpu share or micro_batch_size"
+                f"the GPU ran out of memory ({out_of_memory_reason(error)}); lower a gpu share or micro_batch_size"
             ) from error
 
     def _folder(self, request: PlanRequest) -> Path:
