@@ -69,7 +69,9 @@ class AccelerateStrategy:
             * kv_bytes_per_token(model.config, request.dtype)
         )
         workspace = _workspace_bytes(model.config, request)
-            kv_on_device = kv_bytes * 2 // _num_layers(model.config) if kv_offload else kv_bytes
+        # With the KV cache offloaded, transformers holds the running layer's and the next one's on the device, and
+        # makes a new copy of the running layer's.
+        kv_on_device = kv_bytes * 3 // _num_layers(model.config) if kv_offload else kv_bytes
         device_map = _map_modules(
             model, sizes, request, kv_on_device + workspace, kv_bytes if kv_offload else 0, config
         )

@@ -35,7 +35,7 @@ def predict(
     size = int(getattr(torch, request.dtype).itemsize)
     compute_bytes = sum(weight_bytes.values()) * spec.active_parameters / spec.num_parameters
     fetch_s = _fetch_seconds(weight_bytes, device, rates, page_cached=page_cached)
-    overhead_s = spec.num_layers * layer_overhead_s(config, device)
+    overhead_s = spec.num_layers * layer_overhead_s(config, request.dtype, device)
     prefill_s = decode_s = 0.0
     remaining = workload.num_sequences
     speeds: dict[int, tuple[float, float]] = {}
@@ -76,15 +76,15 @@ def _fetch_seconds(weight_bytes: Mapping[str, int], device: str, rates: Rates, *
     return seconds
 
 
-def layer_overhead_s(config: Any, device: str) -> float:
+def layer_overhead_s(config: Any, dtype: str, device: str) -> float:
     """Seconds a decoder layer takes in a decode step beside its arithmetic.
 
     The difference between tiny models of six and two layers of the same architecture.
     """
-    return max(0.0, (_tiny_step_s(config, 6, device) - _tiny_step_s(config, 2, device)) / 4)
+    return max(0.0, (_tiny_step_s(config, 6, dtype, device) - _tiny_step_s(config, 2, dtype, device)) / 4)
 
 
-def _tiny_step_s(config: Any, layers: int, device: str) -> float:
+def _tiny_step_s(config: Any, layers: int, dtype: str, device: str) -> float:
     tiny = copy.deepcopy(config)
     text = tiny.get_text_config()
     heads = 2
@@ -108,7 +108,7 @@ def _tiny_step_s(config: Any, layers: int, device: str) -> float:
             setattr(text, name, value)
     if kinds := getattr(text, "layer_types", None):
         text.layer_types = list(kinds)[:layers]
-    model = AutoModelForCausalLM.from_config(tiny).to(device).eval()
+    model = AutoModelForCausalLM.from_config(tiny, dtype=getattr(torch, dtype)).to(device).eval()
     ids = torch.ones(1, 4, dtype=torch.long, device=device)
     with torch.inference_mode():
         cache = model(ids, use_cache=True).past_key_values
