@@ -144,7 +144,7 @@ def sync_command(
     """Deliver result folders to MLflow; what has arrived already is not sent twice."""
     from harness.delivery import sync
 
-    _exit(lambda report: sync(folder, tracking_uri, report))
+    _exit(lambda report: sync(folder, tracking_uri or os.environ.get("HARNESS_TRACKING_URI"), report))
 
 
 @app.command("ui")
@@ -310,8 +310,27 @@ def root(
 
 
 def main() -> None:
-    """The console script."""
-    app()
+    """The console script. A mistake on the command line is one line, like every other mistake."""
+    try:
+        code = app(standalone_mode=False)
+    except Exception as error:
+        # typer's own errors; by name, since newer releases no longer take them from the package click.
+        names = {parent.__name__ for parent in type(error).__mro__}
+        if "ClickException" not in names:
+            raise
+        code = 2
+        if "NoArgsIsHelpError" in names:
+            # The help was printed when this was raised.
+            sys.exit(code)
+        from harness.report import Report
+
+        Report().error(f"{error.format_message()} (see {_command_path(error)} --help)")  # type: ignore[attr-defined]
+    sys.exit(code)
+
+
+def _command_path(error: Exception) -> str:
+    context = getattr(error, "ctx", None)
+    return f"harness {context.info_name}" if context is not None and context.parent is not None else "harness"
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import shlex
+import signal
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -135,23 +137,24 @@ class _Evaluation:
             return result
         # The worker could not write its own end.
         assert self.worker is not None
-        killed = code < 0
         if self.worker.interrupted:
             error = RunError(type="Interrupted", message="interrupted and killed", exit_code=EXIT_INTERRUPTED)
             status = RunStatus.KILLED
         else:
             status = RunStatus.FAILED
-            reason = (
-                f"the worker was killed by signal {-code}; most likely the machine ran out of memory: lower "
-                "--batch-size or --cpu-mem"
-                if killed
-                else f"the worker ended with code {code} and wrote no result"
-            )
+            if code == -signal.SIGKILL:
+                reason = (
+                    f"the worker was killed by signal {-code}; most likely the machine ran out of memory: lower "
+                    "--batch-size or --cpu-mem"
+                )
+            else:
+                how = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
+                reason = f"the worker {how} and wrote no result"
             error = RunError(
                 type="WorkerDied",
                 message=reason,
                 traceback="\n".join(self.worker.last_lines),
-                exit_code=OutOfMemory.exit_code if killed else 1,
+                exit_code=OutOfMemory.exit_code if code == -signal.SIGKILL else 1,
             )
         result = result.model_copy(
             update={"status": status, "error": error, "ended_at_ms": int(time.time() * 1000)}
@@ -167,7 +170,9 @@ class _Evaluation:
         try:
             self.run_id = self.tracker.deliver(folder, self.run_id)
         except (DeliveryError, OffloadError) as error:
-            self.report.error(f"{error}; the result is safe, deliver it with: harness sync {folder}")
+            uri = self.job.common.tracking_uri
+            how = shlex.join(["harness", "sync", str(folder), *(["--tracking-uri", uri] if uri else [])])
+            self.report.error(f"{error}; the result is safe, deliver it with: {how}")
             return False
         return True
 

@@ -54,13 +54,18 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
 _DEVICE_NAMES = {"cuda": "GPU", "cpu": "compute device"}
 
 
+_PIPED_WIDTH = 1000
+
+
 class Report:
     """The terminal, as `-q` and `-v` want it."""
 
     def __init__(self, *, quiet: bool = False, verbose: bool = False) -> None:
         self.quiet = quiet
         self.verbose = verbose
-        self.out = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+        # Rows that go to a file or another program stay whole.
+        width = None if sys.stdout.isatty() else _PIPED_WIDTH
+        self.out = Console(highlight=False, soft_wrap=width is not None, width=width)
         self.err = Console(stderr=True, highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
