@@ -1,6 +1,6 @@
 """Runs a set of measurements one after another, each in its own process with a time-out, and prints a table.
 
-python benchmarks/engine_table.py --set final --out results.json
+python benchmarks/engine_table.py --set large --out results.json
 """
 
 from __future__ import annotations
@@ -16,41 +16,44 @@ from pathlib import Path
 
 CASE = Path(__file__).with_name("engine_case.py")
 
-# name -> (seconds allowed, arguments)
-FIRST = {
+# name -> (seconds allowed, arguments). Peers stand beside the row of ours that they are compared with.
+SMALL = {
     "links": (60, "links"),
-    "stream-30b": (120, "ours --model opt-30b --batch 8 --kv-gpu 1 --steps 6 --trace {out}/trace-30b.json"),
-    "kv-host-30b": (150, "ours --model opt-30b --batch 24 --batches 3 --steps 8"),
-    "kv-host-6.7b": (80, "ours --model opt-6.7b --gpu-gib 8 --batch 32 --batches 6 --steps 8"),
-    "llama-8b": (60, "ours --model Meta-Llama-3-8B --gpu-gib 8 --batch 64 --steps 16"),
-    "all-gpu-6.7b": (
-        40,
-        "ours --model opt-6.7b --batch 2 --weights-gpu 1 --kv-gpu 1 --trace {out}/trace-all.json",
-    ),
-    "all-gpu-6.7b-hf": (50, "accelerate --model opt-6.7b --gpu-gib 20 --weights-gib 20 --batch 2"),
-    "disk-6.7b": (
-        70,
-        "ours --model opt-6.7b --batch 8 --weights-gpu 0 --weights-disk 1 --kv-gpu 1 --steps 4",
-    ),
-}
-SECOND = {
-    "all-gpu-6.7b": (
-        40,
-        "ours --model opt-6.7b --batch 2 --weights-gpu 1 --kv-gpu 1 --trace {out}/trace-all.json",
-    ),
-    "all-gpu-8b": (40, "ours --model Meta-Llama-3-8B --gpu-gib 24 --batch 16 --weights-gpu 1 --kv-gpu 1"),
-    "all-gpu-8b-hf": (50, "accelerate --model Meta-Llama-3-8B --gpu-gib 24 --weights-gib 24 --batch 16"),
-    "llama-8b": (
+    "llama-8b": (60, "ours --model Meta-Llama-3-8B --gpu-gib 8 --batch 64 --trace {out}/trace-8b.json"),
+    "llama-8b-accelerate-32": (
         60,
-        "ours --model Meta-Llama-3-8B --gpu-gib 8 --batch 64 --steps 8 --trace {out}/trace-8b.json",
+        "accelerate --model Meta-Llama-3-8B --gpu-gib 8 --weights-gib 3 --batch 32 --steps 4",
     ),
-    "stream-30b": (80, "ours --model opt-30b --batch 8 --kv-gpu 1 --steps 5"),
+    "llama-8b-accelerate-64": (
+        60,
+        "accelerate --model Meta-Llama-3-8B --gpu-gib 8 --weights-gib 0.5 --batch 64 --steps 4",
+    ),
+    "all-gpu-6.7b": (40, "ours --model opt-6.7b --batch 2 --weights-gpu 1 --kv-gpu 1"),
+    "all-gpu-6.7b-transformers": (50, "accelerate --model opt-6.7b --weights-gib 15 --batch 2"),
+    "all-gpu-8b": (40, "ours --model Meta-Llama-3-8B --gpu-gib 24 --batch 16 --weights-gpu 1 --kv-gpu 1"),
+    "all-gpu-8b-transformers": (
+        50,
+        "accelerate --model Meta-Llama-3-8B --gpu-gib 24 --weights-gib 24 --batch 16",
+    ),
+    "kv-host-6.7b": (90, "ours --model opt-6.7b --gpu-gib 8 --batch 32 --batches 6"),
+    "kv-host-6.7b-flexgen": (80, "flexgen --model opt-6.7b --gpu-gib 8 --batch 32 --batches 4 --steps 6"),
+    "kv-host-6.7b-accelerate": (
+        60,
+        "accelerate --model opt-6.7b --gpu-gib 8 --weights-gib 4 --batch 16 --steps 5",
+    ),
     "disk-6.7b": (
-        150,
-        "ours --model opt-6.7b --batch 8 --weights-gpu 0 --weights-disk 1 --kv-gpu 1 --steps 4",
+        90,
+        "ours --model opt-6.7b --batch 8 --weights-gpu 0 --weights-disk 1 --kv-gpu 1 --steps 3",
     ),
 }
-SETS = {"first": FIRST, "second": SECOND}
+LARGE = {
+    "links": (60, "links"),
+    "stream-30b": (80, "ours --model opt-30b --batch 8 --kv-gpu 1 --steps 5 --trace {out}/trace-30b.json"),
+    "kv-host-30b": (120, "ours --model opt-30b --batch 24 --batches 3 --steps 16"),
+    "kv-host-30b-flexgen": (140, "flexgen --model opt-30b --batch 48 --steps 5"),
+    "kv-host-30b-accelerate": (140, "accelerate --model opt-30b --weights-gib 6 --batch 8 --steps 3"),
+}
+SETS = {"small": SMALL, "large": LARGE}
 
 
 def run(name: str, seconds: int, arguments: str, out: Path) -> dict[str, object]:
@@ -73,7 +76,7 @@ def run(name: str, seconds: int, arguments: str, out: Path) -> dict[str, object]
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--set", choices=SETS, default="first")
+    parser.add_argument("--set", choices=SETS, default="small")
     parser.add_argument("--only", default="", help="comma-separated names")
     parser.add_argument("--out", default="results.json")
     args = parser.parse_args()

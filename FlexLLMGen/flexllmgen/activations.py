@@ -91,6 +91,7 @@ class ActivationStore:
             whole[gpu + cpu : gpu + cpu + disk].copy_(self._homes.disk_part(micro_batch, slot)[:disk])
 
         self._loads[slot] = self._lanes.up.submit(join, [fetched])
+        self._homes.release(slot, self._loads[slot])
 
     def ready(self, slot: int, *, first_stage: bool) -> list[Event]:
         """What must have ended before a stage uses the slot; the first stage only writes it."""

@@ -7,8 +7,9 @@ memory is the compute device's own, and only disk parts are streamed.
 
 import contextlib
 import threading
+from collections import deque
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,7 +18,7 @@ import torch
 
 from flexllmgen.checkpoint import Checkpoint
 from flexllmgen.memory.arena import HostArena, Region
-from flexllmgen.memory.disk import READ_BYTES, DirectFile
+from flexllmgen.memory.disk import READ_BYTES, DirectFile, in_order
 from flexllmgen.memory.pack import WeightPack, aligned_empty, pack_key
 from flexllmgen.memory.tiers import Lanes
 from flexllmgen.memory.transfer import PACKET_BYTES, Event, Lane
@@ -94,6 +95,9 @@ class WeightStore:
         self._files: dict[int, DirectFile] = {}
         self._pieces = [self._plan_pieces(stage) for stage in range(len(plan.stages))]
         self._views: dict[tuple[int, int], Mapping[str, torch.Tensor]] = {}
+        # Of the last few loads: older ones have been waited for by who needed them.
+        self._started: deque[Event] = deque(maxlen=1024)
+        self._reads: deque[Future[None]] = deque(maxlen=4096)
         self._one_at_a_time = threading.Lock()
         self._busy: list[list[Event]] = [[] for _ in range(slots)]
         self._loads: list[list[Event]] = [[] for _ in range(slots)]
@@ -161,15 +165,16 @@ class WeightStore:
                     need.synchronize()
                 for piece in from_disk:
                     reads.extend(self._start_read(piece, slot))
+                self._reads.extend(future for _, future in reads)
 
             started = self._disk_lane.submit(start_reads)
+            self._started.append(started)
 
         def copy() -> None:
             for piece in mine:
                 if piece.source != "disk":
                     self._copy(piece, slot)
-            for piece, future in reads:
-                future.result()
+            for piece, _ in in_order(reads):
                 if self._staging:
                     self._copy_staged(piece, slot)
 
@@ -197,10 +202,13 @@ class WeightStore:
 
     def drain(self) -> None:
         """Waits for loads still under way; whether they failed no longer matters."""
-        for events in self._loads:
-            for event in events:
-                with contextlib.suppress(Exception):
-                    event.synchronize()
+        for event in [*self._started, *(event for events in self._loads for event in events)]:
+            with contextlib.suppress(Exception):
+                event.synchronize()
+        # A load that fails for another reason leaves its reads to themselves, and they write to its slot.
+        wait(self._reads)
+        self._started.clear()
+        self._reads.clear()
 
     def close(self) -> None:
         for file in self._files.values():

@@ -7,9 +7,10 @@ system does not know O_DIRECT, the same calls go through the page cache.
 import ctypes
 import errno
 import os
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
@@ -136,8 +137,24 @@ class DiskPool:
 
 def wait_all(pieces: list[tuple[int, int, Future[None]]]) -> None:
     """Waits for every piece and raises the first error."""
-    for _, _, future in pieces:
-        future.result()
+    for _ in in_order(pieces):
+        pass
+
+
+Piece = TypeVar("Piece", bound=tuple[Any, ...])
+
+
+def in_order(pieces: Sequence[Piece]) -> Iterator[Piece]:
+    """Yields each piece when its future, the last of its fields, is done; raises its error.
+
+    Even then no piece is left under way: its memory may be used for something else next.
+    """
+    try:
+        for piece in pieces:
+            piece[-1].result()
+            yield piece
+    finally:
+        wait([piece[-1] for piece in pieces])
 
 
 def _memory(tensor: torch.Tensor) -> memoryview:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from flexllmgen.memory.arena import HostArena, Region
-from flexllmgen.memory.disk import DirectFile, DiskPool, scratch_file, wait_all
+from flexllmgen.memory.disk import DirectFile, DiskPool, in_order, scratch_file, wait_all
 from flexllmgen.memory.transfer import Event, Lane, Traffic, copy_bytes
 from flexllmgen.placement import PAGE, round_up
 
@@ -103,7 +103,6 @@ class TieredBlocks:
     def load(self, block: int, slot: int, cpu_bytes: int, disk_bytes: int) -> Event:
         """Brings the first bytes of a block's parts into a slot, once it is free and they are stored."""
         busy, stored = self._busy[slot], self._stored[block]
-        self._busy[slot] = []
 
         def work() -> None:
             if disk_bytes:
@@ -112,7 +111,9 @@ class TieredBlocks:
                 home = self._arena.view(self._homes[block], 0, cpu_bytes)
                 self._lanes.traffic.add("h2d", copy_bytes(self._slot_memory[slot], home))
 
-        return self._lanes.up.submit(work, [*busy, stored])
+        event = self._lanes.up.submit(work, [*busy, stored])
+        self._busy[slot] = [event]
+        return event
 
     def release(self, slot: int, event: Event) -> None:
         """The slot's content is in use until `event`."""
@@ -182,8 +183,7 @@ class TieredBlocks:
             if event is not None:
                 event.synchronize()
         staging = self._arena.view(self._staging[slot], 0, num_bytes)
-        for start, stop, future in self._lanes.disk.read(self._file, staging, offset):
-            future.result()
+        for start, stop, _ in in_order(self._lanes.disk.read(self._file, staging, offset)):
             self._lanes.traffic.add("h2d", copy_bytes(device_part[start:stop], staging[start:stop]))
 
     def _store_disk(self, block: int, slot: int, start: int, stop: int, after: Event) -> None:
