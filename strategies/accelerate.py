@@ -241,7 +241,7 @@ def _check_quantize(request: PlanRequest) -> None:
         import bitsandbytes  # noqa: F401
     except ImportError:
         raise UsageError(
-            "quantize needs the package bitsandbytes: pip install 'offload-harness[quantize]', or --set quantize=none"
+            "quantize needs the package bitsandbytes: pip install bitsandbytes, or --set quantize=none"
         ) from None
     if request.model.weights == "random":
         raise UsageError("quantize works on a checkpoint, not with --weights random; --set quantize=none")
