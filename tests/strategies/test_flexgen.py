@@ -1,0 +1,240 @@
+"""Strategy flexgen: its keys become a policy, its plan the truth, its tokens those of transformers."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flexllmgen.errors import CheckpointError, PlanInfeasible, PolicyError, UnsupportedModelError, UsageError
+from flexllmgen.spec import ModelSpec
+from flexllmgen.workload import Workload
+from harness.measure import Batch, run_pass
+from harness.models import load_tokenizer, resolve_model
+from harness.prompts import load_prompts
+from profiling.rates import Rates
+from strategies.base import Machine, ModelSource, PlanRequest
+from strategies.flexgen import FlexgenStrategy, create, make_policy
+from strategies.flexgen_config import Config
+from strategies.registry import find_strategy
+
+MIXED = {
+    "w_gpu_percent": 30,
+    "w_cpu_percent": 40,
+    "cache_gpu_percent": 50,
+    "cache_cpu_percent": 25,
+    "act_gpu_percent": 50,
+    "act_cpu_percent": 50,
+    "num_micro_batches": 2,
+}
+RATES = Rates(
+    compute_flops_per_s=1e11,
+    device_bytes_per_s=2e10,
+    host_bytes_per_s=2e10,
+    h2d_bytes_per_s=None,
+    d2h_bytes_per_s=None,
+    h2d_pageable_bytes_per_s=None,
+    disk_read_bytes_per_s=1e9,
+    disk_write_bytes_per_s=1e9,
+    cached_file_bytes_per_s=5e9,
+    measured_at=0.0,
+)
+
+
+def config(**changes: Any) -> Config:
+    _, defaults = find_strategy("flexgen").load_config()
+    return Config(**{**defaults, **changes})
+
+
+def request_for(source: ModelSource, folder: Path, **changes: Any) -> PlanRequest:
+    request = PlanRequest(
+        model=source,
+        workload=Workload(num_sequences=5, prompt_tokens=12, gen_tokens=6),
+        batch_size=2,
+        dtype="float32",
+        machine=Machine(
+            device="cpu",
+            gpu_bytes=None,
+            cpu_bytes=2**33,
+            gpu_capped=False,
+            cpu_capped=True,
+            offload_dir=folder / "offload",
+        ),
+        seed=0,
+    )
+    return dataclasses.replace(request, **changes)
+
+
+def padded_prompts(count: int, tokens: int, vocab: int) -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    ids_BT = torch.randint(3, vocab, (count, tokens), generator=generator)
+    mask_BT = torch.ones_like(ids_BT)
+    for row in range(count):
+        mask_BT[row, : row % 4] = 0
+    ids_BT[mask_BT == 0] = 1
+    return Batch(ids_BT=ids_BT, mask_BT=mask_BT)
+
+
+def transformers_tokens(folder: Path, batch: Batch, tokens: int) -> list[list[int]]:
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.generation_config = GenerationConfig(pad_token_id=0)
+    with torch.inference_mode():
+        out_BT = model.generate(
+            batch.ids_BT, attention_mask=batch.mask_BT, max_new_tokens=tokens, do_sample=False
+        )
+    return [list(row) for row in out_BT[:, batch.ids_BT.shape[1] :].tolist()]
+
+
+# Keys
+
+
+def test_the_shipped_defaults_are_the_keys_of_the_model() -> None:
+    config_type, defaults = find_strategy("flexgen").load_config()
+    assert set(config_type.model_fields) == set(defaults)
+    policy = make_policy(config(), batch_size=7)
+    assert (policy.micro_batch_size, policy.num_micro_batches) == (7, 1)
+    assert policy.weights.gpu == policy.kv_cache.gpu == policy.activations.gpu == 1
+
+
+def test_keys_become_shares_and_disk_is_the_rest() -> None:
+    policy = make_policy(config(**MIXED, micro_batch_size=3), batch_size=7)
+    assert policy.block_size == 6
+    assert policy.weights.disk == pytest.approx(0.3)
+    assert policy.kv_cache.disk == pytest.approx(0.25)
+    assert policy.activations.disk == 0
+
+
+def test_shares_over_a_hundred_are_refused_by_name() -> None:
+    with pytest.raises(PolicyError, match=r"cache: .*120 %"):
+        make_policy(config(cache_gpu_percent=70, cache_cpu_percent=50), batch_size=1)
+
+
+# Plan
+
+
+def test_the_plan_places_the_shares_asked_for(tiny_model: Path, tmp_path: Path) -> None:
+    source = resolve_model(str(tiny_model), weights="pretrained")
+    plan = create(config(**MIXED)).plan(request_for(source, tmp_path))
+    total = ModelSpec.from_hf_config(source.config).weight_bytes(4)
+    assert sum(plan.weight_bytes.values()) == pytest.approx(total, rel=0.01)
+    assert plan.weight_bytes["gpu"] / total == pytest.approx(0.3, abs=0.01)
+    assert plan.weight_bytes["disk"] / total == pytest.approx(0.3, abs=0.01)
+    assert plan.details["shares"]["weights"]["cpu"] == pytest.approx(40, abs=1)
+    assert plan.batch_size == 4
+    assert plan.predicted is None
+
+
+def test_the_prediction_stays_under_the_limit(tiny_model: Path, tmp_path: Path) -> None:
+    source = resolve_model(str(tiny_model), weights="pretrained")
+    spec = ModelSpec.from_hf_config(source.config)
+    plan = create(config(**MIXED)).plan(request_for(source, tmp_path, spec=spec, rates=RATES))
+    assert plan.predicted is not None
+    assert plan.limit is not None
+    assert 0 < plan.predicted.generation_tok_s <= plan.limit.generation_tok_s
+    assert plan.limit.decode_bound == "disk"
+
+
+def test_what_does_not_fit_is_refused_with_the_numbers(tiny_model: Path, tmp_path: Path) -> None:
+    source = resolve_model(str(tiny_model), weights="pretrained")
+    request = request_for(source, tmp_path)
+    small = dataclasses.replace(request.machine, cpu_bytes=200_000)
+    with pytest.raises(PlanInfeasible, match=r"needs .* has 195\.3 KiB; put more on disk"):
+        create(config()).plan(dataclasses.replace(request, machine=small))
+    emulated = dataclasses.replace(request.machine, gpu_bytes=100_000, gpu_capped=True)
+    with pytest.raises(PlanInfeasible, match="on the GPU"):
+        create(config()).plan(dataclasses.replace(request, machine=emulated))
+
+
+def test_an_unsupported_architecture_names_the_way_out(tmp_path: Path) -> None:
+    source = ModelSource(name="gpt2", path=None, config={"model_type": "gpt2"}, weights="random")
+    with pytest.raises(UnsupportedModelError, match="-s accelerate"):
+        create(config()).plan(request_for(source, tmp_path))
+
+
+def test_a_checkpoint_that_is_not_the_models_is_refused_before_loading(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    source = resolve_model(str(folder), weights="pretrained")
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        create(config()).plan(request_for(source, tmp_path))
+
+
+def test_pickles_are_sent_to_accelerate(tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    source = resolve_model(str(folder), weights="pretrained", allow_pickle=True)
+    with pytest.raises(UsageError, match="-s accelerate"):
+        create(config()).plan(request_for(source, tmp_path))
+
+
+# Engine
+
+
+@pytest.mark.parametrize("changes", [{}, MIXED, {**MIXED, "overlap": 0}, {**MIXED, "sep_layer": True}])
+def test_ragged_blocks_give_the_tokens_of_transformers(
+    changes: dict[str, Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    source = resolve_model(str(tiny_model), weights="pretrained")
+    request = request_for(source, tmp_path)
+    strategy = FlexgenStrategy(config(**changes))
+    plan = strategy.plan(request)
+    whole = padded_prompts(5, 12, 259)
+    starts = range(0, 5, plan.batch_size)
+    batches = [
+        Batch(
+            ids_BT=whole.ids_BT[start : start + plan.batch_size],
+            mask_BT=whole.mask_BT[start : start + plan.batch_size],
+        )
+        for start in starts
+    ]
+    with strategy.build(plan) as engine:
+        measured = run_pass(engine, batches, 6)
+        placed = engine.placed()
+    assert measured.output_ids == transformers_tokens(tiny_model, whole, 6)
+    assert placed.weight_bytes == dict(plan.weight_bytes)
+    assert (placed.offload_files_bytes > 0) == (plan.weight_bytes["disk"] > 0)
+
+
+@pytest.mark.slow
+def test_the_builtin_model_on_64_real_prompts_with_disk(tmp_path: Path) -> None:
+    """Identical tokens: 64 HumanEval prompts, 32 tokens, shares on all three tiers."""
+    source = resolve_model("builtin", weights="pretrained")
+    assert source.path is not None
+    prompts = load_prompts(
+        dataset="humaneval",
+        num_prompts=64,
+        input_len=96,
+        prompt_mode="pad",
+        prompt_template=None,
+        chat_template="auto",
+        tokenizer=load_tokenizer(source),
+        seed=0,
+    )
+    ids_BT, mask_BT = prompts.batch(0, 64)
+    request = request_for(
+        source, tmp_path, batch_size=16, workload=Workload(num_sequences=64, prompt_tokens=96, gen_tokens=32)
+    )
+    strategy = FlexgenStrategy(config(**MIXED))
+    plan = strategy.plan(request)
+    blocks = [
+        Batch(
+            ids_BT=ids_BT[start : start + plan.batch_size], mask_BT=mask_BT[start : start + plan.batch_size]
+        )
+        for start in range(0, 64, plan.batch_size)
+    ]
+    with strategy.build(plan) as engine:
+        measured = run_pass(engine, blocks, 32)
+        assert engine.placed().counters["moved_disk_read_bytes"] > 0
+    assert measured.output_ids == transformers_tokens(source.path, Batch(ids_BT=ids_BT, mask_BT=mask_BT), 32)
