@@ -139,7 +139,11 @@ def _read_gpus() -> tuple[tuple[Gpu, ...], str | None]:
             gpus.append(
                 Gpu(
                     name=_text(lib.nvmlDeviceGetName(handle)),
-                    memory_bytes=int(lib.nvmlDeviceGetMemoryInfo(handle).total),
+                    # An integrated GPU has no memory of its own.
+                    memory_bytes=_or_none(
+                        lib, lambda handle: lib.nvmlDeviceGetMemoryInfo(handle).total, handle
+                    )
+                    or 0,
                     compute_capability=f"{major}.{minor}",
                     pcie_generation=_or_none(lib, lib.nvmlDeviceGetMaxPcieLinkGeneration, handle),
                     pcie_width=_or_none(lib, lib.nvmlDeviceGetMaxPcieLinkWidth, handle),

@@ -107,15 +107,16 @@ class Sampler:
 
     def _take_gpus(self) -> dict[str, float]:
         values: dict[str, float] = {}
-        if self._nvml is not None:
-            for index in range(self._nvml.nvmlDeviceGetCount()):
-                handle = self._nvml.nvmlDeviceGetHandleByIndex(index)
-                values[f"gpu_{index}_memory_bytes"] = self._nvml.nvmlDeviceGetMemoryInfo(handle).used
-                values[f"gpu_{index}_utilization_percent"] = self._nvml.nvmlDeviceGetUtilizationRates(
-                    handle
-                ).gpu
-                with suppress(self._nvml.NVMLError):
-                    values[f"gpu_{index}_power_w"] = self._nvml.nvmlDeviceGetPowerUsage(handle) / 1000
+        lib = self._nvml
+        for index in range(lib.nvmlDeviceGetCount() if lib is not None else 0):
+            handle = lib.nvmlDeviceGetHandleByIndex(index)
+            # A share of a GPU has no load of its own, an integrated one no memory: what is not told is left out.
+            with suppress(lib.NVMLError):
+                values[f"gpu_{index}_memory_bytes"] = lib.nvmlDeviceGetMemoryInfo(handle).used
+            with suppress(lib.NVMLError):
+                values[f"gpu_{index}_utilization_percent"] = lib.nvmlDeviceGetUtilizationRates(handle).gpu
+            with suppress(lib.NVMLError):
+                values[f"gpu_{index}_power_w"] = lib.nvmlDeviceGetPowerUsage(handle) / 1000
         torch = sys.modules.get("torch")
         if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
             values["device_allocated_bytes"] = torch.cuda.memory_allocated()
