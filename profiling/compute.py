@@ -1,5 +1,6 @@
 """How fast linear layers run at the shapes a model has: the compute half of every prediction."""
 
+import statistics
 import time
 from collections.abc import Callable
 
@@ -36,8 +37,13 @@ def linear_bytes_per_s(spec: ModelSpec, dtype: str, device: str, *, rows: int) -
 
 def median_s(action: Callable[[], object], device: str) -> float:
     """Median seconds of five runs after one that does not count; waits for the device."""
+    return statistics.median(timed_runs(action, device, _TRIALS))
+
+
+def timed_runs(action: Callable[[], object], device: str, trials: int) -> list[float]:
+    """Seconds of each run after one that does not count; waits for the device before and after each."""
     times = []
-    for _ in range(_TRIALS + 1):
+    for _ in range(trials + 1):
         if device == "cuda":
             torch.cuda.synchronize()
         started = time.perf_counter()
@@ -45,4 +51,4 @@ def median_s(action: Callable[[], object], device: str) -> float:
         if device == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
-    return sorted(times[1:])[_TRIALS // 2]
+    return times[1:]

@@ -14,7 +14,7 @@ This is the roofline (Williams et al. 2009) per resource, with the transfers of 
 resources (as in FlexGen, Sheng et al. 2023, section 4.3).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,9 @@ from flexllmgen.workload import Workload
 if TYPE_CHECKING:
     from flexllmgen.spec import ModelSpec
     from profiling.rates import Rates
+
+Times = dict[str, float]
+"""Seconds that each resource is busy, by its name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,30 +57,11 @@ class CostEstimate:
 
 def physical_limit(spec: "ModelSpec", workload: Workload, traffic: Traffic, rates: "Rates") -> CostEstimate:
     """The least time that the machine's measured rates allow for this plan."""
-    prefill_s = decode_s = 0.0
-    prefill_bounds: dict[str, float] = {}
-    decode_bounds: dict[str, float] = {}
-    remaining = workload.num_sequences
-    while remaining > 0:
-        batch = min(traffic.batch_size, remaining)
-        remaining -= batch
-        times = _phase_times(spec, traffic, rates, batch, new_tokens=workload.prompt_tokens, cached=0)
-        prefill_s += max(times.values())
-        _add(prefill_bounds, times)
-        # Each step reads the KV of all positions before it; times grow linearly, so the middle step is the mean.
-        steps = workload.gen_tokens - 1
-        if steps:
-            middle = workload.prompt_tokens + steps // 2
-            times = _phase_times(spec, traffic, rates, batch, new_tokens=1, cached=middle)
-            decode_s += steps * max(times.values())
-            _add(decode_bounds, times)
-    return CostEstimate(
-        prefill_s=prefill_s,
-        decode_s=decode_s,
-        generation_tok_s=workload.output_tokens / (prefill_s + decode_s),
-        prefill_bound=_binding(prefill_bounds),
-        decode_bound=_binding(decode_bounds),
-    )
+
+    def times(block: int, new_tokens: int, cached: int) -> Times:
+        return _phase_times(spec, traffic, rates, block, new_tokens=new_tokens, cached=cached)
+
+    return _over_blocks(workload, traffic.batch_size, times, max)
 
 
 def overlapped_cost(
@@ -98,42 +82,61 @@ def overlapped_cost(
     """
     from profiling.compute import linear_bytes_per_s
 
-    prefill_s = decode_s = 0.0
-    prefill_bounds: dict[str, float] = {}
-    decode_bounds: dict[str, float] = {}
     weights = sum(traffic.weight_bytes.values()) * spec.active_parameters / spec.num_parameters
-    together = max if overlap else sum
     prefill_rate = linear_bytes_per_s(spec, dtype, device, rows=micro_batch_size * workload.prompt_tokens)
     decode_rate = linear_bytes_per_s(spec, dtype, device, rows=micro_batch_size)
+
+    def times(block: int, new_tokens: int, cached: int) -> Times:
+        busy = _phase_times(spec, traffic, rates, block, new_tokens=new_tokens, cached=cached)
+        kv_bytes = block * spec.kv_bytes(cached, traffic.dtype_bytes)
+        passes = block / micro_batch_size
+        rate = decode_rate if cached else prefill_rate
+        busy["compute"] = passes * weights / rate + kv_bytes / rates.device_bytes_per_s
+        return busy
+
+    return _over_blocks(workload, traffic.batch_size, times, max if overlap else sum)
+
+
+def _over_blocks(
+    workload: Workload,
+    block_size: int,
+    times: Callable[[int, int, int], Times],
+    together: Callable[[Iterable[float]], float],
+) -> CostEstimate:
+    """Add up prefill and decode steps of all blocks.
+
+    Args:
+        times: seconds each resource is busy, for (sequences, new tokens, cached positions).
+        together: how these make up the time of a step: the largest if all work at once, the sum if in turn.
+    """
+    prefill_s = decode_s = 0.0
+    prefill_busy: Times = {}
+    decode_busy: Times = {}
+    steps = workload.gen_tokens - 1
     remaining = workload.num_sequences
     while remaining > 0:
-        block = min(traffic.batch_size, remaining)
+        block = min(block_size, remaining)
         remaining -= block
-        micro_batches = block / micro_batch_size
-        times = _phase_times(spec, traffic, rates, block, new_tokens=workload.prompt_tokens, cached=0)
-        times["compute"] = micro_batches * weights / prefill_rate
-        prefill_s += together(times.values())
-        _add(prefill_bounds, times)
-        steps = workload.gen_tokens - 1
+        busy = times(block, workload.prompt_tokens, 0)
+        prefill_s += together(busy.values())
+        _add(prefill_busy, busy)
         if steps:
-            middle = workload.prompt_tokens + steps // 2
-            times = _phase_times(spec, traffic, rates, block, new_tokens=1, cached=middle)
-            kv_bytes = block * spec.kv_bytes(middle, traffic.dtype_bytes)
-            times["compute"] = micro_batches * weights / decode_rate + kv_bytes / rates.device_bytes_per_s
-            decode_s += steps * together(times.values())
-            _add(decode_bounds, times)
+            # Each step reads the KV of all positions before it; times grow linearly, so the middle step is the mean.
+            busy = times(block, 1, workload.prompt_tokens + steps // 2)
+            decode_s += steps * together(busy.values())
+            _add(decode_busy, busy)
     return CostEstimate(
         prefill_s=prefill_s,
         decode_s=decode_s,
         generation_tok_s=workload.output_tokens / (prefill_s + decode_s),
-        prefill_bound=_binding(prefill_bounds),
-        decode_bound=_binding(decode_bounds),
+        prefill_bound=_binding(prefill_busy),
+        decode_bound=_binding(decode_busy),
     )
 
 
 def _phase_times(
     spec: "ModelSpec", traffic: Traffic, rates: "Rates", batch: int, *, new_tokens: int, cached: int
-) -> dict[str, float]:
+) -> Times:
     """Seconds that each resource is busy for one forward pass of a batch, by the resource's name."""
     weights = sum(traffic.weight_bytes.values())
     read_kv = batch * spec.kv_bytes(cached, traffic.dtype_bytes)
@@ -162,10 +165,10 @@ def _phase_times(
     return times
 
 
-def _add(bounds: dict[str, float], times: Mapping[str, float]) -> None:
+def _add(sums: Times, times: Times) -> None:
     for name, seconds in times.items():
-        bounds[name] = bounds.get(name, 0.0) + seconds
+        sums[name] = sums.get(name, 0.0) + seconds
 
 
-def _binding(bounds: Mapping[str, float]) -> str:
-    return max(bounds, key=lambda name: bounds[name]) if bounds else "none"
+def _binding(busy: Times) -> str:
+    return max(busy, key=lambda name: busy[name]) if busy else "none"

@@ -18,6 +18,7 @@ import torch
 
 from flexllmgen.errors import OffloadDirError
 from flexllmgen.memory.disk import DirectFile
+from profiling.compute import timed_runs
 from profiling.hardware import HardwareProfile
 
 log = logging.getLogger(__name__)
@@ -193,14 +194,4 @@ def _gpu_rates() -> tuple[dict[str, float | None], float]:
 
 
 def _best(action: Callable[[], object], *, trials: int, device: str = "cpu") -> float:
-    """Seconds of the quickest of some runs, after one that does not count."""
-    times = []
-    for _ in range(trials + 1):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        action()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return min(times[1:])
+    return min(timed_runs(action, device, trials))
