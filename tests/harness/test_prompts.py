@@ -606,7 +606,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         else:
             self.answer(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
 
-    do_HEAD = do_GET - the base's name
+    do_HEAD = do_GET
 
     def answer(self, status: int, headers: dict[str, str] | None = None, body: bytes = b"") -> None:
         self.send_response(status)

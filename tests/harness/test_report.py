@@ -1,0 +1,138 @@
+"""What a person reads: streams, one-line errors, tables, and silence where it was asked for."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.report import Report
+from harness.results import Repeat, RunResult, RunStatus
+
+PLAN: dict[str, Any] = {
+    "strategy": "accelerate",
+    "model": "owner/[model]",
+    "dtype": "float32",
+    "device": "cpu",
+    "num_sequences": 5,
+    "prompt_tokens": 32,
+    "gen_tokens": 8,
+    "batch_size": 2,
+    "weight_bytes": {"gpu": 0, "cpu": 2**30, "disk": 2**20},
+    "kv_bytes": {"gpu": 0, "cpu": 0, "disk": 0},
+    "workspace_bytes": 2**10,
+}
+
+
+def make_result(**changes: Any) -> RunResult:
+    fields: dict[str, Any] = {
+        "run_uuid": "u",
+        "status": RunStatus.FINISHED,
+        "experiment": "e",
+        "run_name": "a [run]",
+        "strategy": "accelerate",
+        "model": "owner/model",
+        "started_at_ms": 1,
+        "metrics": {
+            "generation_tok_s": 1234.5,
+            "ttft_s": 0.25,
+            "peak_rss_bytes": 3 * 2**30,
+            "weight_bytes_disk": 0.0,
+            "weight_bytes_cpu": 2.0**20,
+        },
+        "spread": {"ttft_s": 0.125},
+        "repeats": [Repeat(index=0, ended_at_ms=2, metrics={"ttft_s": 0.25})],
+        **changes,
+    }
+    return RunResult.model_validate(fields)
+
+
+def test_results_go_to_stdout_and_the_rest_to_stderr(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    report = Report()
+    report.say("loading")
+    report.warn("odd")
+    report.plan(PLAN, "a machine", to_stdout=False)
+    report.phase("load", None)
+    report.passed("repeat 1/1", 30, 12.345)
+    assert capsys.readouterr().out == ""
+    report.result(make_result(), tmp_path, None)
+    report.text("a line")
+    report.json({"a": 1})
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert "a line" in captured.out
+
+
+def test_an_error_is_one_line_whatever_it_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    Report().error("first [bold]line\n  second " + "word " * 100)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: first [bold]line second word")
+
+
+def test_quiet_keeps_warnings_and_results(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    report = Report(quiet=True)
+    report.say("loading")
+    report.phase("load", None)
+    report.phase("repeat", 10)
+    report.progress(5)
+    report.passed("repeat", 10, 1.0)
+    report.plan(PLAN, "a machine", to_stdout=False)
+    assert capsys.readouterr() == ("", "")
+    report.warn("odd")
+    report.plan(PLAN, "a machine", to_stdout=True)
+    captured = capsys.readouterr()
+    assert captured.err == "warning: odd\n"
+    assert "plan: accelerate" in captured.out
+
+
+def test_the_plan_says_what_lies_where(capsys: pytest.CaptureFixture[str]) -> None:
+    estimate = {"generation_tok_s": 1000.0, "prefill_bound": "compute", "decode_bound": "disk"}
+    Report().plan({**PLAN, "predicted": estimate, "limit": estimate}, "a machine", to_stdout=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert "owner/[model]" in lines[0]
+    assert "1.00 GiB host + 1.0 MiB disk" in lines[2]
+    assert "KV cache none" in lines[2]
+    assert "decode by disk" in lines[3]
+
+
+def test_the_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    Report().result(make_result(), tmp_path / "results" / "u", "see it")
+    out = capsys.readouterr().out
+    rows = {line.split("  ")[0]: line.split() for line in out.splitlines() if "  " in line}
+    assert rows["generation throughput"][-2:] == ["1,234.50", "tok/s"]
+    assert rows["time to first token (TTFT)"][-3:] == ["250.0", "ms", "12.5%"]
+    assert rows["peak host memory (RSS)"][-2:] == ["3.00", "GiB"]
+    assert "weights in host memory" in out
+    assert "weights on disk" not in out, "nothing is there"
+    assert "decode throughput" not in out, "it was not measured"
+    assert out.splitlines()[-1] == "see it"
+    assert str(tmp_path / "results" / "u") in out
+
+
+def test_a_run_that_did_not_finish_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    Report().result(make_result(status=RunStatus.KILLED), tmp_path, None)
+    assert "(KILLED)" in capsys.readouterr().out
+    Report().result(make_result(status=RunStatus.FAILED, repeats=[]), tmp_path, None)
+    out = capsys.readouterr().out
+    assert "FAILED" in out
+    assert "throughput" not in out
+
+
+def test_json_is_whole_and_strict(capsys: pytest.CaptureFixture[str]) -> None:
+    Report().json({"text": "größer [x]", "long": "x" * 500})
+    assert json.loads(capsys.readouterr().out) == {"text": "größer [x]", "long": "x" * 500}
+    with pytest.raises(ValueError, match="JSON"):
+        Report().json({"bad": float("nan")})
+
+
+def test_piped_rows_stay_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    Report().rows("", ("key", "value"), [("a", "x " * 200), ("b", "[red]y"), ("c", "ends in \\")])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert lines[1].count("x") == 200
+    assert "[red]y" in lines[2]
+    assert "ends in \\" in lines[3]
