@@ -5,11 +5,13 @@ bring them in when they run, and transformers' `generate` decodes greedily. This
 nothing here is tuned beyond what the two libraries offer.
 """
 
+import fcntl
 import logging
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -137,28 +139,56 @@ class AccelerateStrategy:
             name: int(place) if place.isdigit() else place
             for name, place in plan.details["device_map"].items()
         }
-        folder = request.machine.offload_dir / f"accelerate-{uuid.uuid4().hex[:12]}"
-        folder.mkdir(parents=True)
-        engine = None
-        try:
-            if request.machine.device == "cuda" and request.machine.gpu_capped:
-                _cap_gpu(request.machine.gpu_bytes)
-            load = load_random if request.model.weights == "random" else load_pretrained
-            model = load(request, self.config, device_map, folder)
-            device = request.machine.device
-            kv_offload = device == "cuda" and plan.kv_bytes["cpu"] > 0
-            engine = AccelerateEngine(model, device=device, kv_offload=kv_offload, folder=folder)
-            yield engine
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemory(
-                f"the GPU ran out of memory ({out_of_memory_reason(error)}); lower --batch-size, --input-len or --gen-len"
-            ) from error
-        finally:
-            if engine is not None:
-                engine.close()
-            shutil.rmtree(folder, ignore_errors=True)
+        with _own_folder(request.machine.offload_dir) as folder:
+            engine = None
+            try:
+                if request.machine.device == "cuda" and request.machine.gpu_capped:
+                    _cap_gpu(request.machine.gpu_bytes)
+                load = load_random if request.model.weights == "random" else load_pretrained
+                model = load(request, self.config, device_map, folder)
+                device = request.machine.device
+                kv_offload = device == "cuda" and plan.kv_bytes["cpu"] > 0
+                engine = AccelerateEngine(model, device=device, kv_offload=kv_offload, folder=folder)
+                yield engine
+            except torch.OutOfMemoryError as error:
+                raise OutOfMemory(
+                    f"the GPU ran out of memory ({out_of_memory_reason(error)}); lower --batch-size, --input-len or --gen-len"
+                ) from error
+            finally:
+                if engine is not None:
+                    engine.close()
 
 
+@contextmanager
+def _own_folder(offload_dir: Path) -> Iterator[Path]:
+    """A new folder under the offload directory, for this run alone; it goes when the context is left.
+
+    A run that is killed leaves its folder, which may be as large as the model: the next one removes it. That
+    a folder is in use is told by a lock on a file in it, which ends with its process however that ends.
+    """
+    offload_dir.mkdir(parents=True, exist_ok=True)
+    for left in offload_dir.glob("accelerate-*"):
+        with suppress(OSError), (left / _LOCK).open("r+b") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            log.info("removing %s, left by a run that was killed", left)
+            shutil.rmtree(left, ignore_errors=True)
+    # Under a hidden name until it is locked, so that no other run takes it for a leftover.
+    name = f"accelerate-{uuid.uuid4().hex[:12]}"
+    hidden, folder = offload_dir / f".{name}", offload_dir / name
+    hidden.mkdir()
+    try:
+        with (hidden / _LOCK).open("wb") as lock:
+            # Without locks (some network file systems) a leftover stays; that is all.
+            with suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            hidden.rename(folder)
+            yield folder
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+_LOCK = ".lock"
 _BITS: Mapping[str, int | None] = {"none": None, "int8": 8, "int4": 4}
 
 

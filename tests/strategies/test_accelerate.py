@@ -310,6 +310,23 @@ def test_a_run_leaves_nothing_on_disk(request_for: Request, tiny_model: Path, we
     assert list(folder.iterdir()) == []
 
 
+def test_what_a_killed_run_left_is_removed_and_what_another_uses_is_not(request_for: Request) -> None:
+    strategy = create(config())
+    request = request_for(source_of("llama"))
+    folder = request.machine.offload_dir
+    left = folder / "accelerate-of-a-killed-run"
+    left.mkdir(parents=True)
+    (left / ".lock").touch()
+    (left / "weights.safetensors").write_bytes(b"x" * 1000)
+    (folder / "accelerate-of-someone-else").mkdir()
+    with strategy.build(strategy.plan(request)):
+        (used,) = [path for path in folder.iterdir() if path.name != "accelerate-of-someone-else"]
+        assert used != left
+        with strategy.build(strategy.plan(request)):
+            assert used.exists(), "another run uses it"
+    assert [path.name for path in folder.iterdir()] == ["accelerate-of-someone-else"]
+
+
 def test_a_half_precision_checkpoint_is_converted_once(
     request_for: Request, tiny_model: Path, tmp_path: Path
 ) -> None:
