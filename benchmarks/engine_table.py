@@ -24,9 +24,9 @@ SMALL = {
         60,
         "accelerate --model Meta-Llama-3-8B --gpu-gib 8 --weights-gib 3 --batch 32 --steps 4",
     ),
-    "llama-8b-accelerate-64": (
+    "llama-8b-accelerate-48": (
         60,
-        "accelerate --model Meta-Llama-3-8B --gpu-gib 8 --weights-gib 0.5 --batch 64 --steps 4",
+        "accelerate --model Meta-Llama-3-8B --gpu-gib 8 --weights-gib 1 --batch 48 --steps 4",
     ),
     "all-gpu-6.7b": (40, "ours --model opt-6.7b --batch 2 --weights-gpu 1 --kv-gpu 1"),
     "all-gpu-6.7b-transformers": (50, "accelerate --model opt-6.7b --weights-gib 15 --batch 2"),
@@ -39,7 +39,7 @@ SMALL = {
     "kv-host-6.7b-flexgen": (80, "flexgen --model opt-6.7b --gpu-gib 8 --batch 32 --batches 4 --steps 6"),
     "kv-host-6.7b-accelerate": (
         60,
-        "accelerate --model opt-6.7b --gpu-gib 8 --weights-gib 4 --batch 16 --steps 5",
+        "accelerate --model opt-6.7b --gpu-gib 8 --weights-gib 2 --batch 16 --steps 5",
     ),
     "disk-6.7b": (
         90,

@@ -63,6 +63,8 @@ def decode_attention(
     k, v = (kv_SBKH[:, which].permute(1, 2, 0, 3) for which in (0, 1))
     q = q_BNH.reshape(sequences, num_kv_heads, heads // num_kv_heads, size)
     bias = None if bias_B11S is None else bias_B11S[..., first:length]
+    if bias is not None and first:
+        bias = bias.clone()  # The masked kernel loads it in vectors, and does not check where it starts.
     return _attend(q, k, v, bias).reshape(sequences, heads, size)
 
 

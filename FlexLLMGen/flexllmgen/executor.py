@@ -54,6 +54,7 @@ class Executor:
     ) -> None:
         self._plan, self._decoder, self._device, self._dtype = plan, decoder, device, dtype
         self._weights, self._kv, self._hidden = weights, kv, hidden
+        self._records_steps = device.type == "cuda"
         self._records: dict[tuple[int, ...], RecordedDecode] = {}
 
     def run(
@@ -136,7 +137,7 @@ class Executor:
         streams = any(shape.streamed_weights) or any(shape.streamed_kv) or shape.streamed_hidden
         elsewhere = self._plan.weights.cpu + self._plan.kv_cache.cpu + self._plan.disk_bytes > 0
         windowed = any(0 < window < context for window in spec.sliding_windows)
-        if self._device.type != "cuda" or streams or elsewhere or windowed or spec.num_experts:
+        if streams or elsewhere or windowed or spec.num_experts or not self._records_steps:
             return None
         key = tuple(counts)
         if key not in self._records:

@@ -78,7 +78,8 @@ class KVCache:
         if self._resident_region is not None:
             memory = self._arena.view(self._resident_region)
         else:
-            memory = torch.empty(self._plan.kv_cache.gpu, dtype=torch.uint8, device=self._device)
+            # Zeros: a recorded step reads rows that nothing has been written to, and a mask does not hide NaN.
+            memory = torch.zeros(self._plan.kv_cache.gpu, dtype=torch.uint8, device=self._device)
         offset = 0
         for split in self._splits:
             size = self._row(split.gpu) * self._plan.max_context

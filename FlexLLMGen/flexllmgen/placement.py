@@ -440,6 +440,8 @@ def plan_placement(
     staging += kv_slots * slot_kv_disk * (not in_place)
     staged_hidden = max((round_up(each.disk * hidden_row, PAGE) for each in hidden_splits), default=0)
     staging += hidden_slots * staged_hidden
+    # A decode step recorded as a graph has memory of its own; only where nothing is streamed is there one.
+    recorded = 0 if weight_slots + kv_slots + hidden_slots else 256 << 20
     plan = None
     for chunk_tokens in (8192, 4096, 2048, 1024, 1):
         plan = PlacementPlan(
@@ -462,7 +464,8 @@ def plan_placement(
             kv_slot_bytes=slot_kv_cpu + slot_kv_disk,
             hidden_slots=hidden_slots,
             hidden_slot_bytes=slot_hidden,
-            workspace_bytes=_workspace(spec, policy, workload, dtype_bytes, chunk_tokens, not in_place),
+            workspace_bytes=_workspace(spec, policy, workload, dtype_bytes, chunk_tokens, not in_place)
+            + (recorded if not in_place else 0),
             staging_bytes=staging,
             chunk_tokens=chunk_tokens,
         )

@@ -12,6 +12,7 @@ from tiny_models import TinyModel, prompts
 from flexllmgen.checkpoint import RandomCheckpoint
 from flexllmgen.engine import FlexEngine
 from flexllmgen.errors import PlanInfeasible, PolicyError, UsageError
+from flexllmgen.graph import RecordedDecode
 from flexllmgen.policy import ON_CPU, ON_DISK, Placement, Policy
 from flexllmgen.sampling import Greedy, SamplingParams
 from flexllmgen.spec import OPT_125M
@@ -152,6 +153,24 @@ def test_shorter_prompts_and_generations_than_planned_are_served(tiny: Any, tmp_
     want, _ = model.greedy(ids, mask, 4)
     with load(model, POLICIES["mixed"], tmp_path) as engine:
         assert torch.equal(columns(engine, ids, mask, max_new_tokens=4), want)
+
+
+@pytest.mark.parametrize("name", ["opt-350m", "llama3", "qwen3"])
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_a_recordable_step_computes_the_same(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, micro_batches: int
+) -> None:
+    """What a CUDA graph would replay, run as it is: fixed shapes, everything else in buffers."""
+    monkeypatch.setattr(RecordedDecode, "run", RecordedDecode._work)
+    model = tiny(name)
+    policy = Policy(micro_batch_size=6 // micro_batches, num_micro_batches=micro_batches)
+    with load(model, policy, tmp_path) as engine:
+        engine._executor._records_steps = True
+        for count, length, padded in ((6, PROMPT, False), (6, 7, True), (5, PROMPT, True)):
+            ids, mask = prompts(count, length, padded=padded, seed=length)
+            want, _ = model.greedy(ids, mask, TOKENS)
+            assert torch.equal(columns(engine, ids, mask), want)
+        assert engine._executor._records
 
 
 def test_what_is_placed_is_what_is_held(tiny: Any, tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_parity(
     # Half precision: no further from the fp32 model than transformers is at the same precision, within noise.
     model.model.to(dtype)
     theirs = logits_of(model, ids, mask, got)
-    assert error < 2 * (theirs - exact).abs().max() / scale + 1e-3
+    assert error < 3 * (theirs - exact).abs().max() / scale + 1e-3
     # Where the choice differs from the exact one, the two were as close as that error.
     chosen = exact.gather(-1, got[..., None])[..., 0]
     assert ((exact.max(-1).values - chosen) / scale < 2 * error).all()
