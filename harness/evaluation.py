@@ -4,10 +4,13 @@ import logging
 import os
 import shlex
 import signal
+import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from flexllmgen.errors import OffloadError, OutOfMemory, UsageError
@@ -16,7 +19,7 @@ from harness.job import Job
 from harness.provenance import collect_provenance
 from harness.report import Report
 from harness.results import RunError, RunResult, RunStatus, Timeline
-from harness.store import DeliveryError, resolve_store
+from harness.store import DeliveryError, preload, resolve_store
 from harness.supervise import Worker
 from harness.tracking import Tracker
 
@@ -62,7 +65,9 @@ class _Evaluation:
     def run(self) -> int:
         self.worker = Worker(self.job)
         with self.worker.interruptible():
-            self._reap()
+            if self.tracker is not None:
+                # While the worker imports its libraries; both take seconds, and a mistake must not wait for MLflow.
+                threading.Thread(target=preload, name="import-mlflow", daemon=True).start()
             code = self.worker.follow(self._on_event)
         self.report.end_progress()
         if self.folder is None:
@@ -71,24 +76,32 @@ class _Evaluation:
                 return int(self.error["exit_code"])
             return 0 if code == 0 else self._report_early_death(code)
         result = self._read_result(self.folder, code)
-        draw_pictures(self.folder, result)
-        delivered = self._deliver(self.folder)
+        with self._one_signal_ignored():
+            draw_pictures(self.folder, result)
+            delivered = self._deliver(self.folder)
         self._show(result, self.folder, delivered)
         if result.error is not None:
             self.report.error(result.error.message)
             return result.error.exit_code
         return 0 if delivered else EXIT_NOT_DELIVERED
 
-    def _reap(self) -> None:
-        """Close the runs of dead processes, while the worker imports its libraries; both take seconds."""
-        if self.tracker is None:
-            return
+    @contextmanager
+    def _one_signal_ignored(self) -> Iterator[None]:
+        """While in here, a first SIGINT or SIGTERM is answered with a word; a second interrupts."""
+
+        def on_signal(_signum: int, _frame: FrameType | None) -> None:
+            self.report.warn("delivering what was measured; interrupt again to leave it to `harness sync`")
+            for number in previous:
+                signal.signal(number, signal.default_int_handler)
+
+        previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in previous:
+            signal.signal(number, on_signal)
         try:
-            if reaped := self.tracker.reap():
-                self.report.say(f"{reaped} run(s) left by a dead process marked FAILED")
-        except DeliveryError as error:
-            # Opening the run meets the same trouble, and says so.
-            log.info("%s", error)
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
     def _on_event(self, event: Mapping[str, Any]) -> None:
         match event["event"]:
@@ -127,6 +140,8 @@ class _Evaluation:
         self.folder = Path(event["folder"])
         if self.tracker is not None:
             try:
+                if reaped := self.tracker.reap():
+                    self.report.say(f"{reaped} run(s) left by a dead process marked FAILED")
                 self.run_id = self.tracker.open_run(RunResult.read(self.folder))
             except DeliveryError as error:
                 self.report.warn(f"{error}; measuring goes on, delivery is tried again at the end")

@@ -1,7 +1,7 @@
-"""One run, inside the worker: resolve, plan, load, warm up, measure, write the result folder.
+"""One run, inside the worker: load, warm up, measure, write the result folder.
 
-Everything a user can get wrong is found before the folder is made; from then on whatever happens, the
-folder says so. Knows nothing of MLflow and prints nothing: it sends events (job.py).
+Everything a user can get wrong is found before the folder is made (prepare.py); from then on, whatever
+happens, the folder says so. Knows nothing of MLflow and prints nothing: it sends events (job.py).
 """
 
 import json
@@ -10,16 +10,11 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from flexllmgen.errors import OffloadDirError, OffloadError, OutOfMemory, UsageError
-from flexllmgen.spec import ModelSpec
-from flexllmgen.units import gib
-from flexllmgen.workload import Workload
-from harness.builtin import BUILTIN, builtin_path
-from harness.config import EvalConfig, cache_dir
+from flexllmgen.errors import OffloadError, OutOfMemory
 from harness.job import EventWriter, Job
 from harness.measure import (
     Batch,
@@ -30,8 +25,8 @@ from harness.measure import (
     metrics_of,
     run_pass,
 )
-from harness.models import load_tokenizer, max_positions, resolve_model
-from harness.prompts import PromptSet, load_prompts
+from harness.prepare import Prepared, prepare
+from harness.prompts import PromptSet
 from harness.provenance import environment_freeze, git_diff
 from harness.results import (
     Repeat,
@@ -44,11 +39,8 @@ from harness.results import (
     write_jsonl,
     write_text,
 )
-from profiling.hardware import HardwareProfile, available_memory_bytes, read_hardware
-from profiling.rates import Rates, measured_rates
 from profiling.sampler import Sampler, device_peaks, energy_joules, peak_rss_bytes
-from strategies.base import Engine, Machine, ModelSource, Placed, Plan, PlanRequest, Strategy
-from strategies.registry import find_strategy
+from strategies.base import Engine, Placed, Plan
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +55,7 @@ def run_experiment(job: Job, events: EventWriter, wait_for_go: Callable[[], None
     """
     config = job.common
     try:
-        prepared = _prepare(job, events)
+        prepared = prepare(job, events)
     except OffloadError as error:
         events.send("error", message=str(error), exit_code=error.exit_code, type=type(error).__name__)
         log.error("%s", error)
@@ -86,97 +78,10 @@ def run_experiment(job: Job, events: EventWriter, wait_for_go: Callable[[], None
     return run.execute(wait_for_go)
 
 
-class _Prepared:
-    """What is settled before a weight is loaded."""
-
-    def __init__(
-        self,
-        *,
-        strategy: Strategy,
-        plan: Plan,
-        plan_s: float,
-        prompts: PromptSet,
-        tokenizer: Any,
-        hardware: HardwareProfile,
-        warnings: list[str],
-    ) -> None:
-        self.strategy = strategy
-        self.plan = plan
-        self.plan_s = plan_s
-        self.prompts = prompts
-        self.tokenizer = tokenizer
-        self.hardware = hardware
-        self.warnings = warnings
-
-
-def _prepare(job: Job, events: EventWriter) -> _Prepared:
-    config = job.common
-    check_writable(config.offload_dir, "--offload-dir")
-    check_writable(config.results_dir, "--results-dir")
-    first = config.model == BUILTIN and not builtin_path().exists()
-    events.send("phase", name="unpack the built-in model (once)" if first else "prepare")
-    source = resolve_model(
-        config.model,
-        weights=config.weights,
-        trust_remote_code=config.trust_remote_code,
-        allow_pickle=config.allow_pickle,
-    )
-    limit = max_positions(source.config)
-    if limit is not None and config.context > limit:
-        raise UsageError(
-            f"--input-len {config.input_len} + --gen-len {config.gen_len} = {config.context} positions, "
-            f"{config.model} has {limit}; lower one of them"
-        )
-    tokenizer = load_tokenizer(source)
-    prompts = load_prompts(
-        dataset=config.dataset,
-        num_prompts=config.num_prompts,
-        input_len=config.input_len,
-        prompt_mode=config.prompt_mode,
-        prompt_template=config.prompt_template,
-        chat_template=config.chat_template,
-        tokenizer=tokenizer,
-        vocab_size=vocab_size(source),
-        seed=config.seed,
-    )
-    machine, warnings = choose_machine(config)
-    entry = find_strategy(config.strategy)
-    config_type, _ = entry.load_config()
-    strategy = entry.create(config_type.model_validate(job.strategy_config))
-    request = PlanRequest(
-        model=source,
-        workload=Workload(
-            num_sequences=config.num_prompts, prompt_tokens=config.input_len, gen_tokens=config.gen_len
-        ),
-        batch_size=min(config.batch_size, config.num_prompts),
-        dtype=choose_dtype(config.dtype, source, machine.device),
-        machine=machine,
-        seed=config.seed,
-        spec=known_spec(source),
-    )
-    hardware = read_hardware(config.offload_dir)
-    events.send("phase", name="plan")
-    started = time.perf_counter()
-    request = replace(request, rates=_rates(request, hardware) if request.spec is not None else None)
-    plan = strategy.plan(request)
-    plan_s = time.perf_counter() - started
-    if config.warmup == 0:
-        warnings.append("--warmup 0: the first repeat is a cold one")
-    return _Prepared(
-        strategy=strategy,
-        plan=plan,
-        plan_s=plan_s,
-        prompts=prompts,
-        tokenizer=tokenizer,
-        hardware=hardware,
-        warnings=[*warnings, *prompts.warnings, *plan.warnings],
-    )
-
-
 class _Run:
     """The part of a run that leaves a folder behind."""
 
-    def __init__(self, job: Job, prepared: _Prepared, folder: Path, events: EventWriter) -> None:
+    def __init__(self, job: Job, prepared: Prepared, folder: Path, events: EventWriter) -> None:
         self.job = job
         self.prepared = prepared
         self.folder = folder
@@ -444,65 +349,6 @@ def make_batches(prompts: PromptSet, batch_size: int) -> list[Batch]:
     return batches
 
 
-def choose_machine(config: EvalConfig) -> tuple[Machine, list[str]]:
-    """The device and the caps a plan may use.
-
-    Raises:
-        UsageError: CUDA was asked for and there is none.
-    """
-    import torch
-
-    has_cuda = torch.cuda.is_available()
-    if config.device == "cuda" and not has_cuda:
-        raise UsageError(
-            "--device cuda: torch sees no CUDA device here; use --device cpu, or a torch built for CUDA"
-        )
-    warnings: list[str] = []
-    device = "cuda" if has_cuda and config.device != "cpu" else "cpu"
-    gpu_bytes = None
-    if device == "cuda":
-        free, total = torch.cuda.mem_get_info()
-        gpu_bytes = min(config.gpu_mem or free, free)
-        if config.gpu_mem and config.gpu_mem > free:
-            warnings.append(
-                f"--gpu-mem is more than the {free / 2**30:.1f} GiB free of {total / 2**30:.1f}; the free memory counts"
-            )
-    elif config.gpu_mem is not None:
-        gpu_bytes = config.gpu_mem
-    # A tenth is left to the system and to this process itself.
-    available = available_memory_bytes() * 9 // 10
-    if config.cpu_mem and config.cpu_mem > available:
-        warnings.append(f"--cpu-mem is more than the {gib(available)} that can be had here, which count")
-    machine = Machine(
-        device=device,  # type: ignore[arg-type]
-        gpu_bytes=gpu_bytes,
-        cpu_bytes=min(config.cpu_mem or available, available),
-        gpu_capped=config.gpu_mem is not None,
-        cpu_capped=config.cpu_mem is not None,
-        offload_dir=config.offload_dir.expanduser().absolute(),
-    )
-    return machine, warnings
-
-
-def choose_dtype(wanted: str, source: ModelSource, device: str) -> str:
-    """The number format: as asked; auto is the checkpoint's on CUDA and float32 on CPU."""
-    if wanted != "auto":
-        return wanted
-    if device == "cpu":
-        return "float32"
-    text = source.config.get("text_config") or source.config
-    kept = str(
-        source.config.get("dtype") or source.config.get("torch_dtype") or text.get("dtype") or "float16"
-    )
-    return kept.removeprefix("torch.")
-
-
-def vocab_size(source: ModelSource) -> int:
-    """Size of the model's vocabulary, by its config."""
-    text = source.config.get("text_config") or source.config
-    return int(text["vocab_size"])
-
-
 def compare_with_plan(plan: Plan, measured_tok_s: float | None) -> dict[str, float]:
     """The three numbers side by side: predicted, measured, limit, and how they relate.
 
@@ -524,46 +370,9 @@ def compare_with_plan(plan: Plan, measured_tok_s: float | None) -> dict[str, flo
     return metrics
 
 
-def known_spec(source: ModelSource) -> ModelSpec | None:
-    """The model's dimensions, or None for an architecture that nothing can be predicted for."""
-    try:
-        return ModelSpec.from_hf_config(source.config, source.name)
-    except OffloadError as error:
-        log.info("no prediction and no limit: %s", error)
-        return None
-
-
-def _rates(request: PlanRequest, hardware: HardwareProfile) -> Rates:
-    return measured_rates(
-        hardware,
-        device=request.machine.device,
-        dtype=request.dtype,
-        offload_dir=request.machine.offload_dir,
-        cache=cache_dir() / "profiles",
-    )
-
-
 def short_name(model: str) -> str:
     """The last part of a model's name, as it reads in a run name."""
     return model.rstrip("/").rsplit("/", 1)[-1]
-
-
-def check_writable(folder: Path, option: str) -> None:
-    """Make a folder and try to write into it.
-
-    Raises:
-        OffloadDirError: it cannot be made or written.
-    """
-    folder = folder.expanduser()
-    probe = folder / f".write-{time.time_ns()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OffloadDirError(
-            f"{option} {folder}: cannot be written ({error.strerror}); name another folder"
-        ) from error
 
 
 def _run_error(problem: BaseException, message: str, exit_code: int) -> RunError:

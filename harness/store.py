@@ -141,7 +141,7 @@ class Connection:
         with self.translated():
             if self.store.sqlite_path is None:
                 self._ask()  # before MLflow is imported, which takes seconds
-            mlflow = _import_mlflow()
+            mlflow = preload()
             began = time.monotonic()
             try:
                 with _request_timeout(timeout_s):
@@ -233,7 +233,8 @@ def alone(path: Path, flags: int = os.O_RDONLY) -> Iterator[None]:
         os.close(handle)
 
 
-def _import_mlflow() -> Any:
+def preload() -> Any:
+    """Import MLflow, quiet, with our defaults for what the user has not set; takes seconds the first time."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import mlflow

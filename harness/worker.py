@@ -74,13 +74,6 @@ def _set_up_logging(job: Job) -> None:
     logging.captureWarnings(True)
     for name in ("httpx", "urllib3", "filelock", "fsspec"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # transformers writes to standard error by a handler of its own; here its messages belong in the log.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "warning")
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_default_handler()
-    transformers_logging.enable_propagation()
-    transformers_logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from flexllmgen.spec import ModelSpec
 
 _ROTATED_BYTES = 256 << 20
 _TRIALS = 5
+_ENOUGH_S = 0.5
 
 
 def linear_bytes_per_s(spec: ModelSpec, dtype: str, device: str, *, rows: int) -> float:
@@ -41,9 +42,14 @@ def median_s(action: Callable[[], object], device: str) -> float:
 
 
 def timed_runs(action: Callable[[], object], device: str, trials: int) -> list[float]:
-    """Seconds of each run after one that does not count; waits for the device before and after each."""
-    times = []
+    """Seconds of each run after one that does not count; waits for the device before and after each.
+
+    Ends early when the runs take long, and then one or two say enough.
+    """
+    times: list[float] = []
     for _ in range(trials + 1):
+        if len(times) > 1 and sum(times) > _ENOUGH_S:
+            break
         if device == "cuda":
             torch.cuda.synchronize()
         started = time.perf_counter()

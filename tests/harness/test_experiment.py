@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from harness.config import resolve
-from harness.experiment import check_writable, choose_dtype, run_experiment
+from harness.experiment import run_experiment
 from harness.job import Job
+from harness.prepare import check_writable, choose_dtype
 from harness.results import Provenance, RunResult, RunStatus
 from strategies.base import ModelSource
 

@@ -1,0 +1,220 @@
+"""Before a run: from options to a model, prompts, a machine and a plan. Loads no weight, leaves no folder.
+
+Everything a user can get wrong is found here. Knows nothing of how the run is measured or recorded.
+"""
+
+import logging
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flexllmgen.errors import OffloadDirError, OffloadError, UsageError
+from flexllmgen.spec import ModelSpec
+from flexllmgen.units import gib
+from flexllmgen.workload import Workload
+from harness.builtin import BUILTIN, builtin_path
+from harness.config import EvalConfig, cache_dir
+from harness.job import EventWriter, Job
+from harness.models import load_tokenizer, max_positions, resolve_model
+from harness.prompts import PromptSet, load_prompts
+from profiling.hardware import HardwareProfile, available_memory_bytes, read_hardware
+from strategies.base import Machine, ModelSource, Plan, PlanRequest, Strategy
+from strategies.registry import find_strategy
+
+if TYPE_CHECKING:
+    from profiling.rates import Rates
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """What is settled before a weight is loaded."""
+
+    strategy: Strategy
+    plan: Plan
+    plan_s: float
+    prompts: PromptSet
+    tokenizer: Any
+    hardware: HardwareProfile
+    warnings: list[str]
+
+
+def prepare(job: Job, events: EventWriter) -> Prepared:
+    """Settle everything before a weight is loaded; tell by events what takes long.
+
+    Raises:
+        OffloadError: whatever the user can mend: names, sizes, files, a plan that does not fit.
+    """
+    config = job.common
+    check_writable(config.offload_dir, "--offload-dir")
+    if not job.dry_run:
+        check_writable(config.results_dir, "--results-dir")
+    first = config.model == BUILTIN and not builtin_path().exists()
+    events.send("phase", name="unpack the built-in model (once)" if first else "prepare")
+    source = resolve_model(
+        config.model,
+        weights=config.weights,
+        trust_remote_code=config.trust_remote_code,
+        allow_pickle=config.allow_pickle,
+    )
+    # Only now: a mistyped model is told before torch and transformers are imported, which takes seconds.
+    _quiet_transformers()
+    limit = max_positions(source.config)
+    if limit is not None and config.context > limit:
+        raise UsageError(
+            f"--input-len {config.input_len} + --gen-len {config.gen_len} = {config.context} positions, "
+            f"{config.model} has {limit}; lower one of them"
+        )
+    tokenizer = load_tokenizer(source)
+    prompts = load_prompts(
+        dataset=config.dataset,
+        num_prompts=config.num_prompts,
+        input_len=config.input_len,
+        prompt_mode=config.prompt_mode,
+        prompt_template=config.prompt_template,
+        chat_template=config.chat_template,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size(source),
+        seed=config.seed,
+    )
+    machine, warnings = choose_machine(config)
+    entry = find_strategy(config.strategy)
+    config_type, _ = entry.load_config()
+    strategy = entry.create(config_type.model_validate(job.strategy_config))
+    request = PlanRequest(
+        model=source,
+        workload=Workload(
+            num_sequences=config.num_prompts, prompt_tokens=config.input_len, gen_tokens=config.gen_len
+        ),
+        batch_size=min(config.batch_size, config.num_prompts),
+        dtype=choose_dtype(config.dtype, source, machine.device),
+        machine=machine,
+        seed=config.seed,
+        spec=known_spec(source),
+    )
+    hardware = read_hardware(config.offload_dir)
+    events.send("phase", name="plan")
+    started = time.perf_counter()
+    request = replace(request, rates=_rates(request, hardware) if request.spec is not None else None)
+    plan = strategy.plan(request)
+    plan_s = time.perf_counter() - started
+    if config.warmup == 0:
+        warnings.append("--warmup 0: the first repeat is a cold one")
+    return Prepared(
+        strategy=strategy,
+        plan=plan,
+        plan_s=plan_s,
+        prompts=prompts,
+        tokenizer=tokenizer,
+        hardware=hardware,
+        warnings=[*warnings, *prompts.warnings, *plan.warnings],
+    )
+
+
+def _quiet_transformers() -> None:
+    """Send transformers' messages to the log, where it would write to standard error by itself."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_default_handler()
+    transformers_logging.enable_propagation()
+    transformers_logging.disable_progress_bar()
+
+
+def choose_machine(config: EvalConfig) -> tuple[Machine, list[str]]:
+    """The device and the caps a plan may use.
+
+    Raises:
+        UsageError: CUDA was asked for and there is none.
+    """
+    import torch
+
+    has_cuda = torch.cuda.is_available()
+    if config.device == "cuda" and not has_cuda:
+        raise UsageError(
+            "--device cuda: torch sees no CUDA device here; use --device cpu, or a torch built for CUDA"
+        )
+    warnings: list[str] = []
+    device = "cuda" if has_cuda and config.device != "cpu" else "cpu"
+    gpu_bytes = None
+    if device == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        gpu_bytes = min(config.gpu_mem or free, free)
+        if config.gpu_mem and config.gpu_mem > free:
+            warnings.append(
+                f"--gpu-mem is more than the {free / 2**30:.1f} GiB free of {total / 2**30:.1f}; the free memory counts"
+            )
+    elif config.gpu_mem is not None:
+        gpu_bytes = config.gpu_mem
+    # A tenth is left to the system and to this process itself.
+    available = available_memory_bytes() * 9 // 10
+    if config.cpu_mem and config.cpu_mem > available:
+        warnings.append(f"--cpu-mem is more than the {gib(available)} that can be had here, which count")
+    machine = Machine(
+        device=device,  # type: ignore[arg-type]
+        gpu_bytes=gpu_bytes,
+        cpu_bytes=min(config.cpu_mem or available, available),
+        gpu_capped=config.gpu_mem is not None,
+        cpu_capped=config.cpu_mem is not None,
+        offload_dir=config.offload_dir.expanduser().absolute(),
+    )
+    return machine, warnings
+
+
+def choose_dtype(wanted: str, source: ModelSource, device: str) -> str:
+    """The number format: as asked; auto is the checkpoint's on CUDA and float32 on CPU."""
+    if wanted != "auto":
+        return wanted
+    if device == "cpu":
+        return "float32"
+    text = source.config.get("text_config") or source.config
+    kept = str(
+        source.config.get("dtype") or source.config.get("torch_dtype") or text.get("dtype") or "float16"
+    )
+    return kept.removeprefix("torch.")
+
+
+def vocab_size(source: ModelSource) -> int:
+    """Size of the model's vocabulary, by its config."""
+    text = source.config.get("text_config") or source.config
+    return int(text["vocab_size"])
+
+
+def known_spec(source: ModelSource) -> ModelSpec | None:
+    """The model's dimensions, or None for an architecture that nothing can be predicted for."""
+    try:
+        return ModelSpec.from_hf_config(source.config, source.name)
+    except OffloadError as error:
+        log.info("no prediction and no limit: %s", error)
+        return None
+
+
+def _rates(request: PlanRequest, hardware: HardwareProfile) -> "Rates":
+    from profiling.rates import measured_rates
+
+    return measured_rates(
+        hardware,
+        device=request.machine.device,
+        dtype=request.dtype,
+        offload_dir=request.machine.offload_dir,
+        cache=cache_dir() / "profiles",
+    )
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """Make a folder and try to write into it.
+
+    Raises:
+        OffloadDirError: it cannot be made or written.
+    """
+    folder = folder.expanduser()
+    probe = folder / f".write-{time.time_ns()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OffloadDirError(
+            f"{option} {folder}: cannot be written ({error.strerror}); name another folder"
+        ) from error
