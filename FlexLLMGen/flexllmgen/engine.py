@@ -75,16 +75,23 @@ class FlexEngine:
         overlapped = plan.policy.overlap > 0
         # Without a disk, the main loop itself fills an accelerator's streams: threads would only cost.
         threaded = overlapped and (not cuda or plan.disk_bytes > 0)
-        streams = [torch.cuda.Stream(device) if cuda and overlapped else None for _ in range(2)]
-        if cuda and not overlapped:
-            streams = [torch.cuda.current_stream(device)] * 2
         self._traffic = Traffic()
-        self._lanes = Lanes(
-            up=Lane("up", streams[0], threaded=threaded),
-            down=Lane("down", streams[1], threaded=threaded),
-            disk=DiskPool(self._traffic),
-            traffic=self._traffic,
-        )
+        disk = DiskPool(self._traffic)
+
+        def lanes(name: str) -> Lanes:
+            streams: list[torch.cuda.Stream | None] = [None, None]
+            if cuda:
+                own = (lambda: torch.cuda.Stream(device)) if overlapped else torch.cuda.current_stream
+                streams = [own(), own()]
+            up, down = (
+                Lane(f"{name}-{way}", stream, threaded=threaded)
+                for way, stream in zip(("up", "down"), streams, strict=True)
+            )
+            return Lanes(up=up, down=down, disk=disk, traffic=self._traffic)
+
+        self._lanes = lanes("weights-kv")
+        # Hidden states are small and wanted at once: they must not queue behind the next layer's weights.
+        self._hidden_lanes = lanes("hidden")
         self._disk_lane = Lane("disk", None, threaded=threaded)
         self._arena = HostArena(register=cuda)
         self._closed = False
@@ -102,7 +109,12 @@ class FlexEngine:
                 plan, device=device, dtype=dtype, arena=self._arena, lanes=self._lanes, directory=directory
             )
             self._hidden = ActivationStore(
-                plan, device=device, dtype=dtype, arena=self._arena, lanes=self._lanes, directory=directory
+                plan,
+                device=device,
+                dtype=dtype,
+                arena=self._arena,
+                lanes=self._hidden_lanes,
+                directory=directory,
             )
             self._arena.commit()
             self._weights.fill(checkpoint)
@@ -269,9 +281,14 @@ class FlexEngine:
         self.close()
 
     def _close_parts(self) -> None:
-        self._lanes.up.close()
-        self._lanes.down.close()
-        self._disk_lane.close()
+        for lane in (
+            self._lanes.up,
+            self._lanes.down,
+            self._hidden_lanes.up,
+            self._hidden_lanes.down,
+            self._disk_lane,
+        ):
+            lane.close()
         self._lanes.disk.close()
         for part in ("_weights", "_kv", "_hidden"):
             if hasattr(self, part):
