@@ -80,9 +80,10 @@ class FlexEngine:
 
         def lanes(name: str) -> Lanes:
             streams: list[torch.cuda.Stream | None] = [None, None]
-            if cuda:
-                own = (lambda: torch.cuda.Stream(device)) if overlapped else torch.cuda.current_stream
-                streams = [own(), own()]
+            if cuda and overlapped:
+                streams = [torch.cuda.Stream(device), torch.cuda.Stream(device)]
+            elif cuda:
+                streams = [torch.cuda.current_stream(device)] * 2
             up, down = (
                 Lane(f"{name}-{way}", stream, threaded=threaded)
                 for way, stream in zip(("up", "down"), streams, strict=True)

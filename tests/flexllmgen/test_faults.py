@@ -7,6 +7,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,19 @@ def test_a_full_disk_leaves_nothing_behind(
     with pytest.raises(OffloadDirError, match=r"no space left.*free some or choose another"):
         load(tiny("opt"), tmp_path)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_two_packing_at_once_share_one_pack(tiny: Any, tmp_path: Path) -> None:
+    def one(_: int) -> torch.Tensor:
+        with load(tiny("qwen2"), tmp_path) as engine:
+            return generate(engine)
+
+    tiny("qwen2")
+    with ThreadPoolExecutor(3) as pool:
+        first, *others = pool.map(one, range(3))
+    assert all(torch.equal(first, other) for other in others)
+    assert len(list(tmp_path.glob("weights-*"))) == 1
+    assert not list(tmp_path.glob("weights-*/.*.tmp"))
 
 
 def test_half_written_files_of_a_killed_process_are_swept(tiny: Any, tmp_path: Path) -> None:
