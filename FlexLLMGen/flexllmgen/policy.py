@@ -20,9 +20,8 @@ class Placement:
     >>> Placement.from_percent(gpu=70, cpu=50)
     Traceback (most recent call last):
     ...
-    flexllmgen.errors.PolicyError: shares of 70 % gpu and 50 % cpu sum to 120 %; lower one so that they sum to
-    at \
-most 100 (disk is the rest)
+    flexllmgen.errors.PolicyError: shares of 70 % gpu and 50 % cpu sum to 120 %; lower one so that they sum to \
+at most 100 (disk is the rest)
     """
 
     gpu: float = 0.0

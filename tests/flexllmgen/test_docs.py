@@ -1,0 +1,17 @@
+"""The examples in the docstrings hold."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+
+import pytest
+
+MODULES = ("checkpoint", "placement", "policy", "schedule", "spec", "workload", "models.published")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples(name: str) -> None:
+    result = doctest.testmod(importlib.import_module(f"flexllmgen.{name}"))
+    assert result.attempted
+    assert not result.failed
