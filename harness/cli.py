@@ -38,7 +38,7 @@ _RunOptions = {
     "config": (Optional[Path], typer.Option(None, "--config", metavar="FILE", help="TOML file with options and the strategy's keys.", rich_help_panel="Model and strategy")),  # noqa: UP045, E501
     "assignments": (list[str], typer.Option([], "--set", metavar="KEY=VALUE", help="Change one key of the strategy; may be repeated.", rich_help_panel="Model and strategy")),  # noqa: E501
     "verbose": (bool, typer.Option(False, "--verbose", "-v", help="Show the log and, for errors, the traceback.", rich_help_panel="Output")),  # noqa: E501
-    "quiet": (bool, typer.Option(False, "--quiet", "-q", help="Show results and errors only.", rich_help_panel="Output")),
+    "quiet": (bool, typer.Option(False, "--quiet", "-q", help="No progress: results, warnings and errors only.", rich_help_panel="Output")),  # noqa: E501
 }  # fmt: skip
 
 
@@ -285,7 +285,7 @@ def _exit(run: "Callable[[Report], int]", *, verbose: bool = False, quiet: bool 
         code = 130
     except BrokenPipeError:
         # The reader has gone (`| head`): nothing to say, and nobody to say it to.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = 0
     except Exception as error:  # noqa: BLE001 - the last line of defence
         report.traceback() if verbose else None
@@ -311,6 +311,9 @@ def root(
 
 def main() -> None:
     """The console script. A mistake on the command line is one line, like every other mistake."""
+    # A closed standard stream (`>&-`) is None to Python; nothing here should have to care.
+    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115 - open until the end
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
     try:
         code = app(standalone_mode=False)
     except Exception as error:

@@ -28,7 +28,7 @@ from pydantic import (
 )
 
 from flexllmgen.errors import UsageError
-from strategies.registry import find_strategy
+from strategies.registry import STRATEGIES, find_strategy
 
 ENV_PREFIX = "HARNESS_"
 
@@ -239,7 +239,9 @@ class Settings:
 
     def listing(self) -> list[Setting]:
         """Every effective value, common options first, in the order of their definition."""
-        pairs = [*self.common.model_dump(mode="json").items(), *self.strategy.model_dump(mode="json").items()]
+        values = self.common.model_dump(mode="json")
+        values["tracking_uri"] = values["tracking_uri"] or f"sqlite:///{Path('mlruns/mlflow.db').absolute()}"
+        pairs = [*values.items(), *self.strategy.model_dump(mode="json").items()]
         return [Setting(key=key, value=value, source=self.sources[key]) for key, value in pairs]
 
 
@@ -292,6 +294,8 @@ def resolve(
             layer(key, value.split(",") if key == "tag" else value, f"environment {variable}")
         if key in given:
             layer(key, given[key], f"option {flag_of(key)}")
+        if key == "tracking_uri" and key not in raw and (uri := environ.get("MLFLOW_TRACKING_URI")):
+            layer(key, uri, "environment MLFLOW_TRACKING_URI")
         sources.setdefault(key, "default")
     common = _validate(EvalConfig, raw, sources)
     common.tags()
@@ -302,10 +306,11 @@ def resolve(
     own_names = list(config_type.model_fields)
     own_sources = dict.fromkeys(own_names, f"default ({entry.name}.toml)")
     for key, value in from_file.items():
+        if isinstance(value, dict):
+            raise UsageError(f"{config_file}: [{key}]: keys are flat, without sections; take the heading out")
         if key not in own_names:
-            raise UsageError(
-                f"{config_file}: unknown key {key!r}{_nearest(key, [*common_names, *own_names])}"
-            )
+            hint = _other_strategy(key, entry.name) or _nearest(key, [*common_names, *own_names])
+            raise UsageError(f"{config_file}: unknown key {key!r}{hint}")
         values[key], own_sources[key] = value, f"file {config_file}"
     for key in own_names:
         variable = ENV_PREFIX + key.upper()
@@ -319,7 +324,8 @@ def resolve(
         if key in common_names:
             raise UsageError(f"--set {key}: this is an option of every strategy; give it as {flag_of(key)}")
         if key not in own_names:
-            raise UsageError(f"--set: strategy {entry.name} has no key {key!r}{_nearest(key, own_names)}")
+            hint = _other_strategy(key, entry.name) or _nearest(key, own_names)
+            raise UsageError(f"--set: strategy {entry.name} has no key {key!r}{hint}")
         values[key], own_sources[key] = _toml_value(value.strip()), f"option --set {key}"
     strategy = _validate(config_type, values, own_sources)
     return Settings(common=common, strategy=strategy, sources={**sources, **own_sources})
@@ -350,6 +356,14 @@ def _toml_value(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+
+
+def _other_strategy(key: str, chosen: str) -> str:
+    """A hint where the key is one of another strategy's."""
+    for entry in STRATEGIES:
+        if entry.name != chosen and key in entry.load_config()[0].model_fields:
+            return f"; it is a key of {entry.name}: add -s {entry.name}"
+    return ""
 
 
 def _nearest(key: str, names: list[str]) -> str:

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 EXIT_NOT_DELIVERED = 4
 EXIT_INTERRUPTED = 130
+_OUT_OF_MEMORY = "the worker was killed by signal 9; most likely the machine ran out of memory: lower --batch-size or --cpu-mem"
 
 
 def evaluate(settings: Settings, report: Report, *, argv: Sequence[str], dry_run: bool, as_json: bool) -> int:
@@ -71,10 +72,14 @@ class _Evaluation:
             code = self.worker.follow(self._on_event)
         self.report.end_progress()
         if self.folder is None:
-            if self.error is not None:
-                self.report.error(self.error["message"])
-                return int(self.error["exit_code"])
-            return 0 if code == 0 else self._report_early_death(code)
+            if self.error is None and code == 0:
+                return 0
+            message, exit_code = self._early_end(code)
+            if self.as_json:
+                # Whoever reads JSON gets JSON, also where there is nothing else to tell.
+                self.report.json({"run_id": None, "run_uuid": None, "status": "FAILED", "error": message})
+            self.report.error(message)
+            return exit_code
         result = self._read_result(self.folder, code)
         with self._one_signal_ignored():
             draw_pictures(self.folder, result)
@@ -130,13 +135,14 @@ class _Evaluation:
 
     def _on_plan(self, event: Mapping[str, Any]) -> None:
         self.report.end_progress()
+        if self.job.dry_run and self.as_json:
+            self.report.json({"plan": event["plan"], "warnings": event["warnings"]})
+        else:
+            self.report.plan(event["plan"], event["hardware"], to_stdout=self.job.dry_run)
+        for warning in event["warnings"]:
+            self.report.warn(warning)
         if self.job.dry_run:
-            if self.as_json:
-                self.report.json({"plan": event["plan"]})
-            else:
-                self.report.plan(event["plan"], event["hardware"], to_stdout=True)
             return
-        self.report.plan(event["plan"], event["hardware"], to_stdout=False)
         self.folder = Path(event["folder"])
         if self.tracker is not None:
             try:
@@ -158,10 +164,7 @@ class _Evaluation:
         else:
             status = RunStatus.FAILED
             if code == -signal.SIGKILL:
-                reason = (
-                    f"the worker was killed by signal {-code}; most likely the machine ran out of memory: lower "
-                    "--batch-size or --cpu-mem"
-                )
+                reason = _OUT_OF_MEMORY
             else:
                 how = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
                 reason = f"the worker {how} and wrote no result"
@@ -207,7 +210,7 @@ class _Evaluation:
                     "error": None if result.error is None else result.error.message,
                 }
             )
-        elif result.metrics:
+        else:
             seen = None
             if self.tracker is not None and delivered:
                 uri = self.job.common.tracking_uri
@@ -218,14 +221,17 @@ class _Evaluation:
                 seen = f"MLflow  not asked; deliver it later with: harness sync {os.path.relpath(folder)}"
             self.report.result(result, folder, seen)
 
-    def _report_early_death(self, code: int) -> int:
+    def _early_end(self, code: int) -> tuple[str, int]:
+        """Why there is no run, and the exit code."""
         assert self.worker is not None
+        if self.error is not None:
+            return str(self.error["message"]), int(self.error["exit_code"])
         if self.worker.interrupted:
-            self.report.error("interrupted")
-            return EXIT_INTERRUPTED
+            return "interrupted", EXIT_INTERRUPTED
+        if code == -signal.SIGKILL:
+            return _OUT_OF_MEMORY, OutOfMemory.exit_code
         last = next((line for line in reversed(self.worker.last_lines) if line.strip()), "no output")
-        self.report.error(f"the worker ended with code {code} before it had planned: {last}")
-        return 1
+        return f"the worker ended with code {code} before it had planned: {last}", 1
 
 
 def draw_pictures(folder: Path, result: RunResult) -> None:

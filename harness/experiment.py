@@ -27,7 +27,7 @@ from harness.measure import (
 )
 from harness.prepare import Prepared, prepare
 from harness.prompts import PromptSet
-from harness.provenance import environment_freeze, git_diff
+from harness.provenance import environment_freeze, git_diff, without_credentials
 from harness.results import (
     Repeat,
     RunError,
@@ -61,21 +61,27 @@ def run_experiment(job: Job, events: EventWriter, wait_for_go: Callable[[], None
         log.error("%s", error)
         return error.exit_code
     if job.dry_run:
-        events.send("planned", plan=prepared.plan.as_dict(), folder=None, hardware=prepared.hardware.summary)
+        _send_plan(events, prepared, folder=None)
         return 0
     folder = config.results_dir.absolute() / job.run_uuid
     run = _Run(job, prepared, folder, events)
     try:
         run.write_plan()
-        events.send(
-            "planned", plan=prepared.plan.as_dict(), folder=str(folder), hardware=prepared.hardware.summary
-        )
-        for warning in prepared.warnings:
-            events.send("warning", message=warning)
+        _send_plan(events, prepared, folder=folder)
     except OSError as error:
         events.send("error", message=f"cannot write {folder}: {error}", exit_code=2, type="UsageError")
         return 2
     return run.execute(wait_for_go)
+
+
+def _send_plan(events: EventWriter, prepared: Prepared, *, folder: Path | None) -> None:
+    events.send(
+        "planned",
+        plan=prepared.plan.as_dict(),
+        folder=None if folder is None else str(folder),
+        hardware=prepared.hardware.summary,
+        warnings=prepared.warnings,
+    )
 
 
 class _Run:
@@ -121,7 +127,8 @@ class _Run:
                 status = RunStatus.KILLED
                 error = RunError(
                     type="Interrupted",
-                    message="interrupted; what was measured until then is kept",
+                    message="interrupted"
+                    + ("; what was measured until then is kept" if self.repeats else ""),
                     exit_code=130,
                 )
             except OffloadError as problem:
@@ -205,6 +212,8 @@ class _Run:
         )
         self.passes.append(measured.batches)
         self.output_ids = self.output_ids or measured.output_ids
+        # Whoever kills this process cannot be caught; what is on the disk by then is what remains.
+        self.result.model_copy(update=self._figures()).write(self.folder)
 
     def _pass(self, name: str, engine: Engine, batches: Sequence[Batch], measured: Pass) -> None:
         gen_len = self.job.common.gen_len
@@ -267,6 +276,7 @@ class _Run:
             params[key] = (
                 value if isinstance(value, (str, int, float, bool)) or value is None else json.dumps(value)
             )
+        params["tracking_uri"] = without_credentials(job.common.tracking_uri or "") or None
         params["dtype"] = request.dtype
         params["device"] = request.machine.device
         params["batch_size"] = request.batch_size
@@ -275,14 +285,6 @@ class _Run:
         return params
 
     def _finish(self, sampler: Sampler, status: RunStatus, error: RunError | None) -> None:
-        metrics = dict(self.once)
-        spread: dict[str, float] = {}
-        if self.repeats:
-            medians, spread = median_and_spread([repeat.metrics for repeat in self.repeats])
-            metrics.update(medians)
-            metrics["repeats"] = float(len(self.repeats))
-        metrics["peak_rss_bytes"] = float(peak_rss_bytes())
-        metrics.update(compare_with_plan(self.prepared.plan, metrics.get("generation_tok_s")))
         plan = {**self.result.plan, **self._read_back()}
         write_json(self.folder / "plan.json", plan)
         timeline = Timeline.model_validate(asdict(sampler.samples()))
@@ -294,17 +296,31 @@ class _Run:
             update={
                 "status": status,
                 "ended_at_ms": int(time.time() * 1000),
-                "metrics": metrics,
-                "spread": spread,
-                "repeats": self.repeats,
-                "cold": self.cold,
-                "itl_s": [mean_itl_by_position(batches) for batches in self.passes],
+                **self._figures(),
                 "plan": plan,
                 "warnings": self.warnings,
                 "error": error,
             }
         )
         result.write(self.folder)
+
+    def _figures(self) -> dict[str, Any]:
+        """The fields of the result that hold what was measured so far."""
+        metrics = dict(self.once)
+        spread: dict[str, float] = {}
+        if self.repeats:
+            medians, spread = median_and_spread([repeat.metrics for repeat in self.repeats])
+            metrics.update(medians)
+            metrics["repeats"] = float(len(self.repeats))
+        metrics["peak_rss_bytes"] = float(peak_rss_bytes())
+        metrics.update(compare_with_plan(self.prepared.plan, metrics.get("generation_tok_s")))
+        return {
+            "metrics": metrics,
+            "spread": spread,
+            "repeats": self.repeats,
+            "cold": self.cold,
+            "itl_s": [mean_itl_by_position(batches) for batches in self.passes],
+        }
 
     def _read_back(self) -> dict[str, Any]:
         if self.placed is None:

@@ -6,10 +6,9 @@ Everything a user can get wrong is found here. Knows nothing of how the run is m
 import logging
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flexllmgen.errors import OffloadDirError, OffloadError, UsageError
+from flexllmgen.errors import OffloadError, UsageError
 from flexllmgen.spec import ModelSpec
 from flexllmgen.units import gib
 from flexllmgen.workload import Workload
@@ -18,7 +17,7 @@ from harness.config import EvalConfig, cache_dir
 from harness.job import EventWriter, Job
 from harness.models import load_tokenizer, max_positions, resolve_model
 from harness.prompts import PromptSet, load_prompts
-from profiling.hardware import HardwareProfile, available_memory_bytes, read_hardware
+from profiling.hardware import HardwareProfile, available_memory_bytes, check_writable, read_hardware
 from strategies.base import Machine, ModelSource, Plan, PlanRequest, Strategy
 from strategies.registry import find_strategy
 
@@ -200,21 +199,3 @@ def _rates(request: PlanRequest, hardware: HardwareProfile) -> "Rates":
         offload_dir=request.machine.offload_dir,
         cache=cache_dir() / "profiles",
     )
-
-
-def check_writable(folder: Path, option: str) -> None:
-    """Make a folder and try to write into it.
-
-    Raises:
-        OffloadDirError: it cannot be made or written.
-    """
-    folder = folder.expanduser()
-    probe = folder / f".write-{time.time_ns()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OffloadDirError(
-            f"{option} {folder}: cannot be written ({error.strerror}); name another folder"
-        ) from error

@@ -5,6 +5,7 @@ progress is plain lines.
 """
 
 import json
+import os
 import sys
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
@@ -57,6 +58,20 @@ _DEVICE_NAMES = {"cuda": "GPU", "cpu": "compute device"}
 _PIPED_WIDTH = 1000
 
 
+class _Out(Console):
+    """Standard output. A reader that has gone is for the caller to know, not a reason to exit from here."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+class _Err(Console):
+    """Standard error. Nobody listening is no reason to stop measuring."""
+
+    def on_broken_pipe(self) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
 class Report:
     """The terminal, as `-q` and `-v` want it."""
 
@@ -65,8 +80,8 @@ class Report:
         self.verbose = verbose
         # Rows that go to a file or another program stay whole.
         width = None if sys.stdout.isatty() else _PIPED_WIDTH
-        self.out = Console(highlight=False, soft_wrap=width is not None, width=width)
-        self.err = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.out = _Out(highlight=False, soft_wrap=width is not None, width=width)
+        self.err = _Err(stderr=True, highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._total = 0
@@ -77,7 +92,7 @@ class Report:
             self.err.print(message, markup=False)
 
     def warn(self, message: str) -> None:
-        """A warning, one line."""
+        """A warning, one line, also when quiet."""
         self.err.print(f"warning: {message}", style="yellow", markup=False)
 
     def error(self, message: str) -> None:
@@ -105,7 +120,7 @@ class Report:
             table.add_column(column, no_wrap=index == 0, overflow="fold")
         for row in rows:
             table.add_row(*(escape(cell) for cell in row))
-        self.out.print(table)
+        self._table(table)
 
     def plan(self, plan: Mapping[str, Any], hardware: str, *, to_stdout: bool) -> None:
         """What is going to happen, before a weight is loaded."""
@@ -160,6 +175,9 @@ class Report:
     def passed(self, name: str, tokens: int, tok_s: float) -> None:
         """A pass has ended."""
         self.end_progress()
+        if self.verbose:
+            # The log says so already.
+            return
         self.say(f"{name}: {tokens} tokens, {tok_s:.2f} tok/s")
 
     def end_progress(self) -> None:
@@ -178,7 +196,7 @@ class Report:
         status = "" if result.status is RunStatus.FINISHED else f" ({result.status.value})"
         title = f"{result.run_name}: median of {repeats} repeat{'s' if repeats != 1 else ''}{status}"
         table = Table(
-            title=title,
+            title=escape(title),
             title_justify="left",
             title_style="bold",
             box=None,
@@ -195,8 +213,17 @@ class Report:
             spread = result.spread.get(name)
             label = label.format(device=_DEVICE_NAMES.get(str(result.params.get("device")), "GPU"))
             table.add_row(label, _reading(value, unit), "" if spread is None else f"{spread:.1%}")
-        self.out.print(table)
+        self._table(table)
         self._where(folder, how_to_see)
+
+    def _table(self, table: Table) -> None:
+        if self.out.is_terminal:
+            self.out.print(table)
+            return
+        with self.out.capture() as capture:
+            self.out.print(table)
+        # Cells are padded to their column; in a file that is only blank space.
+        self.out.print("\n".join(line.rstrip() for line in capture.get().splitlines()), markup=False)
 
     def _where(self, folder: Path, how_to_see: str | None) -> None:
         self.out.print(f"record  {_shown(folder)}", markup=False)

@@ -16,6 +16,7 @@ from typing import Any
 from harness.job import Job, read_events
 
 _KEPT_LINES = 40
+_LAST_WORDS_S = 15
 
 
 class Worker:
@@ -69,8 +70,13 @@ class Worker:
             for number, handler in previous.items():
                 signal.signal(number, handler)
             if self.process.poll() is None:
-                self.process.kill()
-                self.process.wait()
+                # Something went wrong here; the worker may still write what it has.
+                self.process.terminate()
+                try:
+                    self.process.wait(timeout=_LAST_WORDS_S)
+                except subprocess.TimeoutExpired:
+                    self.process.kill()
+                    self.process.wait()
 
     def _on_signal(self, _signum: int, _frame: FrameType | None) -> None:
         if self.interrupted:

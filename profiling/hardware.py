@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from flexllmgen.errors import OffloadDirError
 
 SCHEMA_VERSION = 1
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8", "avx512_vnni")
@@ -110,6 +113,24 @@ def available_memory_bytes() -> int:
 def free_disk_bytes(path: Path) -> int:
     """Free bytes of the disk that holds `path`, which need not exist yet."""
     return shutil.disk_usage(_existing(path)).free
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """Make a folder and try to write into it.
+
+    Raises:
+        OffloadDirError: it cannot be made or written.
+    """
+    folder = folder.expanduser()
+    probe = folder / f".write-{time.time_ns()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OffloadDirError(
+            f"{option} {folder}: cannot be written ({error.strerror}); name another folder"
+        ) from error
 
 
 @contextmanager

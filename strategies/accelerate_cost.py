@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from flexllmgen.spec import ModelSpec
-from profiling.compute import linear_bytes_per_s, median_s
+from profiling.compute import best_s, linear_bytes_per_s
 from profiling.cost_model import CostEstimate
 from profiling.rates import Rates
 from strategies.base import PlanRequest
@@ -116,4 +116,4 @@ def _tiny_step_s(config: Any, layers: int, dtype: str, device: str) -> float:
         def run() -> None:
             model(ids[:, :1], past_key_values=cache, use_cache=True)
 
-        return median_s(run, device)
+        return best_s(run, device)

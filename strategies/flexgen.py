@@ -19,7 +19,7 @@ from flexllmgen.sampling import Greedy
 from flexllmgen.spec import ModelSpec
 from flexllmgen.units import gib
 from profiling.cost_model import Traffic, overlapped_cost, physical_limit
-from profiling.hardware import free_disk_bytes
+from profiling.hardware import check_writable, free_disk_bytes
 from strategies.base import Placed, Plan, PlanRequest, out_of_memory_reason
 from strategies.flexgen_config import Config
 
@@ -57,6 +57,8 @@ class FlexgenStrategy:
             spec, policy, request.workload, size, in_place=on_cpu, gpu_cap_bytes=machine.gpu_bytes
         )
         folder = self._folder(request)
+        if placement.disk_bytes:
+            check_writable(folder, "--set path" if self.config.path else "--offload-dir")
         check_fits(
             placement,
             gpu_bytes=machine.gpu_bytes,

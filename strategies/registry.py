@@ -25,10 +25,15 @@ class StrategyEntry:
     summary: str
 
     def load_config(self) -> tuple[type[BaseModel], dict[str, Any]]:
-        """The model of the strategy's own keys, and their defaults from the TOML beside it."""
+        """The model of the strategy's own keys, and their defaults from the TOML beside it.
+
+        The file also names its strategy, so that a copy of it is a whole config file; that is no key of its own.
+        """
         config_type = cast(type[BaseModel], importlib.import_module(self.module + "_config").Config)
         text = resources.files("strategies").joinpath(f"{self.name}.toml").read_text(encoding="utf-8")
-        return config_type, tomllib.loads(text)
+        defaults = tomllib.loads(text)
+        assert defaults.pop("strategy") == self.name
+        return config_type, defaults
 
     def create(self, config: BaseModel) -> Strategy:
         """The strategy, configured. Imports its module, and with it torch."""
@@ -64,5 +69,5 @@ def find_strategy(name: str) -> StrategyEntry:
         if entry.name == name:
             return entry
     near = difflib.get_close_matches(name, strategy_names(), n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise UsageError(f"no strategy {name!r}{hint}; there are: {', '.join(strategy_names())}")
+    hint = f", did you mean {near[0]!r}?" if near else "."
+    raise UsageError(f"no strategy {name!r}{hint} There are: {', '.join(strategy_names())}")

@@ -7,6 +7,7 @@ import pytest
 
 from flexllmgen.errors import UsageError
 from harness.config import EvalConfig, Settings, cache_dir, parse_size, resolve, unknown_variables
+from strategies.registry import strategy_names
 
 
 def settled(
@@ -248,3 +249,33 @@ def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     monkeypatch.delenv("HARNESS_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert cache_dir() == tmp_path / "xdg" / "offload-harness"
+
+
+@pytest.mark.parametrize("name", strategy_names())
+def test_a_copy_of_a_strategys_file_is_a_whole_config_file(name: str) -> None:
+    path = Path(__file__).parents[2] / "strategies" / f"{name}.toml"
+    settings = resolve({}, config_file=path, assignments=[], environ={})
+    assert settings.common.strategy == name
+
+
+def test_a_key_of_another_strategy_names_it() -> None:
+    with pytest.raises(UsageError, match="it is a key of flexgen: add -s flexgen"):
+        resolve({}, config_file=None, assignments=["w_gpu_percent=1"], environ={})
+
+
+def test_sections_are_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text("[accelerate]\nenable_offload = false\n")
+    with pytest.raises(UsageError, match="keys are flat"):
+        resolve({}, config_file=path, assignments=[], environ={})
+
+
+def test_the_tracking_uri_shown_is_the_one_in_effect() -> None:
+    def shown(**environ: str) -> tuple[object, str]:
+        listing = resolve({}, config_file=None, assignments=[], environ=environ).listing()
+        (one,) = [setting for setting in listing if setting.key == "tracking_uri"]
+        return one.value, one.source
+
+    assert shown(MLFLOW_TRACKING_URI="http://h:1") == ("http://h:1", "environment MLFLOW_TRACKING_URI")
+    assert shown(MLFLOW_TRACKING_URI="http://h:1", HARNESS_TRACKING_URI="http://i:1")[0] == "http://i:1"
+    assert str(shown()[0]).endswith("mlruns/mlflow.db")

@@ -69,7 +69,7 @@ class FakeWorker:
             params={"model_path": None},
         )
         result.write(folder)
-        on_event({"event": "planned", "plan": PLAN, "folder": str(folder), "hardware": "h"})
+        on_event({"event": "planned", "plan": PLAN, "folder": str(folder), "hardware": "h", "warnings": []})
         on_event({"event": "phase", "name": "ready"})
         assert self.went, "the worker waits for the command before it times anything"
         if self.status is not RunStatus.RUNNING:
@@ -152,6 +152,7 @@ def test_a_worker_that_had_to_be_killed_was_interrupted(
     [
         ({"planned": False, "code": 1}, 1, "in native code"),
         ({"planned": False, "code": -15, "interrupted": True}, 130, "interrupted"),
+        ({"planned": False, "code": -9}, 5, "--batch-size"),
     ],
 )
 def test_a_worker_that_dies_before_it_has_planned(
@@ -164,7 +165,10 @@ def test_a_worker_that_dies_before_it_has_planned(
 ) -> None:
     assert run_with(worker, settings, monkeypatch) == exit_code
     captured = capsys.readouterr()
-    assert captured.out == ""
+    # Whoever reads JSON gets JSON.
+    printed = json.loads(captured.out)
+    assert printed["status"] == "FAILED"
+    assert words in printed["error"]
     assert words in captured.err
     assert len(captured.err.splitlines()) == 1
     assert not Path("results").exists()

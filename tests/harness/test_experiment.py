@@ -11,8 +11,9 @@ import torch
 from harness.config import resolve
 from harness.experiment import run_experiment
 from harness.job import Job
-from harness.prepare import check_writable, choose_dtype
+from harness.prepare import choose_dtype
 from harness.results import Provenance, RunResult, RunStatus
+from profiling.hardware import check_writable
 from strategies.base import ModelSource
 
 Run = Callable[..., tuple[int, Path]]
@@ -91,8 +92,10 @@ def plain_tokens(model_folder: Path, rows: list[dict[str, Any]], input_len: int,
 
 
 def test_a_run_leaves_a_whole_folder(run: Run, events: Any, tiny_model: Path, tmp_path: Path) -> None:
-    code, folder = run()
+    code, folder = run(tracking_uri="http://user:secret@host")
     assert code == 0
+    assert RunResult.read(folder).params["tracking_uri"] == "http://host"
+    assert not any(b"secret" in path.read_bytes() for path in folder.iterdir())
     names = {path.name for path in folder.iterdir()}
     assert {
         "result.json",
@@ -201,7 +204,7 @@ def test_a_published_config_needs_no_files_and_no_network(
     assert len(row["output_ids"]) == 2
     assert row["output_text"] is None
     assert RunResult.read(folder).params["model_path"] is None
-    assert any("no tokenizer" in one["message"] for one in events.of("warning"))
+    assert any("no tokenizer" in warning for warning in events.of("planned")[0]["warnings"])
 
 
 def test_a_dry_run_plans_and_leaves_no_folder(run: Run, events: Any) -> None:
@@ -218,7 +221,7 @@ def test_no_warm_up_is_told_and_leaves_no_cold_run(run: Run, events: Any) -> Non
     code, folder = run(warmup=0)
     assert code == 0
     assert RunResult.read(folder).cold == {}
-    assert any("--warmup 0" in one["message"] for one in events.of("warning"))
+    assert any("--warmup 0" in warning for warning in events.of("planned")[0]["warnings"])
 
 
 def test_a_batch_larger_than_the_prompts_is_the_prompts(run: Run) -> None:

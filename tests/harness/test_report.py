@@ -136,3 +136,26 @@ def test_piped_rows_stay_whole(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[1].count("x") == 200
     assert "[red]y" in lines[2]
     assert "ends in \\" in lines[3]
+
+
+def test_a_run_name_is_text_and_not_markup(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    result = RunResult(
+        run_uuid="u",
+        status=RunStatus.FINISHED,
+        experiment="e",
+        run_name="[/x] [bold]y",
+        strategy="accelerate",
+        model="m",
+        started_at_ms=1,
+        metrics={"ttft_s": 0.5},
+        repeats=[Repeat(index=0, ended_at_ms=2, metrics={"ttft_s": 0.5})],
+    )
+    Report().result(result, tmp_path, None)
+    assert capsys.readouterr().out.startswith("[/x] [bold]y: median of 1 repeat")
+
+
+def test_a_piped_table_has_no_trailing_blanks(capsys: pytest.CaptureFixture[str]) -> None:
+    Report().rows("", ("a", "b"), [("one", "two"), ("three", "f")])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines
+    assert [line for line in lines if line != line.rstrip()] == []

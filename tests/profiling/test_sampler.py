@@ -1,6 +1,7 @@
 """The sampler: what it sees, that it ends, what it costs, and that a mute GPU cannot fail a run."""
 
 import contextlib
+import mmap
 import threading
 import time
 from typing import Any
@@ -14,9 +15,11 @@ from profiling.sampler import Sampler, device_peaks, energy_joules, peak_rss_byt
 def test_it_sees_memory_come() -> None:
     with Sampler(interval_s=0.01) as sampler:
         time.sleep(0.05)
-        block = bytearray(100_000_000)
-        block[::4096] = b"x" * len(block[::4096])
-        time.sleep(0.05)
+        # Mapped afresh: the heap may give memory that is resident already.
+        with mmap.mmap(-1, 100_000_000) as block:
+            for page in range(0, len(block), mmap.PAGESIZE):
+                block[page] = 1
+            time.sleep(0.05)
     rss = [value for value in sampler.samples().series["rss_bytes"] if value is not None]
     assert max(rss) - rss[0] > 80_000_000
     assert peak_rss_bytes() >= max(rss) * 0.95

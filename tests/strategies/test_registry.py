@@ -22,5 +22,5 @@ def test_each_has_a_line_of_its_own() -> None:
 def test_an_unknown_one_names_the_nearest() -> None:
     with pytest.raises(UsageError, match="did you mean 'accelerate'"):
         find_strategy("accelerat")
-    with pytest.raises(UsageError, match="there are: accelerate"):
+    with pytest.raises(UsageError, match="There are: accelerate"):
         find_strategy("zzz")
