@@ -47,21 +47,32 @@ def collect_provenance(cwd: Path, argv: Sequence[str]) -> Provenance:
     """Say which code runs in `cwd` under the command `argv`, who runs it and where.
 
     A detached HEAD has a commit and no branch. Untracked files count as dirty: they may be imported.
-    Credentials in the remote's address are left out.
+    Credentials in addresses, the remote's and the command's, are left out.
     """
     commit = _git(cwd, "rev-parse", "--verify", "HEAD")
     inside = _git(cwd, "rev-parse", "--is-inside-work-tree") == "true"
     status = _git(cwd, "status", "--porcelain") if inside else None
+    remote = _git(cwd, "remote", "get-url", "origin") if inside else None
     return Provenance(
         git_commit=commit,
         git_branch=_git(cwd, "symbolic-ref", "--short", "-q", "HEAD") if inside else None,
         git_dirty=None if status is None else bool(status),
-        git_remote=_without_credentials(_git(cwd, "remote", "get-url", "origin") if inside else None),
-        command=shlex.join(argv),
+        git_remote=without_credentials(remote) if remote else None,
+        command=shlex.join(map(without_credentials, argv)),
         host=socket.gethostname(),
         user=_user(),
         versions=_versions(),
     )
+
+
+def without_credentials(text: str) -> str:
+    """`text` with every address in it bare of user name and password, for people and records.
+
+    >>> without_credentials("postgresql://user:secret@host/runs")
+    'postgresql://host/runs'
+    """
+    # Up to the last @ before the path: a password may hold one itself.
+    return re.sub(r"(\w[\w+.-]*://)[^/\s]*@", r"\1", text)
 
 
 def git_diff(cwd: Path) -> str | None:
@@ -162,10 +173,6 @@ def _git_command(cwd: Path, *arguments: str) -> list[str]:
 def _git_env() -> dict[str, str]:
     # Looking must not take the index lock from someone who works in the same tree.
     return {**os.environ, "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0"}
-
-
-def _without_credentials(url: str | None) -> str | None:
-    return re.sub(r"^(\w[\w+.-]*://)[^/@]*@", r"\1", url) if url else None
 
 
 def _user() -> str:

@@ -9,7 +9,6 @@ import contextlib
 import fcntl
 import logging
 import os
-import re
 import sqlite3
 import threading
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from flexllmgen.errors import UsageError
+from harness.provenance import without_credentials
 from harness.summary import shorten
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class Store:
     @property
     def shown_uri(self) -> str:
         """The address without user name and password, for people and logs."""
-        return re.sub(r"^([\w+.-]+://)[^/@]*@", r"\1", self.tracking_uri)
+        return without_credentials(self.tracking_uri)
 
     @property
     def is_server(self) -> bool:
@@ -167,8 +167,11 @@ class Connection:
         if isinstance(error, DeliveryError):
             return error
         # SQLAlchemy appends the whole statement.
-        reason = " ".join(str(error).partition("[SQL:")[0].split()) or type(error).__name__
-        return DeliveryError(f"MLflow store {self.store.shown_uri}: {shorten(reason, 300)}")
+        # MLflow quotes the address as it was given.
+        reason = without_credentials(" ".join(str(error).partition("[SQL:")[0].split()))
+        return DeliveryError(
+            f"MLflow store {self.store.shown_uri}: {shorten(reason or type(error).__name__, 300)}"
+        )
 
     def _retried(self, mlflow: Any, action: Callable[[Any], Value]) -> Value:
         for attempt in range(LOCKED_RETRIES):
@@ -276,7 +279,7 @@ def _probe_failure(probe: Callable[[str], None], store: Store) -> DeliveryError 
         return DeliveryError(f"MLflow store {store.shown_uri} does not answer within {PROBE_TIMEOUT_S:.0f} s")
     if (error := outcome[0]) is None or isinstance(error, DeliveryError):
         return error
-    reason = shorten(" ".join(str(error).split()), 200)
+    reason = shorten(without_credentials(" ".join(str(error).split())), 200)
     return DeliveryError(f"MLflow store {store.shown_uri} is unreachable: {reason}")
 
 

@@ -14,6 +14,7 @@ from harness.provenance import (
     git_diff,
     process_identity,
     process_is_alive,
+    without_credentials,
 )
 
 
@@ -93,6 +94,31 @@ def test_repository_without_a_commit(tmp_path: Path) -> None:
 def test_remote_loses_its_credentials(repository: Path) -> None:
     git(repository, "remote", "add", "origin", "https://someone:token@git.example/team/code.git")
     assert collect_provenance(repository, []).git_remote == "https://git.example/team/code.git"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("http://user:secret@host:5000/a", "http://host:5000/a"),
+        ("https://secret@host", "https://host"),
+        ("http://user:s@cret@host", "http://host"),
+        ("postgresql+psycopg2://user:secret@host/db", "postgresql+psycopg2://host/db"),
+        ("--tracking-uri=http://user:secret@host", "--tracking-uri=http://host"),
+        ("to http://user:secret@host and http://other:secret@host", "to http://host and http://host"),
+        ("http://host:5000/mail@address", "http://host:5000/mail@address"),
+        ("sqlite:////folder/mlflow.db", "sqlite:////folder/mlflow.db"),
+        ("owner/model@revision", "owner/model@revision"),
+    ],
+)
+def test_addresses_lose_their_credentials(text: str, expected: str) -> None:
+    assert without_credentials(text) == expected
+
+
+def test_the_command_loses_its_credentials(tmp_path: Path) -> None:
+    words = ["harness", "eval", "--tracking-uri", "http://user:sec ret's@host", "--run-name", "two words"]
+    words[3] = words[3].replace(" ", "%20")
+    found = collect_provenance(tmp_path, words).command
+    assert found == "harness eval --tracking-uri http://host --run-name 'two words'"
 
 
 @pytest.mark.parametrize("path", ["", None])

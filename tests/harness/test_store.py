@@ -56,6 +56,13 @@ def test_address_that_is_no_store_names_the_sqlite_form(tmp_path: Path, uri: str
         resolve_store(uri, tmp_path)
 
 
+def test_what_mlflow_says_shows_no_credentials() -> None:
+    store = Store(tracking_uri="http://me:secret@127.0.0.1:1", artifact_location=None)
+    with pytest.raises(DeliveryError) as caught, Connection(store).translated():
+        raise RuntimeError("API request to http://me:secret@127.0.0.1:1/api failed")
+    assert str(caught.value).endswith("API request to http://127.0.0.1:1/api failed")
+
+
 def test_credentials_are_not_shown() -> None:
     store = Store(tracking_uri="postgresql+psycopg2://me:secret@127.0.0.1:1/db", artifact_location=None)
     with pytest.raises(DeliveryError) as caught:
