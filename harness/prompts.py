@@ -94,9 +94,10 @@ def load_prompts(
 
     `tokenizer` is one of transformers, or None for a model without one: then the ids are the text's UTF-8
     bytes modulo `vocab_size`, which must be given, and a warning says so. Prompts that are empty are
-    skipped. Where the dataset has too few, they repeat in order under ids that end in "#2", "#3". Both
-    leave a warning. `record.prompts_unique` counts the rows made without a repeated prompt. The id of a
-    filled row is that of its first prompt and, after "+", the end of that of its last.
+    skipped. Where the dataset has too few, they repeat in order under ids that end in "#2", "#3". Both leave
+    a warning, and so do prompts that padded rows hold only a part of. `record.prompts_unique` counts the
+    rows made without a repeated prompt. The id of a filled row is that of its first prompt and, after "+",
+    the end of that of its last.
 
     A chat template is applied, with the option `auto`, if the tokenizer has one, the dataset holds
     instructions or chats, and the mode is `pad`: a filled row is many prompts, not one conversation.
@@ -117,7 +118,9 @@ def load_prompts(
             raise UsageError(f"{option} is {value}; it must be at least 1")
     rows = load_rows(dataset)
     columns = tuple(rows.table.column_names)
-    given = prompt_template or (rows.registered.template if rows.registered else None)
+    given = prompt_template
+    if given is None and rows.registered:
+        given = rows.registered.template
     template = choose_template(columns) if given is None else Template(text=given, columns=columns)
     kind = _kind(rows)
     chat = _use_chat(chat_template, tokenizer, kind, prompt_mode)
@@ -129,6 +132,7 @@ def load_prompts(
     ]
     prompts = _number([row.prompt for row in drawn])
     unique = sum(not row.repeated for row in drawn)
+    cut = sum(prompt.truncated for prompt in prompts)
     real_tokens = sum(len(prompt.token_ids) for prompt in prompts)
     warnings = [*rows.warnings]
     if tokenizer is None:
@@ -139,6 +143,9 @@ def load_prompts(
         warnings.append(
             f"{rows.name} has too few prompts: {num_prompts - unique} of {num_prompts} repeat some"
         )
+    # A filled row is cut wherever it is full; that is no loss.
+    if cut and prompt_mode == "pad":
+        warnings.append(f"{cut} of {num_prompts} prompts cut to --input-len {input_len} tokens")
     record = DatasetRecord(
         name=rows.name,
         source=rows.source,
@@ -152,7 +159,7 @@ def load_prompts(
         num_rows=rows.table.num_rows,
         num_prompts=num_prompts,
         prompts_unique=unique,
-        prompts_truncated=sum(prompt.truncated for prompt in prompts),
+        prompts_truncated=cut,
         real_tokens=real_tokens,
         padded_tokens=num_prompts * input_len - real_tokens,
         prompt_mode=prompt_mode,

@@ -68,8 +68,11 @@ def shorten(text: str, limit: int) -> str:
 
 
 def params_of(result: RunResult) -> dict[str, str]:
-    """Params by name; None reads `none` and truth values as in TOML."""
-    return {clean_name(name): shorten(_text(value), PARAM_LIMIT) for name, value in result.params.items()}
+    """Params by name, and how many prompts were new and cut; None reads `none`, truth values as in TOML."""
+    params = dict(result.params)
+    if data := result.dataset:
+        params |= {"prompts_unique": data.prompts_unique, "prompts_truncated": data.prompts_truncated}
+    return {clean_name(name): shorten(_text(value), PARAM_LIMIT) for name, value in params.items()}
 
 
 def metric_rows(result: RunResult) -> list[MetricRow]:
@@ -246,6 +249,9 @@ def _prompts(result: RunResult) -> str:
     count = f"{data.num_prompts} of {data.num_rows} rows"
     if data.prompts_unique < data.num_prompts:
         count += f" ({data.prompts_unique} different ones)"
+    # A filled row is cut wherever it is full; that is no loss.
+    if data.prompts_truncated and data.prompt_mode == "pad":
+        count += f" ({data.prompts_truncated} cut)"
     tokens = f"{data.real_tokens:,} real and {data.padded_tokens:,} padding tokens"
     name = f"{data.name} ({where})" if where else data.name
     return f"**Prompts**: {name}, {count}, {tokens}, digest `{data.digest[:12]}`"

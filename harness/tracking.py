@@ -125,20 +125,18 @@ class Tracker:
         return self._connection.call(self._reap)
 
     def runs_page(self) -> str:
-        """The part of the UI's address that shows the latest experiment's runs with their figures.
+        """The part of the UI's address that shows the runs beside the one that started last, with figures.
 
         The UI's own defaults hide every metric and lay the page out for tracing chat applications.
-        Empty while there is no experiment of ours.
+        Empty while there is no run of ours.
 
         Raises:
             DeliveryError: the store is unreachable or refuses.
         """
-        experiments = self._connection.call(lambda client: list(_pages(client.search_experiments)))
-        ours = [one for one in experiments if VIEW_TAG in one.tags]
-        if not ours:
+        latest = self._connection.call(_latest_run)
+        if latest is None:
             return ""
-        latest = max(ours, key=lambda one: (one.last_update_time or 0, one.experiment_id))
-        return f"/#/experiments/{latest.experiment_id}/runs?viewStateShareKey={VIEW_NAME}&{LAYOUT}"
+        return f"/#/experiments/{latest.info.experiment_id}/runs?viewStateShareKey={VIEW_NAME}&{LAYOUT}"
 
     def _reap(self, client: Any) -> int:
         host = socket.gethostname()
@@ -209,6 +207,14 @@ class Tracker:
             if tag not in found.tags:
                 client.set_experiment_tag(found.experiment_id, tag, value)
         return str(found.experiment_id)
+
+
+def _latest_run(client: Any) -> Any:
+    """The run that started last in the experiments of ours, or None."""
+    ours = [one.experiment_id for one in _pages(client.search_experiments) if VIEW_TAG in one.tags]
+    # An experiment's own time of change does not move with its runs.
+    newest = {"order_by": ["attributes.start_time DESC"], "max_results": 1}
+    return next(iter(client.search_runs(ours, **newest)), None) if ours else None
 
 
 def _begin(client: Any, run: Any, result: RunResult) -> None:
@@ -316,6 +322,7 @@ def _log_dataset(client: Any, run_id: str, result: RunResult) -> None:
         "num_prompts": data.num_prompts,
         "num_rows": data.num_rows,
         "prompts_unique": data.prompts_unique,
+        "prompts_truncated": data.prompts_truncated,
         "real_tokens": data.real_tokens,
         "padded_tokens": data.padded_tokens,
         "prompt_mode": data.prompt_mode,

@@ -21,15 +21,20 @@ log = logging.getLogger(__name__)
 def run_ui(store: Store, *, port: int, open_browser: bool, announce: Callable[[str], None] = log.info) -> int:
     """Serve the MLflow UI of `store` on the loopback address until interrupted; return the exit code.
 
-    Where `port` is taken, the next free one serves and `announce` says so. A store that is a server has
-    a UI of its own, whose address is announced.
+    A store without a run is served too, and `announce` says that it has none. Where `port` is taken, the
+    next free one serves and `announce` says so. A store that is a server has a UI of its own, whose address
+    is announced.
 
     Raises:
         UsageError: no port near `port` is free.
         DeliveryError: the store cannot be created.
     """
+    # Asking first also creates a missing database under the lock that runs respect; the server has none.
+    page = Tracker(store).runs_page()
+    if not page:
+        announce("no runs here yet; harness eval makes one")
     if store.is_server:
-        url = store.shown_uri.rstrip("/") + Tracker(store).runs_page()
+        url = store.shown_uri.rstrip("/") + page
         announce(f"the store is a server with a UI of its own: {url}")
         if open_browser:
             webbrowser.open(url)
@@ -37,8 +42,7 @@ def run_ui(store: Store, *, port: int, open_browser: bool, announce: Callable[[s
     free = _free_port(port)
     if free != port:
         announce(f"port {port} is taken, using {free}")
-    # Asking first also creates a missing database under the lock that runs respect; the server has none.
-    url = f"http://127.0.0.1:{free}" + Tracker(store).runs_page()
+    url = f"http://127.0.0.1:{free}{page}"
     # No artifact proxy: experiments made in the UI then keep their files where `harness eval` finds them.
     options = {
         "--backend-store-uri": store.tracking_uri,

@@ -273,6 +273,7 @@ def test_an_instruction_loses_outer_whitespace_and_a_completion_does_not(tmp_pat
         ("{question[3][4]}", "{question[3][4]} is not in every row"),
         ("{question.__class__}", "{question.__class__} is not in every row"),
         ("question", "has no {column}; columns: question, answer"),
+        ("", "the template '' has no {column}; columns: question, answer"),
         ("{question", "malformed"),
         ("{question:d}", "bad format 'd'"),
     ],
@@ -375,6 +376,18 @@ def test_a_long_raw_prompt_keeps_its_beginning(side: str, tmp_path: Path, tokeni
     assert list(prompt.token_ids) == tokenizer(prompt.text)["input_ids"][:32]
     assert prompt.truncated
     assert prompts.record.prompts_truncated == 1
+
+
+def test_prompts_that_are_cut_leave_one_warning(tmp_path: Path, tokenizer: Any) -> None:
+    texts = ["What is it?", "What is " * 100, "Is it " * 100]
+    path = write_jsonl(tmp_path / "some.jsonl", [{"text": text} for text in texts])
+    assert load(path, tokenizer=tokenizer, num_prompts=3).warnings == (
+        "2 of 3 prompts cut to --input-len 32 tokens",
+    )
+    # A filled row ends wherever it is full.
+    filled = load(path, tokenizer=tokenizer, num_prompts=1, prompt_mode="fill")
+    assert filled.record.prompts_truncated == 1
+    assert filled.warnings == ()
 
 
 def test_no_room_but_for_special_tokens_is_refused(questions: Path, tokenizer: Any) -> None:

@@ -23,6 +23,7 @@ from harness.results import (
     write_text,
 )
 from harness.store import DeliveryError, Store, resolve_store
+from harness.summary import describe
 from harness.tracking import (
     Tracker,
     find_result_folders,
@@ -82,6 +83,7 @@ def test_delivery_brings_everything(tracker: Tracker, client: Any, store: Store,
     assert len(params["note"]) == 6000
     assert params["note"].endswith("x…")
     assert params["top p ___"] == "1"
+    assert (params["prompts_unique"], params["prompts_truncated"]) == ("8", "0")
 
     tags = run.data.tags
     expected = {
@@ -116,6 +118,7 @@ def test_delivery_brings_everything(tracker: Tracker, client: Any, store: Store,
     assert (given.dataset.name, given.dataset.digest) == ("humaneval", ("0123456789" * 6)[:36])
     assert given.dataset.source_type == "hugging_face"
     assert json.loads(given.dataset.source)["path"] == "openai/openai_humaneval"
+    assert json.loads(given.dataset.profile)["prompts_truncated"] == 0
     assert [(tag.key, tag.value) for tag in given.tags] == [("mlflow.data.context", "eval")]
 
 
@@ -172,6 +175,35 @@ def test_description_says_what_ran_and_what_came_out(tracker: Tracker, client: A
         "memory.png",
     ):
         assert words in note
+
+
+@pytest.mark.parametrize(("cut", "mode", "told"), [(3, "pad", True), (0, "pad", False), (3, "fill", False)])
+def test_description_tells_prompts_that_were_cut(cut: int, mode: str, told: bool) -> None:
+    """A filled row is cut by design; a prompt of its own is not."""
+    dataset = make_result().dataset
+    assert dataset is not None
+    dataset = dataset.model_copy(update={"prompts_truncated": cut, "prompt_mode": mode})
+    assert ("(3 cut)" in describe(make_result(dataset=dataset), None)) is told
+
+
+# The page that opens
+
+
+def test_page_is_of_the_experiment_whose_run_started_last(tracker: Tracker, client: Any) -> None:
+    assert tracker.runs_page() == ""
+    tracker.open_run(make_result(run_uuid="1", experiment="old"))
+    tracker.open_run(make_result(run_uuid="2", experiment="new", started_at_ms=START_MS + 1))
+    assert "/experiments/2/" in tracker.runs_page()
+    # A later run does not change its experiment's own time of change.
+    tracker.open_run(make_result(run_uuid="3", experiment="old", started_at_ms=START_MS + 2))
+    assert "/experiments/1/" in tracker.runs_page()
+    client.create_run(client.create_experiment("somebody else's"), start_time=START_MS + 3)
+    assert "/experiments/1/" in tracker.runs_page()
+
+
+def test_page_of_experiments_without_runs_is_none(tracker: Tracker, client: Any) -> None:
+    client.delete_run(tracker.open_run(make_result()))
+    assert tracker.runs_page() == ""
 
 
 # Once
@@ -248,7 +280,7 @@ def test_many_params_and_metrics_go_in_batches(tracker: Tracker, client: Any, tm
     params = {f"p{number}": number for number in range(250)}
     result = make_result(params=params, itl_s=[[0.1 + 1e-5 * number for number in range(2100)]])
     run_id = tracker.deliver(make_folder(tmp_path, result))
-    assert len(client.get_run(run_id).data.params) == 250
+    assert len([name for name in client.get_run(run_id).data.params if name[1:].isdigit()]) == 250
     assert len(client.get_metric_history(run_id, "itl_by_position_s")) == 2100
 
 

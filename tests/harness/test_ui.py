@@ -6,6 +6,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from records import make_folder, make_result
@@ -52,6 +53,13 @@ def test_ui_serves_and_is_a_store_itself(tmp_path: Path, store: Store, tracker: 
             assert child.wait(timeout=20) == 0
     with pytest.raises(requests.ConnectionError):
         requests.get(f"{address}/health", timeout=1)
+
+
+def test_ui_without_a_run_says_so(fake_server: Any) -> None:
+    said: list[str] = []
+    server = fake_server(lambda method, path: 0.0)
+    assert run_ui(server.store, port=5000, open_browser=False, announce=said.append) == 0
+    assert said[0] == "no runs here yet; harness eval makes one"
 
 
 def test_ui_of_a_server_is_its_own(closed_port: int) -> None:
