@@ -20,8 +20,9 @@ from harness.summary import position_medians
 
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555"
 GIB = 2.0**30
-# Past this many times the highest sample a cap would squash the curves; it is then told in words.
-CAP_IN_VIEW = 2.5
+# Past this many times the highest sample a cap or a level would squash the curves; words then tell it.
+IN_VIEW = 2.5
+ABOVE = " (off scale)"
 
 _DASHES = ((0, ()), (0, (6, 2)), (0, (2, 2)), (0, (6, 2, 1, 2)))
 
@@ -37,6 +38,7 @@ def draw_token_latency(result: RunResult, path: Path) -> Path:
     ttft_ms = [repeat.metrics["ttft_s"] * 1e3 for repeat in result.repeats if "ttft_s" in repeat.metrics]
     _draw_first_token(first, ttft_ms)
     _draw_gaps(rest, [[gap * 1e3 for gap in row] for row in result.itl_s if row], result.metrics)
+    _draw_legend(figure, columns=4)
     return _save(figure, path)
 
 
@@ -72,9 +74,7 @@ def draw_memory(timeline: Timeline, result: RunResult, path: Path) -> Path:
     _shade_phases(axes, timeline.phases, end)
     axes.set(xlabel="time since the start of the run (s)", ylabel="memory (GiB)", xlim=(0, end))
     axes.set_ylim(0, max(axes.get_ylim()[1], 1e-3))
-    if axes.get_legend_handles_labels()[0]:
-        # Below the axis it covers neither a curve nor a phase.
-        figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=13)
+    _draw_legend(figure, columns=3)
     return _save(figure, path)
 
 
@@ -106,14 +106,18 @@ def _draw_gaps(axes: Axes, rows_ms: Sequence[Sequence[float]], metrics: dict[str
     axes.plot(
         range(2, len(middle) + 2), middle, color=BLUE, linewidth=2.6, marker=dots, markersize=4, label=label
     )
-    levels_ms = [max(map(max, rows_ms))]
+    highest_ms = max(map(max, rows_ms))
+    top_ms = highest_ms
     for name, words, colour in (("predicted_tpot_s", "predicted", ORANGE), ("limit_tpot_s", "limit", GREEN)):
         if (level_s := metrics.get(name)) is not None:
-            axes.axhline(level_s * 1e3, color=colour, linestyle="--", linewidth=2)
-            axes.plot([], [], color=colour, linestyle="--", label=f"{words}: {_ms(level_s * 1e3)} ms")
-            levels_ms.append(level_s * 1e3)
-    axes.set_ylim(0, max(levels_ms) * 1.25 or 1)
-    axes.legend(loc="upper right", ncols=4, framealpha=0.9, edgecolor="none", fontsize=13)
+            level_ms = level_s * 1e3
+            label = f"{words}: {_ms(level_ms)} ms"
+            if level_ms <= highest_ms * IN_VIEW:
+                axes.axhline(level_ms, color=colour, linestyle="--", linewidth=2, label=label)
+                top_ms = max(top_ms, level_ms)
+            else:
+                axes.plot([], [], color=colour, linestyle="--", linewidth=2, label=label + ABOVE)
+    axes.set_ylim(0, top_ms * 1.25 or 1)
 
 
 def _draw_caps(axes: Axes, result: RunResult, highest_gib: float) -> None:
@@ -123,10 +127,16 @@ def _draw_caps(axes: Axes, result: RunResult, highest_gib: float) -> None:
             continue  # no cap was set
         cap_gib = cap_bytes / GIB
         label = f"--{name.replace('_', '-')} cap, {_gib(cap_gib)}"
-        if cap_gib <= highest_gib * CAP_IN_VIEW:
+        if cap_gib <= highest_gib * IN_VIEW:
             axes.axhline(cap_gib, color=colour, linestyle=":", linewidth=2.2, label=label)
         else:
-            axes.plot([], [], color=colour, linestyle=":", label=f"{label} (above the picture)")
+            axes.plot([], [], color=colour, linestyle=":", label=label + ABOVE)
+
+
+def _draw_legend(figure: Figure, *, columns: int) -> None:
+    if any(axes.get_legend_handles_labels()[0] for axes in figure.axes):
+        # Below the axes it covers neither a curve nor a phase.
+        figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=13)
 
 
 def _shade_phases(axes: Axes, phases: Sequence[tuple[str, float, float]], end_s: float) -> None:

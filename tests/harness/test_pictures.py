@@ -4,8 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
+from harness import pictures
 from harness.pictures import draw_memory, draw_token_latency
 from harness.results import Repeat, RunResult, RunStatus, Timeline
 
@@ -64,6 +66,65 @@ def test_token_latency_compares_with_prediction_and_limit(tmp_path: Path) -> Non
     plain = draw_token_latency(make_result(), tmp_path / "plain.png")
     levels = make_result(metrics={"predicted_tpot_s": 0.09, "limit_tpot_s": 0.05})
     assert draw_token_latency(levels, tmp_path / "levels.png").read_bytes() != plain.read_bytes()
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures drawn, in order, before they are files."""
+    drawn: list[Figure] = []
+    save = pictures._save
+
+    def keep(figure: Figure, path: Path) -> Path:
+        drawn.append(figure)
+        return save(figure, path)
+
+    monkeypatch.setattr(pictures, "_save", keep)
+    return drawn
+
+
+@pytest.mark.parametrize("times", [2.0, 3.0, 200.0])
+def test_token_latency_far_off_scale_is_told_in_words(
+    tmp_path: Path, figures: list[Figure], times: float
+) -> None:
+    """A prediction of many times what was measured leaves the curve its height."""
+    result = make_result(
+        itl_s=[[0.1] * 15] * 3, metrics={"predicted_tpot_s": 0.1 * times, "limit_tpot_s": 0.05}
+    )
+    draw_token_latency(result, tmp_path / "latency.png")
+    [legend] = figures[0].legends
+    words = [text.get_text() for text in legend.get_texts()]
+    far = times > 2.5
+    assert any("predicted" in text and "off scale" in text for text in words) is far
+    assert "limit: 50 ms" in words
+    assert figures[0].axes[1].get_ylim()[1] == pytest.approx(125 if far else 250)
+
+
+def test_legends_stand_clear_of_the_axes(tmp_path: Path, figures: list[Figure]) -> None:
+    levels = make_result(
+        params={"cpu_mem": 10**12, "gpu_mem": 10**12},
+        metrics={"predicted_tpot_s": 12345.0, "limit_tpot_s": 12345.0},
+    )
+    for result in (levels, make_result()):
+        draw_token_latency(result, tmp_path / "latency.png")
+        draw_memory(
+            make_timeline(
+                device_reserved_bytes=[2.5e9] * 200,
+                gpu_0_memory_bytes=[2.9e9] * 200,
+                device_allocated_bytes=[2.0e9] * 200,
+            ),
+            result,
+            tmp_path / "memory.png",
+        )
+    for figure in figures:
+        [legend] = figure.legends
+        box = legend.get_window_extent()
+        assert 0 <= box.x0 < box.x1 <= 1200
+        assert box.y0 >= 0
+        for axes in figure.axes:
+            assert axes.get_legend() is None
+            around = axes.get_tightbbox()
+            assert around is not None
+            assert not box.overlaps(around)
 
 
 @pytest.mark.parametrize(
