@@ -5,6 +5,7 @@ pickle checkpoint. Loads no weight.
 """
 
 import contextlib
+import difflib
 import importlib
 import json
 import os
@@ -21,6 +22,7 @@ from harness.hub import probe_hub
 from strategies.base import ModelSource
 
 _CONFIG_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "*.py"]
+_WAY_OUT = f"name a folder with config.json and *.safetensors, a hub id, or --model {BUILTIN}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +75,8 @@ def resolve_model(
         UsageError: unknown, not reachable, no weights in a form that may be loaded.
         CheckpointError: a weight file is truncated or missing.
     """
+    if not name.strip():
+        raise UsageError(f"--model is empty; {_WAY_OUT}")
     revision = None
     # Not Path.expanduser, which raises for a user that does not exist.
     folder = Path(os.path.expanduser(name))  # noqa: PTH111
@@ -81,9 +85,7 @@ def resolve_model(
     elif folder.is_dir():
         path = folder.resolve()
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or folder.is_file():
-        raise UsageError(
-            f"--model {name}: no such folder; name a folder with config.json, a hub id, or --model {BUILTIN}"
-        )
+        raise UsageError(f"--model {name}: no such folder; {_WAY_OUT}")
     elif weights == "random" and (config := _published(name)) is not None:
         return ModelSource(
             name=name, path=None, config=config, weights="random", trust_remote_code=trust_remote_code
@@ -212,9 +214,11 @@ def _hub_folder(repo: str, revision: str | None, weights: str) -> Path:
     hub: Any = importlib.import_module("huggingface_hub")
     errors: Any = importlib.import_module("huggingface_hub.errors")
     patterns = [*_CONFIG_FILES, *(["*.safetensors", "*.bin"] if weights == "pretrained" else [])]
-    way_out = f"name a local folder or --model {BUILTIN}"
+    way_out = f"{_did_you_mean(repo)}name a local folder or --model {BUILTIN}"
     if weights == "random":
         way_out += ", or one of `harness models`"
+    elif _published(repo) is not None:
+        way_out += ", or add --weights random for a speed run without its weights"
     try:
         cached = Path(
             hub.snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=True)
@@ -246,6 +250,17 @@ def _hub_folder(repo: str, revision: str | None, weights: str) -> Path:
         ) from error
 
 
+def _did_you_mean(name: str) -> str:
+    """The beginning of a way out: a name that this one nearly is, or nothing."""
+    known = [BUILTIN, *published_names(), *_cached_models()]
+    # Owners mislead the comparison.
+    by_last_part = {full.rpartition("/")[2].lower(): full for full in reversed(known)}
+    near = difflib.get_close_matches(name.rpartition("/")[2].lower(), by_last_part, n=1, cutoff=0.8)
+    if not near or by_last_part[near[0]] == name:
+        return ""
+    return f"did you mean {by_last_part[near[0]]!r}? If not, "
+
+
 def _has_weights(folder: Path) -> bool:
     """Whether a snapshot holds weights, and of sharded ones all: a download may have been broken off."""
     for index in folder.glob("*.index.json"):
@@ -268,7 +283,7 @@ def _read_config(path: Path, name: str) -> dict[str, Any]:
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UsageError(f"model {name}: {path} has no config.json") from None
+        raise UsageError(f"model {name}: {path} has no config.json; {_WAY_OUT}") from None
     except (OSError, ValueError) as error:
         raise UsageError(f"model {name}: {path / 'config.json'} is damaged: {_first_line(error)}") from None
     if not isinstance(config, dict) or "model_type" not in config:

@@ -76,6 +76,54 @@ def test_without_a_network_the_built_in_model_is_named(weights: str) -> None:
     assert "--model builtin" in message
 
 
+def test_without_a_network_a_published_model_has_its_speed(hub_cache: Path) -> None:
+    message = refusal("facebook/opt-125m")
+    assert message.endswith("or add --weights random for a speed run without its weights")
+    assert "did you mean" not in message
+    assert "--weights random" not in refusal("somebody/not-cached")
+
+
+@pytest.mark.parametrize("weights", ["pretrained", "random"])
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("builtinn", "builtin"),
+        ("Builtin", "builtin"),
+        ("facebook/opt-125", "facebook/opt-125m"),
+        ("facebok/opt-30bb", "facebook/opt-30b"),
+    ],
+)
+def test_a_name_that_is_nearly_right(name: str, meant: str, weights: str, hub_cache: Path) -> None:
+    assert f"did you mean {meant!r}?" in refusal(name, weights=weights)
+
+
+def test_a_published_name_without_its_owner(hub_cache: Path) -> None:
+    assert "did you mean 'facebook/opt-125m'?" in refusal("opt-125m")
+
+
+def test_a_cached_model_is_nearly_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harness.models._cached_models", lambda: ["owner/peculiar"])
+    assert "did you mean 'owner/peculiar'?" in refusal("owner/peculier")
+
+
+def test_a_name_like_no_other_gets_no_guess(hub_cache: Path) -> None:
+    assert "did you mean" not in refusal("somebody/not-cached")
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_an_empty_name_is_not_this_folder(
+    name: str, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny_model)
+    assert "--model is empty" in refusal(name)
+    assert "--model builtin" in refusal(name)
+
+
+def test_a_folder_without_a_config_names_the_way_out(tmp_path: Path) -> None:
+    way_out = "name a folder with config.json and *.safetensors, a hub id, or --model builtin"
+    assert refusal(str(tmp_path)).endswith(f"has no config.json; {way_out}")
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
