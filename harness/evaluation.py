@@ -16,7 +16,7 @@ from typing import Any
 from flexllmgen.errors import OffloadError, OutOfMemory, UsageError
 from harness.config import Settings
 from harness.job import Job
-from harness.provenance import collect_provenance
+from harness.provenance import collect_provenance, without_credentials
 from harness.report import Report
 from harness.results import RunError, RunResult, RunStatus, Timeline
 from harness.store import DeliveryError, preload, resolve_store
@@ -188,8 +188,7 @@ class _Evaluation:
         try:
             self.run_id = self.tracker.deliver(folder, self.run_id)
         except (DeliveryError, OffloadError) as error:
-            uri = self.job.common.tracking_uri
-            how = shlex.join(["harness", "sync", str(folder), *(["--tracking-uri", uri] if uri else [])])
+            how = shlex.join(["harness", "sync", str(folder), *self._store_option()])
             self.report.error(f"{error}; the result is safe, deliver it with: {how}")
             return False
         return True
@@ -213,13 +212,16 @@ class _Evaluation:
         else:
             seen = None
             if self.tracker is not None and delivered:
-                uri = self.job.common.tracking_uri
-                seen = f"MLflow  run {self.run_id}; see it with: harness ui" + (
-                    f" --tracking-uri {uri}" if uri else ""
-                )
+                seen = f"MLflow  run {self.run_id}; see it with: {shlex.join(['harness', 'ui', *self._store_option()])}"
             elif self.tracker is None:
                 seen = f"MLflow  not asked; deliver it later with: harness sync {os.path.relpath(folder)}"
             self.report.result(result, folder, seen)
+
+    def _store_option(self) -> list[str]:
+        """The option that names this run's store, where it must be named, without a password."""
+        if not self.job.sources["tracking_uri"].startswith(("option", "file")):
+            return []
+        return ["--tracking-uri", without_credentials(str(self.job.common.tracking_uri))]
 
     def _early_end(self, code: int) -> tuple[str, int]:
         """Why there is no run, and the exit code."""

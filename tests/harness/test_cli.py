@@ -505,7 +505,7 @@ def test_a_dry_run_prints_the_plan(harness: Harness, tmp_path: Path, tiny_model:
     assert done.code == 0, done.stderr
     plan = json.loads(done.stdout)["plan"]
     assert plan["batch_size"] == 2
-    assert not list((tmp_path / "results").iterdir())
+    assert not (tmp_path / "results").exists()
     assert not (tmp_path / "mlruns").exists()
 
 

@@ -199,17 +199,17 @@ def test_a_store_that_refuses_is_four_and_names_the_way(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(evaluation, "Tracker", FakeTracker)
-    changes = {"no_mlflow": False, "tracking_uri": "http://user@host:1/a b"}
+    changes = {"no_mlflow": False, "tracking_uri": "http://user:secret@host:1/a b"}
     settings = Settings(
         common=settings.common.model_copy(update=changes),
         strategy=settings.strategy,
-        sources=settings.sources,
+        sources={**settings.sources, "tracking_uri": "option --tracking-uri"},
     )
     assert run_with({}, settings, monkeypatch) == 4
     captured = capsys.readouterr()
     assert json.loads(captured.out)["delivered"] is False
     (error,) = [line for line in captured.err.splitlines() if line.startswith("error:")]
-    assert "--tracking-uri 'http://user@host:1/a b'" in error
+    assert "--tracking-uri 'http://host:1/a b'" in error
     assert the_result().status is RunStatus.FINISHED
 
 
