@@ -1,0 +1,39 @@
+"""The README names every verb, option, strategy key and folder there is."""
+
+from pathlib import Path
+
+import pytest
+
+from harness.cli import app
+from harness.config import EvalConfig, flag_of
+from strategies.registry import STRATEGIES
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", EvalConfig.model_fields)
+def test_every_option_is_in_the_readme(name: str) -> None:
+    assert f"`{flag_of(name)}" in README
+
+
+@pytest.mark.parametrize("entry", STRATEGIES, ids=lambda entry: entry.name)
+def test_every_strategy_and_its_keys_are_in_the_readme(entry: object) -> None:
+    config_type, _ = entry.load_config()  # type: ignore[attr-defined]
+    missing = [key for key in config_type.model_fields if f"`{key}`" not in README]
+    assert missing == []
+    assert f"strategies/{entry.name}.toml" in README  # type: ignore[attr-defined]
+
+
+def test_every_verb_is_in_the_readme() -> None:
+    verbs = [command.name for command in app.registered_commands]
+    assert len(verbs) >= 6
+    assert [verb for verb in verbs if f"`harness {verb}" not in README] == []
+
+
+def test_every_folder_is_in_the_readme() -> None:
+    import subprocess
+
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    folders = {line.split("/")[0] for line in listed.splitlines() if "/" in line}
+    assert [folder for folder in sorted(folders) if f"`{folder}/`" not in README] == []
