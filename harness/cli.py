@@ -34,11 +34,14 @@ app = typer.Typer(
 config_app = typer.Typer(no_args_is_help=True, help="Look at the configuration.")
 app.add_typer(config_app, name="config")
 
+# What typer shows for a flag otherwise is <bool>, as if it took a value.
+_FLAG = " "
+
 _RunOptions = {
     "config": (Optional[Path], typer.Option(None, "--config", metavar="FILE", help="TOML file with options and the strategy's keys.", rich_help_panel="Model and strategy")),  # noqa: UP045, E501
     "assignments": (list[str], typer.Option([], "--set", metavar="KEY=VALUE", help="Change one key of the strategy; may be repeated.", rich_help_panel="Model and strategy")),  # noqa: E501
-    "verbose": (bool, typer.Option(False, "--verbose", "-v", help="Show the log and, for errors, the traceback.", rich_help_panel="Output")),  # noqa: E501
-    "quiet": (bool, typer.Option(False, "--quiet", "-q", help="No progress: results, warnings and errors only.", rich_help_panel="Output")),  # noqa: E501
+    "verbose": (bool, typer.Option(False, "--verbose", "-v", metavar=_FLAG, help="Show the log and, for errors, the traceback.", rich_help_panel="Output")),  # noqa: E501
+    "quiet": (bool, typer.Option(False, "--quiet", "-q", metavar=_FLAG, help="No progress: results, warnings and errors only.", rich_help_panel="Output")),  # noqa: E501
 }  # fmt: skip
 
 
@@ -81,7 +84,7 @@ def _parameter(name: str) -> inspect.Parameter:
     help_text = f"{field.description}" + (f" [dim]\\[default: {shown}][/dim]" if shown else "")
     common: dict[str, Any] = {"help": help_text, "rich_help_panel": extra["panel"], "show_default": False}
     if isinstance(default, bool):
-        option = typer.Option(None, flags[0], **common)
+        option = typer.Option(None, flags[0], metavar=_FLAG, **common)
         annotation: Any = Optional[bool]  # noqa: UP045 - typer reads the annotation
     elif isinstance(default, list):
         option = typer.Option([], *flags, metavar=extra["metavar"], **common)
@@ -115,11 +118,19 @@ def eval_command(
     verbose: bool,
     quiet: bool,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object with the result.", rich_help_panel="Output")
+        bool,
+        typer.Option(
+            "--json", metavar=_FLAG, help="Print one JSON object with the result.", rich_help_panel="Output"
+        ),
     ] = False,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Plan and print the plan; load nothing.", rich_help_panel="Output"),
+        typer.Option(
+            "--dry-run",
+            metavar=_FLAG,
+            help="Plan and print the plan; load nothing.",
+            rich_help_panel="Output",
+        ),
     ] = False,
 ) -> None:
     """Run a strategy on real prompts, measure it, record it as an MLflow run."""
@@ -224,7 +235,9 @@ def config_show_command(
     assignments: list[str],
     verbose: bool,
     quiet: bool,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel="Output")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", metavar=_FLAG, help="Print JSON.", rich_help_panel="Output")
+    ] = False,
 ) -> None:
     """Show every effective value and where it came from."""
 
@@ -303,7 +316,10 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
+        bool,
+        typer.Option(
+            "--version", metavar=_FLAG, callback=_version, is_eager=True, help="Show the version and leave."
+        ),
     ] = False,
 ) -> None:
     """Evaluate LLM inference for models that do not fit the GPU."""

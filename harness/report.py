@@ -84,7 +84,6 @@ class Report:
         self.err = _Err(stderr=True, highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
-        self._total = 0
 
     def say(self, message: str) -> None:
         """A line of progress, unless quiet."""
