@@ -61,7 +61,7 @@ def physical_limit(spec: "ModelSpec", workload: Workload, traffic: Traffic, rate
     def times(block: int, new_tokens: int, cached: int) -> Times:
         return _phase_times(spec, traffic, rates, block, new_tokens=new_tokens, cached=cached)
 
-    return _over_blocks(workload, traffic.batch_size, times, max)
+    return over_blocks(workload, traffic.batch_size, times, max)
 
 
 def overlapped_cost(
@@ -94,10 +94,10 @@ def overlapped_cost(
         busy["compute"] = passes * weights / rate + kv_bytes / rates.device_bytes_per_s
         return busy
 
-    return _over_blocks(workload, traffic.batch_size, times, max if overlap else sum)
+    return over_blocks(workload, traffic.batch_size, times, max if overlap else sum)
 
 
-def _over_blocks(
+def over_blocks(
     workload: Workload,
     block_size: int,
     times: Callable[[int, int, int], Times],

@@ -7,6 +7,7 @@ rows of prefill and of decode, and what a layer of this architecture costs besid
 """
 
 import copy
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from flexllmgen.spec import ModelSpec
 from profiling.compute import best_s, linear_bytes_per_s
-from profiling.cost_model import CostEstimate
+from profiling.cost_model import CostEstimate, Times, over_blocks
 from profiling.rates import Rates
 from strategies.base import PlanRequest
 
@@ -36,35 +37,25 @@ def predict(
     compute_bytes = sum(weight_bytes.values()) * spec.active_parameters / spec.num_parameters
     fetch_s = _fetch_seconds(weight_bytes, device, rates, page_cached=page_cached)
     overhead_s = spec.num_layers * layer_overhead_s(config, request.dtype, device)
-    prefill_s = decode_s = 0.0
-    remaining = workload.num_sequences
-    speeds: dict[int, tuple[float, float]] = {}
-    while remaining > 0:
-        batch = min(request.batch_size, remaining)
-        remaining -= batch
-        if batch not in speeds:
-            speeds[batch] = (
-                linear_bytes_per_s(spec, request.dtype, device, rows=batch * workload.prompt_tokens),
-                linear_bytes_per_s(spec, request.dtype, device, rows=batch),
-            )
-        prefill_rate, decode_rate = speeds[batch]
-        prefill_s += compute_bytes / prefill_rate + fetch_s + overhead_s
-        steps = workload.gen_tokens - 1
-        kv = batch * spec.kv_bytes(workload.prompt_tokens + steps // 2, size)
+
+    @functools.cache
+    def linear_rate(rows: int) -> float:
+        return linear_bytes_per_s(spec, request.dtype, device, rows=rows)
+
+    def times(batch: int, new_tokens: int, cached: int) -> Times:
+        busy = {
+            "compute": compute_bytes / linear_rate(batch * new_tokens),
+            "fetching weights": fetch_s,
+            "overhead": overhead_s,
+        }
         # transformers concatenates the cache at each step: it is read, written and read again.
-        kv_s = 3 * kv / rates.device_bytes_per_s
+        kv = batch * spec.kv_bytes(cached, size)
+        busy["KV cache"] = 3 * kv / rates.device_bytes_per_s
         if kv_offload and rates.h2d_pageable_bytes_per_s:
-            kv_s += 2 * kv / rates.h2d_pageable_bytes_per_s
-        decode_s += steps * (compute_bytes / decode_rate + fetch_s + overhead_s + kv_s)
-    parts = {"compute": compute_bytes / decode_rate, "fetching weights": fetch_s, "overhead": overhead_s}
-    bound = max(parts, key=lambda name: parts[name])
-    return CostEstimate(
-        prefill_s=prefill_s,
-        decode_s=decode_s,
-        generation_tok_s=workload.output_tokens / (prefill_s + decode_s),
-        prefill_bound="fetching weights" if fetch_s > compute_bytes / prefill_rate else "compute",
-        decode_bound=bound,
-    )
+            busy["KV cache"] += 2 * kv / rates.h2d_pageable_bytes_per_s
+        return busy
+
+    return over_blocks(workload, request.batch_size, times, sum)
 
 
 def _fetch_seconds(weight_bytes: Mapping[str, int], device: str, rates: Rates, *, page_cached: bool) -> float:
