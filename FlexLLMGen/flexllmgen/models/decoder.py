@@ -182,12 +182,9 @@ class Decoder:
         return self._activation(gate) * up
 
     def _experts(self, w: Weights, x_RD: torch.Tensor) -> torch.Tensor:
-        """Routes each row to its best experts (Shazeer et al. 2017); each expert takes its rows at once."""
+        """Sends each row to its experts; each expert takes its rows at once."""
+        weights, experts = self._route(w, x_RD)
         chosen = self.spec.experts_per_token
-        scores = F.linear(x_RD, w["router.weight"]).float().softmax(dim=-1)
-        weights, experts = scores.topk(chosen, dim=-1)
-        if self.spec.normalise_experts:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
         order = experts.flatten().argsort(stable=True)
         rows = order // chosen
         # The host learns how many rows each expert has: one wait per layer.
@@ -200,6 +197,14 @@ class Decoder:
                 start += count
         weighted = torch.cat(outputs) * weights.flatten()[order, None].to(x_RD.dtype)
         return torch.zeros_like(x_RD).index_add_(0, rows, weighted)
+
+    def _route(self, w: Weights, x_RD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each row's best experts (Shazeer et al. 2017), and what their outputs count."""
+        scores = F.linear(x_RD, w["router.weight"]).float().softmax(dim=-1)
+        weights, experts = scores.topk(self.spec.experts_per_token, dim=-1)
+        if self.spec.normalise_experts:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        return weights, experts
 
 
 def _rows(table: torch.Tensor, index: torch.Tensor, device: torch.device) -> torch.Tensor:
