@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from flexllmgen.errors import PlanInfeasible, PolicyError
-from flexllmgen.policy import Placement, Policy
+from flexllmgen.policy import Placement, Policy, Tier
 from flexllmgen.spec import ModelSpec
 from flexllmgen.workload import Workload
 
@@ -182,6 +182,16 @@ class PlacementPlan:
             + f" (gpu / cpu / disk); slots {self.slot_bytes / GiB:.2f} GiB,"
             + f" workspace {self.workspace_bytes / GiB:.2f} GiB"
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shortage:
+    """A tier that is too small for a plan. Bytes; `parts` say what the need is made of and sum to it."""
+
+    tier: Tier
+    need_bytes: int
+    limit_bytes: int
+    parts: Mapping[str, int]
 
 
 def round_up(value: int, grain: int) -> int:
@@ -487,30 +497,72 @@ def check_fits(
     Raises:
         PlanInfeasible: naming every tier that is short, its need and its limit.
     """
-    short = []
-    if gpu_bytes is not None and plan.gpu_bytes > gpu_bytes:
-        parts = {
-            "weights": plan.weights.gpu,
-            "kv": plan.kv_cache.gpu,
-            "activations": plan.activations.gpu,
-            "slots": 0 if plan.in_place else plan.slot_bytes,
-            "workspace": plan.workspace_bytes,
+    shortages = find_shortages(
+        plan, gpu_bytes=gpu_bytes, cpu_bytes=cpu_bytes, disk_free_bytes=disk_free_bytes
+    )
+    if shortages:
+        raise PlanInfeasible("; also ".join(_explain(plan, each) for each in shortages))
+
+
+def find_shortages(
+    plan: PlacementPlan,
+    *,
+    gpu_bytes: int | None = None,
+    cpu_bytes: int | None = None,
+    disk_free_bytes: int | None = None,
+) -> tuple[Shortage, ...]:
+    """The tiers that are too small for a plan, with what their need is made of; None sets no limit."""
+
+    def parts(tier: Tier, **others: int) -> dict[str, int]:
+        placed = {
+            name: int(getattr(sizes, tier))
+            for name, sizes in (
+                ("weights", plan.weights),
+                ("kv_cache", plan.kv_cache),
+                ("activations", plan.activations),
+            )
         }
-        detail = ", ".join(f"{name} {value / GiB:.2f}" for name, value in parts.items() if value)
-        short.append(
-            f"needs {plan.gpu_bytes / GiB:.2f} GiB on the GPU ({detail}), has {gpu_bytes / GiB:.2f}; "
-            "lower the gpu share of weights, cache or activations, or the micro-batch size"
+        return {**placed, **others}
+
+    slots = plan.slot_bytes
+    tiers: tuple[tuple[Tier, int, int | None, dict[str, int]], ...] = (
+        (
+            "gpu",
+            plan.gpu_bytes,
+            gpu_bytes,
+            parts("gpu", buffers=0 if plan.in_place else slots, workspace=plan.workspace_bytes),
+        ),
+        (
+            "cpu",
+            plan.cpu_bytes,
+            cpu_bytes,
+            parts("cpu", buffers=plan.staging_bytes + (slots if plan.in_place else 0)),
+        ),
+        ("disk", plan.disk_bytes, disk_free_bytes, parts("disk")),
+    )
+    return tuple(
+        Shortage(tier=tier, need_bytes=need, limit_bytes=limit, parts=made_of)
+        for tier, need, limit, made_of in tiers
+        if limit is not None and need > limit
+    )
+
+
+def _explain(plan: PlacementPlan, shortage: Shortage) -> str:
+    """A shortage in the words of the policy's fields."""
+    need, limit = shortage.need_bytes / GiB, shortage.limit_bytes / GiB
+    made_of = ", ".join(f"{name} {size / GiB:.2f}" for name, size in shortage.parts.items() if size)
+    if shortage.tier == "disk":
+        return (
+            f"needs {need:.2f} GiB in the offload directory ({made_of}), has {limit:.2f}; "
+            "free some or choose another directory"
         )
-    if cpu_bytes is not None and plan.cpu_bytes > cpu_bytes:
-        short.append(
-            f"needs {plan.cpu_bytes / GiB:.2f} GiB of host memory (weights {plan.weights.cpu / GiB:.2f}, "
-            f"kv {plan.kv_cache.cpu / GiB:.2f}), has {cpu_bytes / GiB:.2f}; "
-            "lower the cpu share or the number of sequences in flight"
-        )
-    if disk_free_bytes is not None and plan.disk_bytes > disk_free_bytes:
-        short.append(
-            f"needs {plan.disk_bytes / GiB:.2f} GiB in the offload directory, "
-            f"has {disk_free_bytes / GiB:.2f}; free some or choose another directory"
-        )
-    if short:
-        raise PlanInfeasible("; also ".join(short))
+    where = "of host memory"
+    if shortage.tier == "gpu":
+        where = "on the compute device" if plan.in_place else "on the GPU"
+    fields = [
+        f"{name}.{shortage.tier}" for name in ("weights", "kv_cache", "activations") if shortage.parts[name]
+    ]
+    return (
+        f"needs {need:.2f} GiB {where} ({made_of}), has {limit:.2f}; "
+        f"lower {', '.join([*fields, 'micro_batch_size or overlap'])}"
+    )

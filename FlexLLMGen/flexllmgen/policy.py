@@ -38,7 +38,7 @@ at most 100 (disk is the rest)
 
     @staticmethod
     def from_percent(gpu: float, cpu: float, name: str = "") -> "Placement":
-        """Two percentages; disk is the rest. `name` leads an error's text (`w`, `cache`, `act`)."""
+        """Two percentages; disk is the rest. `name` leads an error's text: what the user calls the two."""
         lead = f"{name}: " if name else ""
         if gpu < 0 or cpu < 0:
             raise PolicyError(f"{lead}shares of {gpu:g} % gpu and {cpu:g} % cpu must not be negative")

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from flexllmgen.errors import PlanInfeasible, PolicyError, UnsupportedModelError
 from flexllmgen.models.published import published_config
-from flexllmgen.placement import ALIGNMENT, check_fits, plan_placement, split_sequences
-from flexllmgen.policy import ON_CPU, Placement, Policy
+from flexllmgen.placement import ALIGNMENT, check_fits, find_shortages, plan_placement, split_sequences
+from flexllmgen.policy import ON_CPU, ON_DISK, Placement, Policy
 from flexllmgen.spec import OPT_125M, ModelSpec
 from flexllmgen.workload import Workload
 
@@ -67,12 +67,34 @@ def test_what_does_not_fit_is_refused_with_its_numbers() -> None:
     spec = spec_of("opt-30b")
     plan = plan_placement(spec, Policy(micro_batch_size=48, kv_cache=ON_CPU), WORK, 2)
     with pytest.raises(
-        PlanInfeasible, match=r"needs \d+\.\d\d GiB on the GPU \(weights 55\.8.*has 16\.00; lower"
+        PlanInfeasible,
+        match=r"needs \d+\.\d\d GiB on the GPU \(weights 55\.8.*has 16\.00; lower .*weights\.gpu",
     ):
         check_fits(plan, gpu_bytes=16 << 30)
-    with pytest.raises(PlanInfeasible, match=r"GiB of host memory .*has 8\.00"):
+    with pytest.raises(PlanInfeasible, match=r"GiB of host memory .*has 8\.00; lower .*kv_cache\.cpu"):
         check_fits(plan, cpu_bytes=8 << 30)
     check_fits(plan, gpu_bytes=80 << 30, cpu_bytes=64 << 30)
+
+
+def test_shortages_say_what_the_need_is_made_of() -> None:
+    plan = plan_placement(OPT_125M, Policy(micro_batch_size=4, weights=ON_DISK, kv_cache=ON_CPU), WORK, 2)
+    shortages = find_shortages(plan, gpu_bytes=1 << 20, cpu_bytes=2 << 20, disk_free_bytes=3 << 20)
+    needs = {"gpu": plan.gpu_bytes, "cpu": plan.cpu_bytes, "disk": plan.disk_bytes}
+    assert {each.tier: each.need_bytes for each in shortages} == needs
+    assert {each.tier: each.limit_bytes for each in shortages} == {
+        "gpu": 1 << 20,
+        "cpu": 2 << 20,
+        "disk": 3 << 20,
+    }
+    for each in shortages:
+        assert sum(each.parts.values()) == each.need_bytes, "the parts are the whole"
+
+
+def test_without_a_gpu_none_is_spoken_of_and_buffers_are_counted() -> None:
+    plan = plan_placement(OPT_125M, Policy(micro_batch_size=4, weights=ON_DISK), WORK, 2, in_place=True)
+    with pytest.raises(PlanInfeasible, match=r"on the compute device \(.*buffers \d") as caught:
+        check_fits(plan, gpu_bytes=1 << 20, cpu_bytes=2 << 20)
+    assert "GPU" not in str(caught.value)
 
 
 def test_prefill_is_cut_smaller_to_fit() -> None:
