@@ -12,16 +12,17 @@ import torch
 
 from flexllmgen.checkpoint import Checkpoint, RandomCheckpoint, SafetensorsCheckpoint
 from flexllmgen.engine import FlexEngine
-from flexllmgen.errors import OutOfMemory, PlanInfeasible, UsageError
-from flexllmgen.placement import PlacementPlan, check_fits, plan_placement
+from flexllmgen.errors import OutOfMemory, UsageError
+from flexllmgen.placement import PlacementPlan, plan_placement
 from flexllmgen.policy import Placement, Policy
 from flexllmgen.sampling import Greedy
 from flexllmgen.spec import ModelSpec
-from flexllmgen.units import gib
+from flexllmgen.weights import weight_pack
 from profiling.cost_model import Traffic, overlapped_cost, physical_limit
 from profiling.hardware import check_writable, free_disk_bytes
 from strategies.base import Placed, Plan, PlanRequest, out_of_memory_reason
 from strategies.flexgen_config import Config
+from strategies.flexgen_limits import check_limits
 
 
 def create(config: Config) -> "FlexgenStrategy":
@@ -57,16 +58,14 @@ class FlexgenStrategy:
             spec, policy, request.workload, size, in_place=on_cpu, gpu_cap_bytes=machine.gpu_bytes
         )
         folder = self._folder(request)
+        room = 0
         if placement.disk_bytes:
             check_writable(folder, "--set path" if self.config.path else "--offload-dir")
-        check_fits(
-            placement,
-            gpu_bytes=machine.gpu_bytes,
-            cpu_bytes=machine.cpu_bytes,
-            disk_free_bytes=free_disk_bytes(folder) if placement.disk_bytes else None,
-        )
-        if on_cpu and machine.gpu_bytes is None:
-            _check_shared_memory(placement, machine.cpu_bytes)
+            # What an earlier run has packed is not written again.
+            dtype = getattr(torch, request.dtype)
+            pack = weight_pack(placement, checkpoint, folder, torch.device(machine.device), dtype)
+            room = free_disk_bytes(folder) + pack.num_bytes()
+        check_limits(placement, machine, self.config, folder, room)
         traffic = Traffic(
             batch_size=min(policy.block_size, request.workload.num_sequences),
             weight_bytes=_tiers(placement.weights),
@@ -177,13 +176,18 @@ def make_policy(config: Config, batch_size: int) -> Policy:
     return Policy(
         micro_batch_size=config.micro_batch_size or batch_size,
         num_micro_batches=config.num_micro_batches,
-        weights=Placement.from_percent(config.w_gpu_percent, config.w_cpu_percent, "w"),
-        kv_cache=Placement.from_percent(config.cache_gpu_percent, config.cache_cpu_percent, "cache"),
-        activations=Placement.from_percent(config.act_gpu_percent, config.act_cpu_percent, "act"),
+        weights=_shares(config, "w"),
+        kv_cache=_shares(config, "cache"),
+        activations=_shares(config, "act"),
         pin_weight=config.pin_weight,
         overlap=config.overlap,
         sep_layer=config.sep_layer,
     )
+
+
+def _shares(config: Config, kind: str) -> Placement:
+    on_gpu, on_cpu = f"{kind}_gpu_percent", f"{kind}_cpu_percent"
+    return Placement.from_percent(getattr(config, on_gpu), getattr(config, on_cpu), f"{on_gpu}, {on_cpu}")
 
 
 def make_checkpoint(request: PlanRequest) -> Checkpoint:
@@ -202,17 +206,6 @@ def make_checkpoint(request: PlanRequest) -> Checkpoint:
             "convert the checkpoint, or use -s accelerate"
         )
     return SafetensorsCheckpoint(source.path)
-
-
-def _check_shared_memory(placement: PlacementPlan, cpu_bytes: int) -> None:
-    """Without a GPU, and without --gpu-mem to emulate one, both shares lie in the same memory."""
-    needed = placement.gpu_bytes + placement.cpu_bytes
-    if needed > cpu_bytes:
-        raise PlanInfeasible(
-            f"needs {gib(needed)} of memory (weights {gib(placement.weights.gpu + placement.weights.cpu)}, KV cache "
-            f"{gib(placement.kv_cache.gpu + placement.kv_cache.cpu)}), has {gib(cpu_bytes)}; put more on disk "
-            "(--set w_gpu_percent=..., w_cpu_percent=...), or lower --batch-size"
-        )
 
 
 def _tiers(sizes: object) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """Strategy flexgen: its keys become a policy, its plan the truth, its tokens those of transformers."""
 
 import dataclasses
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ def test_keys_become_shares_and_disk_is_the_rest() -> None:
 
 
 def test_shares_over_a_hundred_are_refused_by_name() -> None:
-    with pytest.raises(PolicyError, match=r"cache: .*120 %"):
+    with pytest.raises(PolicyError, match=r"cache_gpu_percent, cache_cpu_percent: .*120 %"):
         make_policy(config(cache_gpu_percent=70, cache_cpu_percent=50), batch_size=1)
 
 
@@ -138,15 +139,84 @@ def test_the_prediction_stays_under_the_limit(tiny_model: Path, tmp_path: Path) 
     assert plan.limit.decode_bound == "disk"
 
 
-def test_what_does_not_fit_is_refused_with_the_numbers(tiny_model: Path, tmp_path: Path) -> None:
-    source = resolve_model(str(tiny_model), weights="pretrained")
-    request = request_for(source, tmp_path)
-    small = dataclasses.replace(request.machine, cpu_bytes=200_000)
-    with pytest.raises(PlanInfeasible, match=r"needs .* has 195\.3 KiB; put more on disk"):
-        create(config()).plan(dataclasses.replace(request, machine=small))
-    emulated = dataclasses.replace(request.machine, gpu_bytes=100_000, gpu_capped=True)
-    with pytest.raises(PlanInfeasible, match="on the GPU"):
-        create(config()).plan(dataclasses.replace(request, machine=emulated))
+def refusal(request: PlanRequest, machine: dict[str, Any], **keys: Any) -> str:
+    """What a plan for another machine is refused with."""
+    other = dataclasses.replace(request, machine=dataclasses.replace(request.machine, **machine))
+    with pytest.raises(PlanInfeasible) as caught:
+        create(config(**keys)).plan(other)
+    return str(caught.value)
+
+
+def test_too_little_memory_names_the_keys_that_help(tiny_model: Path, tmp_path: Path) -> None:
+    request = request_for(resolve_model(str(tiny_model), weights="pretrained"), tmp_path)
+    message = refusal(request, {"cpu_bytes": 200_000})
+    assert re.search(r"needs .* of memory \(weights .*\), has 195\.3 KiB; lower --set w_gpu_percent", message)
+    assert "raise --cpu-mem" in message
+    assert "GPU" not in message
+    assert "--cpu-mem" not in refusal(request, {"cpu_bytes": 200_000, "cpu_capped": False})
+    both = refusal(request, {"cpu_bytes": 200_000}, w_gpu_percent=50, w_cpu_percent=50)
+    assert "lower --set w_gpu_percent, --set w_cpu_percent" in both
+    assert "also" not in both, "one memory, one need"
+
+
+def test_too_little_memory_for_the_buffers_names_what_makes_them_smaller(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    request = request_for(resolve_model(str(tiny_model), weights="pretrained"), tmp_path)
+    on_disk = dict.fromkeys(("w_gpu_percent", "cache_gpu_percent", "act_gpu_percent"), 0)
+    message = refusal(request, {"cpu_bytes": 50_000}, **on_disk)
+    assert re.search(r"\(buffers .*; lower --set overlap", message)
+    assert "sep_layer=true" in message
+    last = refusal(request, {"cpu_bytes": 50_000}, **on_disk, overlap=0, sep_layer=True)
+    assert "overlap" not in last
+
+
+def test_an_emulated_gpu_is_called_the_compute_device(tiny_model: Path, tmp_path: Path) -> None:
+    request = request_for(resolve_model(str(tiny_model), weights="pretrained"), tmp_path)
+    small = {"gpu_bytes": 100_000, "gpu_capped": True}
+    message = refusal(request, small)
+    assert re.search(
+        r"on the compute device \(.*has 97\.7 KiB; lower --set w_gpu_percent.*raise --gpu-mem", message
+    )
+    assert "GPU" not in message
+    assert "on the GPU" in refusal(request, {**small, "device": "cuda"})
+
+
+def test_kv_cache_and_workspace_name_the_batch_that_sets_them(tiny_model: Path, tmp_path: Path) -> None:
+    request = request_for(
+        resolve_model(str(tiny_model), weights="pretrained"),
+        tmp_path,
+        batch_size=64,
+        workload=Workload(num_sequences=64, prompt_tokens=64, gen_tokens=6),
+    )
+    emulated = {"gpu_bytes": 100_000, "gpu_capped": True}
+    message = refusal(request, emulated, w_gpu_percent=0, w_cpu_percent=100)
+    assert "cache_gpu_percent" in message
+    assert "--batch-size" in message
+    assert "w_gpu_percent" not in message, "it is at zero already"
+    assert "micro_batch_size" in refusal(request, emulated, w_gpu_percent=0, micro_batch_size=32)
+
+
+def test_a_full_disk_names_the_folder_and_the_option(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("strategies.flexgen.free_disk_bytes", lambda path: 1000)
+    request = request_for(resolve_model(str(tiny_model), weights="pretrained"), tmp_path)
+    message = refusal(request, {}, w_gpu_percent=50)
+    assert f"in {tmp_path / 'offload'}" in message
+    assert "--offload-dir" in message
+    assert "--set path" in refusal(request, {}, w_gpu_percent=50, path=str(tmp_path / "own"))
+
+
+def test_weights_packed_by_an_earlier_run_need_no_free_disk(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = request_for(resolve_model(str(tiny_model), weights="pretrained"), tmp_path)
+    strategy = FlexgenStrategy(config(w_gpu_percent=50))
+    with strategy.build(strategy.plan(request)):
+        pass
+    monkeypatch.setattr("strategies.flexgen.free_disk_bytes", lambda path: 1000)
+    assert strategy.plan(request).weight_bytes["disk"] > 1000
 
 
 def test_an_unsupported_architecture_names_the_way_out(tmp_path: Path) -> None:
