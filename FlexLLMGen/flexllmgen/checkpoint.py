@@ -110,8 +110,8 @@ class SafetensorsCheckpoint:
                     continue
                 known.add(found)
                 there = self._shape(found)
-                rows += there[0]
-                if there[1:] != shape[1:]:
+                rows += there[0] if there else 0
+                if len(there) != len(shape) or there[1:] != shape[1:]:
                     wrong.append(
                         f"{found} is {there}, the model wants (..., {', '.join(map(str, shape[1:]))})"
                     )
@@ -130,7 +130,8 @@ class SafetensorsCheckpoint:
         ]
         if problems:
             raise CheckpointError(
-                f"{self.folder} does not hold {spec.name or spec.family}: {'; '.join(problems)}"
+                f"{self.folder} does not hold the {spec.family} model of its config: {'; '.join(problems)}; "
+                "download or copy weights and config.json again"
             )
 
     def fill(self, spec: ModelSpec, layer: int, name: str, target: torch.Tensor) -> None:

@@ -95,7 +95,15 @@ class ModelSpec:
             raise UnsupportedModelError(
                 f"{name or kind} is a quantised checkpoint, which this engine cannot read; use -s accelerate"
             )
-        return _from_opt(config, name) if kind == "opt" else _from_llama_like(config, name, FAMILIES[kind])
+        try:
+            return (
+                _from_opt(config, name) if kind == "opt" else _from_llama_like(config, name, FAMILIES[kind])
+            )
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            fault = f"lacks {error}" if isinstance(error, KeyError) else f"is not a model's ({error})"
+            raise UnsupportedModelError(
+                f"the config of {name or kind} {fault}; download or copy config.json again"
+            ) from error
 
     @property
     def traits(self) -> Family:

@@ -225,18 +225,38 @@ def test_an_unsupported_architecture_names_the_way_out(tmp_path: Path) -> None:
         create(config()).plan(request_for(source, tmp_path))
 
 
+def test_a_config_without_its_dimensions_is_one_line(tmp_path: Path) -> None:
+    no_size = ModelSource(name="mine", path=None, config={"model_type": "llama"}, weights="random")
+    with pytest.raises(UnsupportedModelError, match=r"mine lacks 'hidden_size'.*config\.json"):
+        create(config()).plan(request_for(no_size, tmp_path))
+    odd = dataclasses.replace(no_size, config={"model_type": "llama", "hidden_size": "wide"})
+    with pytest.raises(UnsupportedModelError, match=r"mine .*'wide'.*config\.json"):
+        create(config()).plan(request_for(odd, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", None),
+        ("model.norm.weight", torch.tensor(1.0)),
+        ("model.extra.weight", torch.ones(2)),
+    ],
+    ids=["missing", "a single number", "unexpected"],
+)
 def test_a_checkpoint_that_is_not_the_models_is_refused_before_loading(
-    tiny_model: Path, tmp_path: Path
+    name: str, tensor: torch.Tensor | None, tiny_model: Path, tmp_path: Path
 ) -> None:
     from safetensors.torch import load_file, save_file
 
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
     tensors = load_file(folder / "model.safetensors")
-    del tensors["model.layers.1.mlp.up_proj.weight"]
+    tensors.pop(name, None)
+    if tensor is not None:
+        tensors[name] = tensor
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     source = resolve_model(str(folder), weights="pretrained")
-    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+    with pytest.raises(CheckpointError, match=re.escape(name) + r".*config\.json"):
         create(config()).plan(request_for(source, tmp_path))
 
 
