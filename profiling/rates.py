@@ -19,7 +19,7 @@ import torch
 from flexllmgen.errors import OffloadDirError
 from flexllmgen.memory.disk import DirectFile
 from profiling.compute import timed_runs
-from profiling.hardware import HardwareProfile
+from profiling.hardware import HardwareProfile, free_disk_bytes
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,8 @@ def measure_rates(*, device: str, dtype: str, offload_dir: Path) -> Rates:
 def measure_disk(folder: Path, num_bytes: int = 256 * _MIB) -> tuple[float, float]:
     """Sequential read and write rate of the disk that holds `folder`, in bytes per second.
 
-    Goes around the page cache (O_DIRECT) in pieces of 16 MiB of random content; the file is removed.
+    Goes around the page cache (O_DIRECT) in pieces of 16 MiB of random content; the file is removed. On a disk
+    that is nearly full it takes half of what is free: a plan that needs less must not be refused for this.
 
     Raises:
         OffloadDirError: the folder cannot be written, or is full.
@@ -110,6 +111,7 @@ def measure_disk(folder: Path, num_bytes: int = 256 * _MIB) -> tuple[float, floa
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f".rate-{os.getpid()}"
     piece = torch.randint(0, 256, (16 * _MIB,), dtype=torch.uint8)
+    num_bytes = _that_fits(folder, num_bytes)
     offsets = range(0, num_bytes, piece.nbytes)
     # O_DIRECT wants aligned memory.
     aligned = _aligned(piece)
@@ -137,6 +139,7 @@ def measure_disk(folder: Path, num_bytes: int = 256 * _MIB) -> tuple[float, floa
 def _cached_file_rate(folder: Path, num_bytes: int = 128 * _MIB) -> float:
     """Reading a file that was just written, through the page cache, into memory already touched."""
     path = folder / f".cached-{os.getpid()}"
+    num_bytes = _that_fits(folder, num_bytes)
     target = bytearray(num_bytes)
     try:
         path.write_bytes(os.urandom(_MIB) * (num_bytes // _MIB))
@@ -152,6 +155,12 @@ def _cached_file_rate(folder: Path, num_bytes: int = 128 * _MIB) -> float:
         ) from error
     finally:
         path.unlink(missing_ok=True)
+
+
+def _that_fits(folder: Path, num_bytes: int) -> int:
+    """As much of `num_bytes` as half of the free disk holds, in whole pieces of 16 MiB; one at least."""
+    piece = 16 * _MIB
+    return max(piece, min(num_bytes, free_disk_bytes(folder) // 2 // piece * piece))
 
 
 def _aligned(like: torch.Tensor, alignment: int = 4096) -> torch.Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from flexllmgen.errors import OffloadDirError
+from flexllmgen.memory.disk import DirectFile
 from profiling import rates as rates_module
 from profiling.hardware import read_hardware
 from profiling.rates import MAX_AGE_S, Rates, measure_disk, measure_rates, measured_rates
@@ -29,6 +30,21 @@ def test_rates_are_plausible_for_any_machine(measured: Rates) -> None:
 def test_nothing_is_left_on_the_disk(tmp_path: Path) -> None:
     measure_disk(tmp_path, num_bytes=16 << 20)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_nearly_full_disk_is_measured_with_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+
+    class Counted(DirectFile):
+        def __init__(self, path: Path, *, writable: bool = False, size: int | None = None) -> None:
+            written.append(size)
+            super().__init__(path, writable=writable, size=size)
+
+    monkeypatch.setattr(rates_module, "DirectFile", Counted)
+    monkeypatch.setattr(rates_module, "free_disk_bytes", lambda path: 70 << 20, raising=False)
+    read, write = measure_disk(tmp_path)
+    assert written == [32 << 20]
+    assert min(read, write) > 0
 
 
 def test_a_folder_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
