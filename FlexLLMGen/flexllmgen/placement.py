@@ -248,6 +248,8 @@ def place_images(images: tuple[Image, ...], shares: Placement) -> tuple[Image, .
     total = sum(image.num_bytes for image in images)
     left = {"gpu": _cut(total, shares.gpu, ALIGNMENT)}
     left["disk"] = min(total - left["gpu"], _cut(total, shares.disk, ALIGNMENT))
+    if not shares.cpu:  # Rounding must not put anything on a tier that was given nothing.
+        left["disk"] = total - left["gpu"]
     left["cpu"] = total - left["gpu"] - left["disk"]
     placed = list(images)
 
@@ -275,6 +277,8 @@ def place_images(images: tuple[Image, ...], shares: Placement) -> tuple[Image, .
         upto_disk = disk * before // room // ALIGNMENT * ALIGNMENT if before < room else disk
         mine_gpu = min(upto_gpu - done["gpu"], images[index].num_bytes)
         mine_disk = min(upto_disk - done["disk"], images[index].num_bytes - mine_gpu)
+        if not shares.cpu:
+            mine_disk = images[index].num_bytes - mine_gpu
         done["gpu"] += mine_gpu
         done["disk"] += mine_disk
         placed[index] = _with_bytes(images[index], mine_gpu, images[index].num_bytes - mine_gpu - mine_disk)

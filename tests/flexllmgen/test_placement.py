@@ -31,6 +31,8 @@ def test_weights_have_the_shares_asked_for(percent: tuple[int, int], name: str, 
     got = plan.weights.shares
     for tier in ("gpu", "cpu", "disk"):
         assert abs(getattr(got, tier) - getattr(shares, tier)) < 0.0001, tier
+        if not getattr(shares, tier):
+            assert not getattr(plan.weights, tier), "rounding puts nothing on a tier that was given nothing"
     # Packing adds next to nothing to the model itself.
     assert plan.weights.total == pytest.approx(spec.weight_bytes(2), rel=0.001)
 
