@@ -12,10 +12,17 @@ _TRIALS = 8
 _ENOUGH_S = 0.5
 
 
-def linear_bytes_per_s(spec: ModelSpec, dtype: str, device: str, *, rows: int) -> float:
+def linear_bytes_per_s(
+    spec: ModelSpec,
+    dtype: str,
+    device: str,
+    *,
+    rows: int,
+    linear: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> float:
     """How many weight bytes a second linear layers of this width get through, with `rows` input rows.
 
-    Goes round several matrices, together larger than any cache, as a model's layers do.
+    Goes round several matrices, together larger than any cache, as a model's layers do. `linear` is the engine's own.
     """
     kind = getattr(torch, dtype)
     matrix_bytes: int = spec.hidden_size * spec.intermediate_size * kind.itemsize
@@ -30,7 +37,7 @@ def linear_bytes_per_s(spec: ModelSpec, dtype: str, device: str, *, rows: int) -
 
     def run() -> None:
         for weight in weights:
-            torch.nn.functional.linear(x, weight)
+            linear(x, weight)
 
     return count * matrix_bytes / best_s(run, device)
 

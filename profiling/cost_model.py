@@ -80,11 +80,13 @@ def overlapped_cost(
     Unlike the limit it computes at the rate measured for linear layers of these shapes and reads the weights
     once for each micro-batch; transfers still hide behind compute, or add to it where `overlap` is off.
     """
+    from flexllmgen.models.linear import linear
     from profiling.compute import linear_bytes_per_s
 
     weights = sum(traffic.weight_bytes.values()) * spec.active_parameters / spec.num_parameters
-    prefill_rate = linear_bytes_per_s(spec, dtype, device, rows=micro_batch_size * workload.prompt_tokens)
-    decode_rate = linear_bytes_per_s(spec, dtype, device, rows=micro_batch_size)
+    rows = micro_batch_size * workload.prompt_tokens
+    prefill_rate = linear_bytes_per_s(spec, dtype, device, rows=rows, linear=linear)
+    decode_rate = linear_bytes_per_s(spec, dtype, device, rows=micro_batch_size, linear=linear)
 
     def times(block: int, new_tokens: int, cached: int) -> Times:
         busy = _phase_times(spec, traffic, rates, block, new_tokens=new_tokens, cached=cached)

@@ -40,7 +40,7 @@ def predict(
 
     @functools.cache
     def linear_rate(rows: int) -> float:
-        return linear_bytes_per_s(spec, request.dtype, device, rows=rows)
+        return linear_bytes_per_s(spec, request.dtype, device, rows=rows, linear=torch.nn.functional.linear)
 
     def times(batch: int, new_tokens: int, cached: int) -> Times:
         busy = {

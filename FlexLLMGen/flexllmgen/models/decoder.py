@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from flexllmgen.attention import append, decode_attention, prompt_attention
 from flexllmgen.kv_cache import Segment
+from flexllmgen.models.linear import linear
 from flexllmgen.models.rope import angles, inverse_frequencies, rotate
 from flexllmgen.spec import ModelSpec
 
@@ -93,7 +94,7 @@ class Decoder:
         """Writes the hidden states of `ids_BT` into `x_BTD`."""
         hidden = _rows(w["tokens"], ids_BT, x_BTD.device)
         if "project_in.weight" in w:
-            hidden = F.linear(hidden, w["project_in.weight"])
+            hidden = linear(hidden, w["project_in.weight"])
         x_BTD.copy_(hidden)
         if "positions" in w:
             x_BTD += _rows(w["positions"], positions_BT + self.spec.position_offset, x_BTD.device)
@@ -115,7 +116,7 @@ class Decoder:
         batch, tokens = x_BTD.shape[:2]
         heads, kv_heads, size = spec.num_heads, spec.num_kv_heads, spec.head_dim
         normed = self._norm(w, "attention_norm", x_BTD) if spec.pre_norm else x_BTD
-        qkv = F.linear(normed, w["qkv.weight"], w.get("qkv.bias")).view(
+        qkv = linear(normed, w["qkv.weight"], w.get("qkv.bias")).view(
             batch, tokens, heads + 2 * kv_heads, size
         )
         qk, v_BTKH = qkv[:, :, : heads + kv_heads], qkv[:, :, heads + kv_heads :]
@@ -142,7 +143,7 @@ class Decoder:
         else:
             attended = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
         flat = attended.reshape(batch, tokens, spec.query_size)
-        self._add(w, "attention_norm", x_BTD, F.linear(flat, w["out.weight"], w.get("out.bias")))
+        self._add(w, "attention_norm", x_BTD, linear(flat, w["out.weight"], w.get("out.bias")))
 
     def mlp(self, w: Weights, x_BTD: torch.Tensor) -> None:
         """The MLP half of a layer, in place."""
@@ -150,11 +151,11 @@ class Decoder:
         if self.spec.num_experts:
             out = self._experts(w, normed.reshape(-1, self.spec.hidden_size)).view_as(x_BTD)
         elif self.spec.traits.gated:
-            inner = self._gate(F.linear(normed, w["gate_up.weight"], w.get("gate_up.bias")))
-            out = F.linear(inner, w["down.weight"], w.get("down.bias"))
+            inner = self._gate(linear(normed, w["gate_up.weight"], w.get("gate_up.bias")))
+            out = linear(inner, w["down.weight"], w.get("down.bias"))
         else:
-            inner = self._activation(F.linear(normed, w["up.weight"], w.get("up.bias")))
-            out = F.linear(inner, w["down.weight"], w.get("down.bias"))
+            inner = self._activation(linear(normed, w["up.weight"], w.get("up.bias")))
+            out = linear(inner, w["down.weight"], w.get("down.bias"))
         self._add(w, "mlp_norm", x_BTD, out)
 
     def logits(self, w: Weights, x_RD: torch.Tensor) -> torch.Tensor:
@@ -162,8 +163,8 @@ class Decoder:
         if self.spec.final_norm:
             x_RD = self._norm(w, "final_norm", x_RD)
         if "project_out.weight" in w:
-            x_RD = F.linear(x_RD, w["project_out.weight"])
-        return F.linear(x_RD, w["tokens" if self.spec.tied else "lm_head.weight"])
+            x_RD = linear(x_RD, w["project_out.weight"])
+        return linear(x_RD, w["tokens" if self.spec.tied else "lm_head.weight"])
 
     def _norm(self, w: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
         shape, eps = (self.spec.hidden_size,), self.spec.norm_eps
@@ -192,15 +193,15 @@ class Decoder:
         sorted_RD, outputs, start = x_RD[rows], [], 0
         for expert, count in enumerate(counts):
             if count:
-                inner = self._gate(F.linear(sorted_RD[start : start + count], w[f"experts.{expert}.gate_up"]))
-                outputs.append(F.linear(inner, w[f"experts.{expert}.down"]))
+                inner = self._gate(linear(sorted_RD[start : start + count], w[f"experts.{expert}.gate_up"]))
+                outputs.append(linear(inner, w[f"experts.{expert}.down"]))
                 start += count
         weighted = torch.cat(outputs) * weights.flatten()[order, None].to(x_RD.dtype)
         return torch.zeros_like(x_RD).index_add_(0, rows, weighted)
 
     def _route(self, w: Weights, x_RD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Each row's best experts (Shazeer et al. 2017), and what their outputs count."""
-        scores = F.linear(x_RD, w["router.weight"]).float().softmax(dim=-1)
+        scores = linear(x_RD, w["router.weight"]).float().softmax(dim=-1)
         weights, experts = scores.topk(self.spec.experts_per_token, dim=-1)
         if self.spec.normalise_experts:
             weights = weights / weights.sum(dim=-1, keepdim=True)
