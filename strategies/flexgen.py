@@ -119,7 +119,8 @@ class FlexgenStrategy:
                 device=request.machine.device,
                 dtype=request.dtype,
                 offload_dir=self._folder(request),
-                gpu_bytes=request.machine.gpu_bytes if request.machine.gpu_capped else None,
+                # As planned, without a cap too: by this limit the engine cuts prefill to fit.
+                gpu_bytes=request.machine.gpu_bytes,
                 cpu_bytes=request.machine.cpu_bytes,
             ) as engine:
                 yield FlexgenEngine(engine)

@@ -102,6 +102,9 @@ def _to_lower(shortage: Shortage, machine: Machine, config: Config) -> list[str]
         if part in _KEYS:
             keys = (f"{_KEYS[part]}_{tier}_percent" for tier in tiers)
             names += [f"--set {key}" for key in keys if getattr(config, key)]
+        many = "--set num_micro_batches"
+        if part in ("kv_cache", "activations") and config.num_micro_batches > 1 and many not in names:
+            names.append(many)
         if part == "buffers" and config.overlap:
             names.append("--set overlap")
         if part not in ("weights", "buffers") and batch not in names:

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,12 @@ def test_kv_cache_and_workspace_name_the_batch_that_sets_them(tiny_model: Path, 
     assert "cache_gpu_percent" in message
     assert "--batch-size" in message
     assert "w_gpu_percent" not in message, "it is at zero already"
-    assert "micro_batch_size" in refusal(request, emulated, w_gpu_percent=0, micro_batch_size=32)
+    own = refusal(request, emulated, w_gpu_percent=0, micro_batch_size=32)
+    assert "--set micro_batch_size" in own
+    assert "num_micro_batches" not in own, "it is one already"
+    assert "--set num_micro_batches" in refusal(
+        request, emulated, w_gpu_percent=0, micro_batch_size=32, num_micro_batches=2
+    )
 
 
 def test_a_full_disk_names_the_folder_and_the_option(
@@ -270,6 +276,25 @@ def test_pickles_are_sent_to_accelerate(tiny_model: Path, tmp_path: Path) -> Non
 
 
 # Engine
+
+
+@pytest.mark.parametrize("capped", [True, False])
+def test_a_gpu_is_loaded_under_the_limit_it_was_planned_for(
+    capped: bool, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine cuts prefill by it: under another limit it would hold more than was planned."""
+    given = {}
+
+    def load(*_: Any, **options: Any) -> Any:
+        given.update(options)
+        return nullcontext()
+
+    monkeypatch.setattr("strategies.flexgen.FlexEngine.load", load)
+    request = request_for(resolve_model(str(tiny_model), weights="pretrained"), tmp_path)
+    machine = dataclasses.replace(request.machine, device="cuda", gpu_bytes=2**33, gpu_capped=capped)
+    strategy = create(config())
+    with strategy.build(strategy.plan(dataclasses.replace(request, machine=machine))):
+        assert given["gpu_bytes"] == 2**33
 
 
 @pytest.mark.parametrize("changes", [{}, MIXED, {**MIXED, "overlap": 0}, {**MIXED, "sep_layer": True}])
