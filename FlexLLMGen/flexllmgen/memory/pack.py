@@ -14,7 +14,7 @@ import os
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -62,21 +62,35 @@ class WeightPack:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Holds the pack alone while checking and writing; undoes what was written if that fails."""
+        descriptor = self._lock()
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise OffloadDirError(
-                f"cannot write to {self.folder} ({error.strerror}); choose another --offload-dir"
-            ) from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
             self._sweep()
             yield
         except BaseException:
             self._undo()
             raise
         finally:
+            os.close(descriptor)
+
+    def _lock(self) -> int:
+        """Waits for the lock. One that a run which failed has removed meanwhile is no lock: a new one is made."""
+        path = self.folder / ".lock"
+        while True:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            except OSError as error:
+                raise OffloadDirError(
+                    f"cannot write to {self.folder} ({error.strerror}); choose another --offload-dir"
+                ) from error
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                with suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(descriptor), path.stat()):
+                        return descriptor
+            except BaseException:
+                os.close(descriptor)
+                raise
             os.close(descriptor)
 
     def stale(self, images: Sequence[Image]) -> set[str]:
