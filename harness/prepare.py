@@ -17,7 +17,7 @@ from harness.config import EvalConfig, cache_dir
 from harness.job import EventWriter, Job
 from harness.models import load_tokenizer, max_positions, resolve_model
 from harness.prompts import PromptSet, load_prompts
-from profiling.hardware import HardwareProfile, available_memory_bytes, check_writable, read_hardware
+from profiling.hardware import Hardware, available_memory_bytes, check_writable, read_hardware
 from strategies.base import Machine, ModelSource, Plan, PlanRequest, Strategy
 from strategies.registry import find_strategy
 
@@ -36,7 +36,7 @@ class Prepared:
     plan_s: float
     prompts: PromptSet
     tokenizer: Any
-    hardware: HardwareProfile
+    hardware: Hardware
     warnings: list[str]
 
 
@@ -189,7 +189,7 @@ def known_spec(source: ModelSource) -> ModelSpec | None:
         return None
 
 
-def _rates(request: PlanRequest, hardware: HardwareProfile) -> "Rates":
+def _rates(request: PlanRequest, hardware: Hardware) -> "Rates":
     from profiling.rates import measured_rates
 
     return measured_rates(

@@ -1,4 +1,4 @@
-"""What the machine is: a HardwareProfile, JSON with a schema version and a fingerprint.
+"""What the machine is: the facts of a Hardware.
 
 Facts only; what it can do per second is measured in rates.py. Knows nothing of models.
 """
@@ -46,7 +46,7 @@ class Disk:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HardwareProfile:
+class Hardware:
     """Everything about the machine that a figure may depend on. Sizes are bytes."""
 
     schema_version: int = SCHEMA_VERSION
@@ -73,7 +73,7 @@ class HardwareProfile:
         return f"{self.cpu}, {self.logical_cores} cores, {self.memory_bytes / 2**30:.0f} GiB, {gpus}"
 
 
-def read_hardware(offload_dir: Path) -> HardwareProfile:
+def read_hardware(offload_dir: Path) -> Hardware:
     """Look at the machine. `offload_dir` need not exist yet; its nearest existing parent counts.
 
     The fingerprint covers what sets the pace and does not change from run to run: processors, GPUs and their
@@ -90,7 +90,7 @@ def read_hardware(offload_dir: Path) -> HardwareProfile:
         "filesystem": disk.filesystem,
     }
     fingerprint = hashlib.sha256(json.dumps(stable, sort_keys=True).encode()).hexdigest()[:16]
-    return HardwareProfile(
+    return Hardware(
         fingerprint=fingerprint,
         cpu=cpu,
         physical_cores=psutil.cpu_count(logical=False) or os.cpu_count() or 1,

@@ -19,7 +19,7 @@ import torch
 from flexllmgen.errors import OffloadDirError
 from flexllmgen.memory.disk import DirectFile
 from profiling.compute import timed_runs
-from profiling.hardware import HardwareProfile, free_disk_bytes
+from profiling.hardware import Hardware, free_disk_bytes
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Rates:
 
 
 def measured_rates(
-    hardware: HardwareProfile, *, device: str, dtype: str, offload_dir: Path, cache: Path
+    hardware: Hardware, *, device: str, dtype: str, offload_dir: Path, cache: Path
 ) -> Rates:
     """The rates of this machine: from `cache` if measured there within a week, else measured now."""
     key = json.dumps(

@@ -1,0 +1,217 @@
+"""Measures LayerTimes: the engine's own decoder on random weights, at the shapes of a model.
+
+Goes round several layers' weights, together larger than any cache, as a model does. On a GPU a layer is recorded
+as a graph, so that what is timed is the device and not the issuing, which is measured apart.
+"""
+
+# B sequences  T prompt positions  S cached positions  D model
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+
+from flexllmgen.checkpoint import RandomCheckpoint
+from flexllmgen.engine import FlexEngine
+from flexllmgen.kv_cache import Segment
+from flexllmgen.models.decoder import Decoder, Span
+from flexllmgen.policy import ON_CPU, Policy
+from flexllmgen.spec import ModelSpec
+from flexllmgen.workload import Workload
+from profiling.compute import timed_runs
+from profiling.layer_times import HeadPoint, LayerShape, LayerTimes, Point
+
+STEP_ROWS = (1, 2, 4, 8, 9, 16, 32, 64, 128, 256)
+PROMPT_ROWS = (64, 256, 1024, 4096, 8192)
+STEP_CONTEXTS = (64, 512)
+PROMPT_LENGTHS = (64, 512)
+_ROTATED_BYTES = 128 << 20
+_KV_BYTES = 1 << 30
+_TRIALS = 3
+_LONG_S = 0.1
+"""A point that takes longer ends its row: what is larger runs at the same rate."""
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+def measure_layer_times(spec: ModelSpec, *, dtype: str, device: str) -> LayerTimes:
+    """Time a layer of this model; takes a few seconds, and memory for some layers."""
+    with torch.inference_mode():
+        bench = _Bench(spec, torch.device(device), getattr(torch, dtype))
+        step, prompt = bench.points(prompt=False), bench.points(prompt=True)
+        head = bench.head_points()
+        del bench
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    return LayerTimes(
+        shape=LayerShape.of(spec),
+        issue_s=_issue_seconds(spec, dtype, device),
+        waits=spec.num_experts > 0,
+        prompt=prompt,
+        step=step,
+        head=head,
+    )
+
+
+class _Bench:
+    """Weights of a few layers, and timed passes over them."""
+
+    def __init__(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
+        self.spec, self.device, self.dtype = spec, device, dtype
+        self.decoder = Decoder(spec, device=device, dtype=dtype)
+        layer_bytes = spec.layer_weight_bytes(dtype.itemsize)
+        count = max(1, min(spec.num_layers, math.ceil(_ROTATED_BYTES / layer_bytes)))
+        self.layers = [
+            self._weights({**spec.attention_tensors(), **spec.mlp_tensors()}) for _ in range(count)
+        ]
+
+    def points(self, *, prompt: bool) -> tuple[Point, ...]:
+        points: list[Point] = []
+        for rows in PROMPT_ROWS if prompt else STEP_ROWS:
+            # With many rows arithmetic and not memory sets the pace: one layer is then enough.
+            layers = self.layers[: 1 if prompt and rows > 256 else len(self.layers)]
+            short, long = self._lengths(rows, prompt=prompt)
+            first = self.attention_s(layers, rows, short, prompt=prompt)
+            second = self.attention_s(layers, rows, long, prompt=prompt) if long > short else first
+            slope = max(0.0, (second - first) / max(1, long - short))
+            mlp_s = self.mlp_s(layers, rows)
+            points.append(
+                Point(
+                    rows=rows,
+                    attention_s=max(0.0, first - slope * short),
+                    per_position_s=slope,
+                    mlp_s=mlp_s,
+                )
+            )
+            if (first + second + mlp_s) * len(layers) > _LONG_S:
+                break
+        return tuple(points)
+
+    def head_points(self) -> tuple[HeadPoint, ...]:
+        spec = self.spec
+        weights, points = self._weights(spec.head_tensors()), []
+        for rows in STEP_ROWS:
+            x_RD = torch.randn(rows, spec.hidden_size, device=self.device).to(self.dtype)
+            seconds = self._seconds(lambda x=x_RD: self.decoder.logits(weights, x).argmax(dim=-1))
+            points.append(HeadPoint(rows=rows, head_s=seconds))
+            if seconds > _LONG_S / 4:
+                break
+        return tuple(points)
+
+    def _lengths(self, rows: int, *, prompt: bool) -> tuple[int, int]:
+        """Two contexts to measure attention at, within what memory and the model hold."""
+        short, long = PROMPT_LENGTHS if prompt else STEP_CONTEXTS
+        if prompt:
+            return min(short, rows), min(long, rows)
+        room = _KV_BYTES // (2 * self.spec.kv_size * self.dtype.itemsize * rows * len(self.layers))
+        return short, max(short, min(long, room))
+
+    def attention_s(self, layers: list[Tensors], rows: int, length: int, *, prompt: bool) -> float:
+        spec = self.spec
+        batch, tokens = (rows // length, length) if prompt else (rows, 1)
+        x_BTD = torch.randn(batch, tokens, spec.hidden_size, device=self.device).to(self.dtype)
+        first = 0 if prompt else length - 1
+        positions = torch.arange(first, first + tokens, device=self.device).expand(batch, tokens)
+        cos, sin = self.decoder.rotations(positions)
+        span = Span(first=first, prompt=prompt, positions_BT=positions, cos=cos, sin=sin)
+        caches = [
+            torch.randn(length, 2, batch, spec.num_kv_heads, spec.head_dim, device=self.device).to(self.dtype)
+            for _ in layers
+        ]
+        segments = [(Segment(0, batch, cache),) for cache in caches]
+
+        def work() -> None:
+            for weights, segment in zip(layers, segments, strict=True):
+                self.decoder.attention(weights, x_BTD, 0, span, segment)
+
+        return self._seconds(work) / len(layers)
+
+    def mlp_s(self, layers: list[Tensors], rows: int) -> float:
+        x_BTD = torch.randn(rows, 1, self.spec.hidden_size, device=self.device).to(self.dtype)
+
+        def work() -> None:
+            for weights in layers:
+                self.decoder.mlp(weights, x_BTD)
+
+        return self._seconds(work) / len(layers)
+
+    def _seconds(self, work: Callable[[], object]) -> float:
+        run = work
+        if self.device.type == "cuda" and not self.spec.num_experts:
+            run = _recorded(work)
+        return statistics.median(timed_runs(run, self.device.type, _TRIALS))
+
+    def _weights(self, shapes: Mapping[str, tuple[int, ...]]) -> Tensors:
+        return {
+            name: torch.randn(shape, device=self.device, dtype=self.dtype).mul_(0.02)
+            for name, shape in shapes.items()
+        }
+
+
+def _recorded(work: Callable[[], object]) -> Callable[[], object]:
+    """The work as a CUDA graph: replaying it takes the device's time alone."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
+def _issue_seconds(spec: ModelSpec, dtype: str, device: str) -> float:
+    """Host seconds of the engine's loop for one layer of one micro-batch.
+
+    The difference between models of ten and two layers that are too small to compute anything. On the CPU the
+    layer's own operations are timed apart already, so that they are taken off.
+    """
+    many, few = (_tiny_step_s(spec, layers, dtype, device) for layers in (10, 2))
+    per_layer = max(0.0, (many - few) / 8)
+    if device == "cuda":
+        return per_layer
+    with torch.inference_mode():
+        tiny = _Bench(_tiny(spec, 2), torch.device(device), getattr(torch, dtype))
+        layers = tiny.layers[:1]
+        direct = tiny.attention_s(layers, 1, 8, prompt=False) + tiny.mlp_s(layers, 1)
+    return max(0.0, per_layer - direct)
+
+
+def _tiny(spec: ModelSpec, layers: int) -> ModelSpec:
+    return replace(
+        spec,
+        num_layers=layers,
+        hidden_size=32,
+        embed_size=32,
+        num_heads=2,
+        num_kv_heads=2,
+        head_dim=16,
+        intermediate_size=32,
+        vocab_size=64,
+        max_positions=64,
+        num_experts=min(spec.num_experts, 4),
+        experts_per_token=min(spec.experts_per_token, 2),
+        sliding_windows=(),
+    )
+
+
+def _tiny_step_s(spec: ModelSpec, layers: int, dtype: str, device: str) -> float:
+    """Median seconds of a decode step of a tiny model whose weights and KV are streamed."""
+    workload = Workload(num_sequences=1, prompt_tokens=4, gen_tokens=24)
+    policy = Policy(micro_batch_size=1, weights=ON_CPU, kv_cache=ON_CPU)
+    with FlexEngine.load(
+        _tiny(spec, layers), RandomCheckpoint(seed=0), policy, workload=workload, device=device, dtype=dtype
+    ) as engine:
+        gaps = []
+        for _ in range(2):
+            before = None
+            for _ in engine.generate(torch.ones(1, 4, dtype=torch.long)):
+                now = time.perf_counter()
+                if before is not None:
+                    gaps.append(now - before)
+                before = now
+    return statistics.median(gaps[-20:])

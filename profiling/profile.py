@@ -1,0 +1,175 @@
+"""HardwareProfile: what the machine is and what it can do, measured; JSON with a schema version and a fingerprint.
+
+Everything a prediction needs is in here and nothing else is: a plan can be made from a profile file for a
+machine that is far away. Knows nothing of policies.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from flexllmgen.errors import UsageError
+from profiling.hardware import Disk, Gpu, Hardware
+from profiling.layer_times import LayerTimes
+
+SCHEMA_VERSION = 2
+NOISY = 0.15
+"""Relative spread from which a measurement is flagged."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """A rate per second over some trials: median, best, and (largest - smallest) / median."""
+
+    median: float
+    best: float
+    spread: float
+    trials: int
+
+    @property
+    def noisy(self) -> bool:
+        return self.spread > NOISY
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capacity:
+    """Bytes of every tier when the profile was taken; `context_bytes` is what a CUDA context itself takes."""
+
+    gpu_total_bytes: int = 0
+    gpu_free_bytes: int = 0
+    gpu_context_bytes: int = 0
+    gpu_allocator_bytes: int = 0
+    host_total_bytes: int
+    host_available_bytes: int
+    disk_free_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """Rates in bytes or floating-point operations per second; None for what the machine does not have.
+
+    `compute_flops_per_s` and `device_*` are of the compute device; `h2d` and `d2h` are its links to and from
+    page-locked host memory: alone, `_both_ways` while the other direction runs too, `_under_reads` while the CPU
+    reads memory. Disk rates bypass the page cache; `cached_file_bytes_per_s` is reading a file that lies in it.
+    """
+
+    compute_flops_per_s: float
+    device_bytes_per_s: float
+    device_copy_bytes_per_s: float | None = None
+    host_bytes_per_s: float
+    host_copy_bytes_per_s: float | None = None
+    host_under_copies_bytes_per_s: float | None = None
+    h2d_bytes_per_s: float | None = None
+    d2h_bytes_per_s: float | None = None
+    h2d_both_ways_bytes_per_s: float | None = None
+    d2h_both_ways_bytes_per_s: float | None = None
+    h2d_under_reads_bytes_per_s: float | None = None
+    h2d_pageable_bytes_per_s: float | None = None
+    cpu_attention_bytes_per_s: float | None = None
+    cpu_attention_under_copies_bytes_per_s: float | None = None
+    disk_read_bytes_per_s: float
+    disk_write_bytes_per_s: float
+    cached_file_bytes_per_s: float
+
+    def as_dict(self) -> dict[str, float]:
+        """The rates that exist, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HardwareProfile:
+    """A machine, measured.
+
+    Args:
+        fingerprint: of all that the figures depend on; a profile with another one is never used silently.
+        measurements: by the names of Rates.
+        layers: how long a decoder layer takes, one table for each shape of model that was measured.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    fingerprint: str
+    hardware: Hardware
+    device: str
+    dtype: str
+    torch: str
+    threads: int
+    measured_at: float
+    took_s: float
+    energy_counter: bool
+    capacity: Capacity
+    measurements: Mapping[str, Measurement]
+    layers: tuple[LayerTimes, ...] = ()
+
+    @property
+    def best(self) -> Rates:
+        """The best trial of each: what the hardware can do, for limits."""
+        return Rates(**{name: each.best for name, each in self.measurements.items()})
+
+    @property
+    def typical(self) -> Rates:
+        """The median of each: what to expect, for predictions."""
+        return Rates(**{name: each.median for name, each in self.measurements.items()})
+
+    @property
+    def noisy(self) -> tuple[str, ...]:
+        """Measurements whose trials disagree."""
+        return tuple(name for name, each in self.measurements.items() if each.noisy)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready view; `from_dict` reads it."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> "HardwareProfile":
+        """The profile that `as_dict` described.
+
+        Raises:
+            UsageError: it is none, or of another schema version.
+        """
+        version = data.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise UsageError(
+                f"a profile of schema version {version}, this harness reads {SCHEMA_VERSION}; "
+                "measure it again with `harness profile`"
+            )
+        try:
+            fields = dict(data)
+            hardware = dict(fields["hardware"])
+            hardware["gpus"] = tuple(Gpu(**gpu) for gpu in hardware["gpus"])
+            hardware["disk"] = Disk(**hardware["disk"])
+            hardware["cpu_flags"] = tuple(hardware["cpu_flags"])
+            fields["hardware"] = Hardware(**hardware)
+            fields["capacity"] = Capacity(**fields["capacity"])
+            fields["measurements"] = {
+                name: Measurement(**each) for name, each in fields["measurements"].items()
+            }
+            fields["layers"] = tuple(LayerTimes.from_dict(each) for each in fields["layers"])
+            profile = HardwareProfile(**fields)
+            profile.best  # noqa: B018 - a rate that is missing shows here
+            return profile
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UsageError(
+                f"not a hardware profile ({error}); measure one with `harness profile`"
+            ) from error
+
+
+def profile_fingerprint(hardware: Hardware, *, device: str, dtype: str, torch: str, threads: int) -> str:
+    """What a profile's figures depend on, as 16 hexadecimal digits.
+
+    Not the amount of memory: in some virtual machines it grows while it is used, and no rate follows it. What
+    is free is read anew for every plan.
+    """
+    stable = [
+        SCHEMA_VERSION,
+        hardware.fingerprint,
+        hardware.driver,
+        hardware.disk.device,
+        hardware.disk.filesystem,
+        device,
+        dtype,
+        torch,
+        threads,
+    ]
+    return hashlib.sha256(json.dumps(stable).encode()).hexdigest()[:16]
