@@ -15,13 +15,16 @@ resources (as in FlexGen, Sheng et al. 2023, section 4.3).
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from flexllmgen.placement import PlacementPlan, micro_batch_sizes
 from flexllmgen.workload import Workload
+from profiling.layer_times import layer_times_for
 
 if TYPE_CHECKING:
     from flexllmgen.spec import ModelSpec
+    from profiling.profile import HardwareProfile
     from profiling.rates import Rates
 
 Times = dict[str, float]
@@ -46,13 +49,19 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostEstimate:
-    """Seconds over the whole workload, and which resource sets the pace in each phase."""
+    """Seconds over the whole workload, and which resource sets the pace in each phase.
+
+    `..._busy_s` are the seconds each resource works in a phase; `peak_bytes` what each tier holds at most.
+    """
 
     prefill_s: float
     decode_s: float
     generation_tok_s: float
     prefill_bound: str
     decode_bound: str
+    prefill_busy_s: Mapping[str, float] = field(default_factory=dict)
+    decode_busy_s: Mapping[str, float] = field(default_factory=dict)
+    peak_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 def physical_limit(spec: "ModelSpec", workload: Workload, traffic: Traffic, rates: "Rates") -> CostEstimate:
@@ -62,6 +71,61 @@ def physical_limit(spec: "ModelSpec", workload: Workload, traffic: Traffic, rate
         return _phase_times(spec, traffic, rates, block, new_tokens=new_tokens, cached=cached)
 
     return over_blocks(workload, traffic.batch_size, times, max)
+
+
+def engine_cost(plan: PlacementPlan, profile: "HardwareProfile") -> CostEstimate | None:
+    """What our engine should take for this placement: its schedule, simulated at the machine's typical rates.
+
+    A block's decode steps are simulated at the first, a middle and the last context; between them time grows
+    as good as linearly. None where no layer of any model was timed on the machine.
+    """
+    from profiling.simulation import simulate_block
+
+    times = layer_times_for(plan.spec, profile.layers)
+    if times is None:
+        return None
+    workload, policy = plan.workload, plan.policy
+    steps = workload.gen_tokens - 1
+    contexts = _sampled_contexts(workload)
+    full, ragged = divmod(workload.num_sequences, policy.block_size)
+    prefill_s = decode_s = 0.0
+    prefill_busy: Times = {}
+    decode_busy: Times = {}
+    for blocks, size in ((full, policy.block_size), (1, ragged)):
+        if not blocks or not size:
+            continue
+        passes = simulate_block(
+            plan,
+            times,
+            profile.typical,
+            micro_batches=micro_batch_sizes(size, policy),
+            contexts=contexts,
+        )
+        prefill_s += blocks * passes.seconds[0]
+        _add(prefill_busy, passes.busy[0], blocks)
+        # Trapezoids over the sampled steps; every step itself where there are few.
+        weights = [1.0] * steps if len(contexts) == steps else [steps / 4, steps / 2, steps / 4]
+        for weight, seconds, busy in zip(weights, passes.seconds[1:], passes.busy[1:], strict=True):
+            decode_s += blocks * weight * seconds
+            _add(decode_busy, busy, blocks * weight)
+    return CostEstimate(
+        prefill_s=prefill_s,
+        decode_s=decode_s,
+        generation_tok_s=workload.output_tokens / (prefill_s + decode_s),
+        prefill_bound=_binding(prefill_busy),
+        decode_bound=_binding(decode_busy),
+        prefill_busy_s=prefill_busy,
+        decode_busy_s=decode_busy,
+        peak_bytes={"gpu": plan.gpu_bytes, "cpu": plan.cpu_bytes, "disk": plan.disk_bytes},
+    )
+
+
+def _sampled_contexts(workload: Workload) -> tuple[int, ...]:
+    """Positions that the simulated decode steps attend to, their own included."""
+    steps = workload.gen_tokens - 1
+    if steps <= 3:
+        return tuple(workload.prompt_tokens + step for step in range(1, steps + 1))
+    return tuple(workload.prompt_tokens + step for step in (1, (1 + steps) // 2, steps))
 
 
 def overlapped_cost(
@@ -167,9 +231,9 @@ def _phase_times(
     return times
 
 
-def _add(sums: Times, times: Times) -> None:
+def _add(sums: Times, times: Mapping[str, float], count: float = 1.0) -> None:
     for name, seconds in times.items():
-        sums[name] = sums.get(name, 0.0) + seconds
+        sums[name] = sums.get(name, 0.0) + count * seconds
 
 
 def _binding(busy: Times) -> str:

@@ -179,8 +179,9 @@ def _between(points: Sequence[Any], rows: int, value: Callable[[Any], float]) ->
     if rows <= first.rows:
         return value(first)
     if rows >= last.rows:
-        return value(last) * rows / last.rows
+        in_proportion: float = rows / last.rows
+        return value(last) * in_proportion
     upper = next(index for index, point in enumerate(points) if point.rows >= rows)
     low, high = points[upper - 1], points[upper]
-    share = (rows - low.rows) / (high.rows - low.rows)
+    share: float = (rows - low.rows) / (high.rows - low.rows)
     return value(low) + share * (value(high) - value(low))

@@ -91,11 +91,9 @@ class _Bench:
         return tuple(points)
 
     def head_points(self) -> tuple[HeadPoint, ...]:
-        spec = self.spec
-        weights, points = self._weights(spec.head_tensors()), []
+        weights, points = self._weights(self.spec.head_tensors()), []
         for rows in STEP_ROWS:
-            x_RD = torch.randn(rows, spec.hidden_size, device=self.device).to(self.dtype)
-            seconds = self._seconds(lambda x=x_RD: self.decoder.logits(weights, x).argmax(dim=-1))
+            seconds = self._head_s(weights, rows)
             points.append(HeadPoint(rows=rows, head_s=seconds))
             if seconds > _LONG_S / 4:
                 break
@@ -137,6 +135,10 @@ class _Bench:
                 self.decoder.mlp(weights, x_BTD)
 
         return self._seconds(work) / len(layers)
+
+    def _head_s(self, weights: Tensors, rows: int) -> float:
+        x_RD = torch.randn(rows, self.spec.hidden_size, device=self.device).to(self.dtype)
+        return self._seconds(lambda: self.decoder.logits(weights, x_RD).argmax(dim=-1))
 
     def _seconds(self, work: Callable[[], object]) -> float:
         run = work

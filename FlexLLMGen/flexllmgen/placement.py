@@ -341,6 +341,19 @@ def streamed_bytes(image: Image, *, in_place: bool, embedding: bool) -> int:
     return round_up(image.num_bytes - streamed_from(image, resident), PAGE) + 2 * PAGE
 
 
+def streamed_parts(image: Image, *, in_place: bool, embedding: bool) -> TierBytes:
+    """Bytes that a pass copies into a slot from each tier: `gpu` is the resident part of a tensor that is cut."""
+    resident = image.gpu_bytes + (image.cpu_bytes if in_place else 0)
+    if resident >= image.num_bytes or (embedding and looked_up_on_host(image)):
+        return TierBytes()
+    start, disk_from = streamed_from(image, resident), image.gpu_bytes + image.cpu_bytes
+    return TierBytes(
+        gpu=max(0, resident - start),
+        cpu=max(0, disk_from - max(resident, start)),
+        disk=image.num_bytes - max(disk_from, start),
+    )
+
+
 def looked_up_on_host(image: Image) -> bool:
     """Whether an image is only tables read by rows, all in host memory: then nothing is streamed."""
     return image.cpu_bytes == image.num_bytes and all(tensor.lookup for tensor in image.tensors.values())

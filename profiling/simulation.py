@@ -1,0 +1,325 @@
+"""What a schedule takes: the engine's own steps, each with a duration, run against the clock of each resource.
+
+The engine runs `zigzag(shape)`; this walks the same iterator. Each resource (compute device, link up, link down,
+disk, the host that issues) does one thing at a time, in order; a step begins when its resource is free and what it
+needs has ended, exactly as the executor's events order it. So fill and drain of the pipeline, slots, micro-batches
+and overlap need no formula of their own. Pure: measures nothing, allocates nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from flexllmgen.placement import PlacementPlan, row_bytes, streamed_parts
+from flexllmgen.schedule import Action, Shape, Step, zigzag
+from profiling.layer_times import LayerTimes
+from profiling.profile import Rates
+
+COMPUTE, UP, DOWN, DISK, COPY = (
+    "compute",
+    "host to device link",
+    "device to host link",
+    "disk",
+    "device memory copies",
+)
+_READ_BYTES = 8 << 20
+"""A disk read in flight: the last one must still be copied on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Passes:
+    """Seconds of each pass of a block: the prompt's, then the decode steps that were simulated.
+
+    `busy` holds per pass the seconds that each resource worked.
+    """
+
+    seconds: tuple[float, ...]
+    busy: tuple[Mapping[str, float], ...]
+
+
+@dataclass(slots=True)
+class _Clocks:
+    """When each resource is next free, and the work it did in each pass."""
+
+    together: bool
+    free: dict[str, float] = field(default_factory=dict)
+    busy: list[dict[str, float]] = field(default_factory=list)
+
+    def run(self, resource: str, lane: str, ready: float, seconds: float, token: int) -> float:
+        """Occupies a resource from when it and its lane are free; returns the end."""
+        start = max(ready, self.free.get(resource, 0.0), self.free.get(lane, 0.0))
+        if self.together:  # Without overlap nothing begins before everything else has ended.
+            start = max([start, *self.free.values()])
+        end = start + seconds
+        self.free[resource] = self.free[lane] = end
+        while len(self.busy) <= token:
+            self.busy.append({})
+        self.busy[token][resource] = self.busy[token].get(resource, 0.0) + seconds
+        return end
+
+
+def simulate_block(
+    plan: PlacementPlan,
+    times: LayerTimes,
+    rates: Rates,
+    *,
+    micro_batches: Sequence[int],
+    contexts: Sequence[int],
+) -> Passes:
+    """Seconds of the prompt's pass and of decode steps at each of `contexts` (cached positions).
+
+    Args:
+        micro_batches: sequences of each micro-batch of the block; may be fewer than the plan has room for.
+        contexts: cached positions of each decode step to simulate, its own included.
+    """
+    return _Simulation(plan, times, rates, micro_batches, contexts).run()
+
+
+class _Simulation:
+    def __init__(
+        self,
+        plan: PlacementPlan,
+        times: LayerTimes,
+        rates: Rates,
+        micro_batches: Sequence[int],
+        contexts: Sequence[int],
+    ) -> None:
+        self.plan, self.times, self.rates = plan, times, rates
+        self.batches, self.contexts = micro_batches, contexts
+        self.prompt = plan.workload.prompt_tokens
+        self.on_cpu = plan.in_place
+        spec = plan.spec
+        self.weights = [
+            [
+                streamed_parts(plan.images[index], in_place=plan.in_place, embedding=stage.kind == "embed")
+                for index in stage.images
+            ]
+            for stage in plan.stages
+        ]
+        self.weight_bytes = [
+            tuple(sum(getattr(part, tier) for part in parts) for tier in ("gpu", "cpu", "disk"))
+            for parts in self.weights
+        ]
+        streamed_kv = [
+            stage.has_kv
+            and any(split.disk or (split.cpu and not plan.in_place) for split in plan.kv_splits[stage.layer])
+            for stage in plan.stages
+        ]
+        self.shape = Shape(
+            num_tokens=1 + len(contexts),
+            num_micro_batches=len(micro_batches),
+            streamed_weights=[any(each) for each in self.weight_bytes],
+            streamed_kv=streamed_kv,
+            streamed_hidden=plan.hidden_slots > 0,
+            depth=plan.policy.overlap,
+        )
+        elsewhere = plan.weights.cpu + plan.kv_cache.cpu + plan.disk_bytes > 0
+        streams = any(self.shape.streamed_weights) or any(streamed_kv) or self.shape.streamed_hidden
+        windowed = any(0 < window < plan.max_context for window in spec.sliding_windows)
+        self.recorded = not (streams or elsewhere or windowed or spec.num_experts or plan.in_place)
+        self.clocks = _Clocks(together=plan.policy.overlap == 0)
+        self.issued = 0.0
+        self.weight_ready: dict[int, float] = {}
+        self.weight_busy: dict[int, float] = {}
+        self.kv_ready: dict[int, float] = {}
+        self.kv_busy: dict[int, float] = {}
+        self.hidden_ready: dict[int, float] = {}
+        self.hidden_busy: dict[int, float] = {}
+        self.stored: dict[tuple[int, int], float] = {}
+        self.hidden_stored: dict[int, float] = {}
+        self.computed = 0.0
+        self._compute_cache: dict[tuple[int, str, int], float] = {}
+
+    def run(self) -> Passes:
+        emitted: list[float] = []
+        for step in zigzag(self.shape):
+            match step.action:
+                case Action.LOAD_WEIGHTS:
+                    self._load_weights(step)
+                case Action.LOAD_KV:
+                    self._load_kv(step)
+                case Action.LOAD_HIDDEN:
+                    self._load_hidden(step)
+                case Action.COMPUTE:
+                    self._compute(step)
+                case Action.STORE_KV:
+                    self._store_kv(step)
+                case Action.STORE_HIDDEN:
+                    self._store_hidden(step)
+                case Action.EMIT:
+                    self.issued = max(self.issued, self.computed)
+                    emitted.append(self.computed)
+        starts = [0.0, *emitted[:-1]]
+        busy = [*self.clocks.busy, *({} for _ in range(len(emitted) - len(self.clocks.busy)))]
+        return Passes(
+            seconds=tuple(end - start for start, end in zip(starts, emitted, strict=True)),
+            busy=tuple(busy[: len(emitted)]),
+        )
+
+    # Loads and stores. Each lane is a queue of its own; the disk and the links are shared by all lanes.
+
+    def _load_weights(self, step: Step) -> None:
+        resident, host, disk = (num_bytes / len(self.batches) for num_bytes in self.weight_bytes[step.stage])
+        free = self.weight_busy.get(step.slot, 0.0) if step.part == 0 else 0.0
+        ready = max(free, self.issued)
+        end = ready
+        if disk:
+            end = self._disk("weights disk", ready, disk, step.token)
+        if not self.on_cpu and (host or disk):
+            seconds = (host + disk) / self._up_rate
+            copied = self.clocks.run(UP, "weights-kv up", ready, seconds, step.token)
+            if disk:  # Copies follow their reads, and the lane waits for the last one.
+                copied = max(copied, end + min(disk, _READ_BYTES) / self._up_rate)
+                self.clocks.free["weights-kv up"] = copied
+            end = copied
+        if resident:
+            end = max(end, ready + resident / self._copy_rate)
+        self.weight_ready[step.slot] = max(end, self.weight_ready.get(step.slot, 0.0) if step.part else 0.0)
+
+    def _load_kv(self, step: Step) -> None:
+        layer = self.plan.stages[step.stage].layer
+        cpu, disk = self._kv_row(layer, step.micro_batch)
+        positions = self.contexts[step.token - 1] - 1
+        ready = max(
+            self.kv_busy.get(step.slot, 0.0), self.stored.get((layer, step.micro_batch), 0.0), self.issued
+        )
+        end = ready
+        if disk:
+            end = self._disk("weights-kv up", ready, disk * positions, step.token)
+        if not self.on_cpu and cpu + disk:
+            end = self.clocks.run(
+                UP, "weights-kv up", end, (cpu + disk) * positions / self._up_rate, step.token
+            )
+        self.kv_ready[step.slot] = end
+
+    def _store_kv(self, step: Step) -> None:
+        layer = self.plan.stages[step.stage].layer
+        cpu, disk = self._kv_row(layer, step.micro_batch)
+        positions = self.prompt if step.token == 0 else 1
+        if step.slot < 0:
+            return
+        end = self.computed
+        if not self.on_cpu and cpu + disk:
+            end = self.clocks.run(
+                DOWN, "weights-kv down", end, (cpu + disk) * positions / self._down_rate, step.token
+            )
+        if disk:
+            end = self._disk("weights-kv down", end, disk * positions, step.token, write=True)
+        self.stored[layer, step.micro_batch] = end
+        self.kv_busy[step.slot] = max(end, self.kv_busy.get(step.slot, 0.0))
+
+    def _load_hidden(self, step: Step) -> None:
+        gpu, cpu, disk = self._hidden_bytes(step.micro_batch, step.token)
+        ready = max(
+            self.hidden_busy.get(step.slot, 0.0), self.hidden_stored.get(step.micro_batch, 0.0), self.issued
+        )
+        if disk:
+            ready = self._disk("hidden up", ready, disk, step.token)
+        if not self.on_cpu and cpu + disk:
+            ready = self.clocks.run(UP, "hidden up", ready, (cpu + disk) / self._up_rate, step.token)
+        self.hidden_ready[step.slot] = self.clocks.run(
+            COPY, "hidden up", ready, (gpu + cpu + disk) / self._copy_rate, step.token
+        )
+
+    def _store_hidden(self, step: Step) -> None:
+        gpu, cpu, disk = self._hidden_bytes(step.micro_batch, step.token)
+        end = self.clocks.run(
+            COPY, "hidden down", self.computed, (gpu + cpu + disk) / self._copy_rate, step.token
+        )
+        if not self.on_cpu and cpu + disk:
+            end = self.clocks.run(DOWN, "hidden down", end, (cpu + disk) / self._down_rate, step.token)
+        if disk:
+            end = self._disk("hidden down", end, disk, step.token, write=True)
+        self.hidden_stored[step.micro_batch] = end
+        self.hidden_busy[step.slot] = end
+
+    def _disk(self, lane: str, ready: float, num_bytes: float, token: int, *, write: bool = False) -> float:
+        rate = self.rates.disk_write_bytes_per_s if write else self.rates.disk_read_bytes_per_s
+        return self.clocks.run(DISK, lane, ready, num_bytes / rate, token)
+
+    # Compute
+
+    def _compute(self, step: Step) -> None:
+        ready = max(
+            self.weight_ready.get(step.slot, 0.0) if step.slot >= 0 else 0.0,
+            self._kv_wait(step),
+            self.hidden_ready.get(step.hidden_slot, 0.0) if step.hidden_slot >= 0 else 0.0,
+        )
+        seconds = self._compute_seconds(step)
+        replayed = self.recorded and step.token > 0
+        issue = 0.0 if replayed else self.times.issue_s
+        if self.on_cpu:
+            seconds, issue = seconds + issue, 0.0
+        self.issued += issue
+        end = self.clocks.run(COMPUTE, "main", max(ready, self.issued), seconds, step.token)
+        self.computed = end
+        if self.on_cpu or self.times.waits:
+            self.issued = max(self.issued, end)
+        for slot, busy in (
+            (step.slot, self.weight_busy),
+            (step.kv_slot, self.kv_busy),
+            (step.hidden_slot, self.hidden_busy),
+        ):
+            if slot >= 0:
+                busy[slot] = end
+
+    def _kv_wait(self, step: Step) -> float:
+        if step.kv_slot < 0:
+            return 0.0
+        # A prompt writes the slot, so that its last user must have ended; a step reads what was loaded.
+        held = self.kv_busy if step.token == 0 else self.kv_ready
+        return held.get(step.kv_slot, 0.0)
+
+    def _compute_seconds(self, step: Step) -> float:
+        stage, sequences = self.plan.stages[step.stage], self.batches[step.micro_batch]
+        key = (step.token, f"{stage.kind}{self._window(stage.layer)}", sequences)
+        if key not in self._compute_cache:
+            self._compute_cache[key] = self._stage_seconds(stage.kind, stage.layer, sequences, step.token)
+        return self._compute_cache[key]
+
+    def _stage_seconds(self, kind: str, layer: int, sequences: int, token: int) -> float:
+        if kind == "head":
+            return self.times.head_s(sequences)
+        if kind == "embed":
+            rows = sequences * (self.prompt if token == 0 else 1)
+            return rows * self.plan.spec.hidden_bytes(1, self.plan.dtype_bytes) / self._copy_rate
+        window = self._window(layer)
+        if token > 0:
+            context = self.contexts[token - 1]
+            return self.times.step_s(kind, sequences, min(context, window) if window else context)
+        at_once = max(1, self.plan.chunk_tokens // self.prompt)
+        seconds = 0.0
+        for start in range(0, sequences, at_once):
+            rows = min(at_once, sequences - start) * self.prompt
+            seconds += self.times.prompt_s(kind, rows, self.prompt)
+        return seconds
+
+    def _window(self, layer: int) -> int:
+        return self.plan.spec.sliding_window(layer) if layer >= 0 else 0
+
+    # Sizes and rates
+
+    def _kv_row(self, layer: int, micro_batch: int) -> tuple[int, int]:
+        """Bytes of one position of a unit's sequences in host memory and on disk."""
+        split, spec = self.plan.kv_splits[layer][micro_batch], self.plan.spec
+        cpu = row_bytes(spec, split.cpu, self.plan.dtype_bytes, disk=False) if split.cpu else 0
+        disk = row_bytes(spec, split.disk, self.plan.dtype_bytes, disk=True) if split.disk else 0
+        return cpu, disk
+
+    def _hidden_bytes(self, micro_batch: int, token: int) -> tuple[int, int, int]:
+        columns = self.prompt if token == 0 else 1
+        row = self.plan.spec.hidden_bytes(columns, self.plan.dtype_bytes)
+        split = self.plan.hidden_splits[micro_batch]
+        return split.gpu * row, split.cpu * row, split.disk * row
+
+    @property
+    def _up_rate(self) -> float:
+        return self.rates.h2d_bytes_per_s or self._copy_rate
+
+    @property
+    def _down_rate(self) -> float:
+        return self.rates.d2h_bytes_per_s or self._copy_rate
+
+    @property
+    def _copy_rate(self) -> float:
+        """Bytes a second that are copied within the compute device's memory."""
+        return self.rates.device_copy_bytes_per_s or self.rates.device_bytes_per_s / 2
