@@ -108,10 +108,7 @@ class _Run:
         handler.setFormatter(logging.Formatter(LOG_FORMAT))
         logging.getLogger().addHandler(handler)
         write_json(self.folder / "plan.json", self.prepared.plan.as_dict())
-        hardware = self.prepared.hardware.as_dict()
-        if self.prepared.plan.request.rates is not None:
-            hardware["rates"] = self.prepared.plan.request.rates.as_dict()
-        write_json(self.folder / "hardware_profile.json", hardware)
+        write_json(self.folder / "hardware_profile.json", self.prepared.profile.as_dict())
         write_text(self.folder / "environment.txt", environment_freeze())
         if diff := git_diff(Path.cwd()):
             write_text(self.folder / "git.diff", diff)

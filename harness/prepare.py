@@ -4,6 +4,7 @@ Everything a user can get wrong is found here. Knows nothing of how the run is m
 """
 
 import logging
+import os
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from strategies.base import Machine, ModelSource, Plan, PlanRequest, Strategy
 from strategies.registry import find_strategy
 
 if TYPE_CHECKING:
-    from profiling.rates import Rates
+    from profiling.profile import HardwareProfile
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class Prepared:
     prompts: PromptSet
     tokenizer: Any
     hardware: Hardware
+    profile: "HardwareProfile"
     warnings: list[str]
 
 
@@ -94,9 +96,10 @@ def prepare(job: Job, events: EventWriter) -> Prepared:
         spec=known_spec(source),
     )
     hardware = read_hardware(config.offload_dir)
+    profile, profile_warnings = _profile(request, hardware, events)
     events.send("phase", name="plan")
     started = time.perf_counter()
-    request = replace(request, rates=_rates(request, hardware) if request.spec is not None else None)
+    request = replace(request, profile=profile)
     plan = strategy.plan(request)
     plan_s = time.perf_counter() - started
     if config.warmup == 0:
@@ -108,7 +111,8 @@ def prepare(job: Job, events: EventWriter) -> Prepared:
         prompts=prompts,
         tokenizer=tokenizer,
         hardware=hardware,
-        warnings=[*warnings, *prompts.warnings, *plan.warnings],
+        profile=profile,
+        warnings=[*warnings, *profile_warnings, *prompts.warnings, *plan.warnings],
     )
 
 
@@ -189,13 +193,26 @@ def known_spec(source: ModelSource) -> ModelSpec | None:
         return None
 
 
-def _rates(request: PlanRequest, hardware: Hardware) -> "Rates":
-    from profiling.rates import measured_rates
+def _profile(
+    request: PlanRequest, hardware: Hardware, events: EventWriter
+) -> "tuple[HardwareProfile, list[str]]":
+    from profiling.profiler import forced, take_profile
 
-    return measured_rates(
+    told = False
+
+    def tell(*_: object) -> None:
+        nonlocal told
+        if not told:
+            events.send("phase", name="profile the machine (once a week)")
+            told = True
+
+    return take_profile(
         hardware,
+        request.spec,
         device=request.machine.device,
         dtype=request.dtype,
         offload_dir=request.machine.offload_dir,
         cache=cache_dir() / "profiles",
+        refresh=forced(os.environ),
+        on_progress=tell,
     )

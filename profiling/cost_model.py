@@ -24,8 +24,7 @@ from profiling.layer_times import layer_times_for
 
 if TYPE_CHECKING:
     from flexllmgen.spec import ModelSpec
-    from profiling.profile import HardwareProfile
-    from profiling.rates import Rates
+    from profiling.profile import HardwareProfile, Rates
 
 Times = dict[str, float]
 """Seconds that each resource is busy, by its name."""

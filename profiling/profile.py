@@ -6,7 +6,8 @@ machine that is far away. Knows nothing of policies.
 
 import hashlib
 import json
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,14 +29,31 @@ class Measurement:
     spread: float
     trials: int
 
+    @staticmethod
+    def of(amount: float, seconds: Sequence[float]) -> "Measurement":
+        """The rate at which `amount` was done in each of several trials.
+
+        >>> Measurement.of(100, [1.0, 2.0, 4.0])
+        Measurement(median=50.0, best=100.0, spread=1.5, trials=3)
+        """
+        rates = [amount / each for each in seconds]
+        median = statistics.median(rates)
+        spread = (max(rates) - min(rates)) / median
+        return Measurement(median=median, best=max(rates), spread=spread, trials=len(rates))
+
     @property
     def noisy(self) -> bool:
+        """Whether the trials disagree."""
         return self.spread > NOISY
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capacity:
-    """Bytes of every tier when the profile was taken; `context_bytes` is what a CUDA context itself takes."""
+    """Bytes of every tier when the profile was taken.
+
+    `gpu_context_bytes` is what the CUDA context itself takes (0: not told), `gpu_allocator_bytes` what torch's
+    allocator keeps when no tensor is left (workspaces of matrix products); both are gone from `gpu_free_bytes`.
+    """
 
     gpu_total_bytes: int = 0
     gpu_free_bytes: int = 0
@@ -118,8 +136,12 @@ class HardwareProfile:
         return tuple(name for name, each in self.measurements.items() if each.noisy)
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready view; `from_dict` reads it."""
-        return asdict(self)
+        """JSON-ready view; `from_dict` reads it. `noisy` is in it for those who read the file."""
+        return {
+            **asdict(self),
+            "measurements": {n: asdict(each) for n, each in self.measurements.items()},
+            "noisy": list(self.noisy),
+        }
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> "HardwareProfile":
@@ -135,7 +157,7 @@ class HardwareProfile:
                 "measure it again with `harness profile`"
             )
         try:
-            fields = dict(data)
+            fields = {name: value for name, value in data.items() if name != "noisy"}
             hardware = dict(fields["hardware"])
             hardware["gpus"] = tuple(Gpu(**gpu) for gpu in hardware["gpus"])
             hardware["disk"] = Disk(**hardware["disk"])

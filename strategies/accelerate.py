@@ -95,7 +95,7 @@ class AccelerateStrategy:
             )
         predicted = limit = None
         # Quantised weights have rates of their own, which nothing here has measured.
-        if request.spec is not None and request.rates is not None and config.quantize == "none":
+        if request.spec is not None and request.profile is not None and config.quantize == "none":
             predicted = predict(
                 request.spec,
                 model.config,
@@ -103,7 +103,7 @@ class AccelerateStrategy:
                 weight_bytes,
                 kv_offload=kv_offload,
                 page_cached=page_cached,
-                rates=request.rates,
+                rates=request.profile.typical,
             )
             traffic = Traffic(
                 batch_size=request.batch_size,
@@ -112,7 +112,7 @@ class AccelerateStrategy:
                 dtype_bytes=_itemsize(request.dtype),
                 page_cached=page_cached,
             )
-            limit = physical_limit(request.spec, request.workload, traffic, request.rates)
+            limit = physical_limit(request.spec, request.workload, traffic, request.profile.best)
         return Plan(
             request=request,
             predicted=predicted,

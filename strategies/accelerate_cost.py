@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from flexllmgen.spec import ModelSpec
 from profiling.compute import best_s, linear_bytes_per_s
 from profiling.cost_model import CostEstimate, Times, over_blocks
-from profiling.rates import Rates
+from profiling.profile import Rates
 from strategies.base import PlanRequest
 
 

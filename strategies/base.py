@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from flexllmgen.spec import ModelSpec
-    from profiling.rates import Rates
+    from profiling.profile import HardwareProfile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +70,7 @@ class PlanRequest:
     machine: Machine
     seed: int
     spec: "ModelSpec | None" = None
-    rates: "Rates | None" = None
+    profile: "HardwareProfile | None" = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

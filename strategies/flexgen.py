@@ -77,13 +77,13 @@ class FlexgenStrategy:
             dtype_bytes=size,
         )
         predicted = limit = None
-        if request.rates is not None:
-            limit = physical_limit(spec, request.workload, traffic, request.rates)
+        if request.profile is not None:
+            limit = physical_limit(spec, request.workload, traffic, request.profile.best)
             predicted = overlapped_cost(
                 spec,
                 request.workload,
                 traffic,
-                request.rates,
+                request.profile.typical,
                 micro_batch_size=min(policy.micro_batch_size, request.workload.num_sequences),
                 device=machine.device,
                 dtype=request.dtype,

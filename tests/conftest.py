@@ -148,6 +148,54 @@ def builtin_model() -> Path:
     return prepare_builtin()
 
 
+@pytest.fixture(scope="session")
+def laptop_profile() -> Any:
+    """A profile of a machine without a GPU, its rates made up, with one small model's layer times."""
+    from flexllmgen.models.published import published_config
+    from flexllmgen.spec import ModelSpec
+    from profiling.hardware import read_hardware
+    from profiling.layer_times import HeadPoint, LayerShape, LayerTimes, Point
+    from profiling.profile import Capacity, HardwareProfile, Measurement
+
+    rates = {
+        "compute_flops_per_s": 1e11,
+        "device_bytes_per_s": 2e10,
+        "host_bytes_per_s": 2e10,
+        "disk_read_bytes_per_s": 1e9,
+        "disk_write_bytes_per_s": 1e9,
+        "cached_file_bytes_per_s": 5e9,
+    }
+    points = tuple(
+        Point(rows=rows, attention_s=1e-5 * rows, per_position_s=1e-8 * rows, mlp_s=3e-5 * rows)
+        for rows in (1, 64)
+    )
+    return HardwareProfile(
+        fingerprint="0" * 16,
+        hardware=read_hardware(Path.cwd()),
+        device="cpu",
+        dtype="float32",
+        torch="2.11.0",
+        threads=2,
+        measured_at=0.0,
+        took_s=1.0,
+        energy_counter=False,
+        capacity=Capacity(host_total_bytes=16 << 30, host_available_bytes=8 << 30, disk_free_bytes=64 << 30),
+        measurements={
+            name: Measurement(median=rate, best=rate, spread=0.0, trials=5) for name, rate in rates.items()
+        },
+        layers=(
+            LayerTimes(
+                shape=LayerShape.of(ModelSpec.from_hf_config(published_config("opt-125m"))),
+                issue_s=1e-5,
+                waits=False,
+                prompt=points,
+                step=points,
+                head=(HeadPoint(rows=1, head_s=1e-3), HeadPoint(rows=64, head_s=2e-3)),
+            ),
+        ),
+    )
+
+
 class Events:
     """Stands in for the command: remembers what a worker sends."""
 

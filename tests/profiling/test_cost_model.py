@@ -9,7 +9,7 @@ from flexllmgen.models.published import published_config
 from flexllmgen.spec import ModelSpec
 from flexllmgen.workload import Workload
 from profiling.cost_model import Traffic, overlapped_cost, physical_limit
-from profiling.rates import Rates
+from profiling.profile import Rates
 
 OPT_30B = ModelSpec.from_hf_config(published_config("opt-30b"))
 # An H200 machine's measured rates (PCIe 5 x16).
@@ -23,7 +23,6 @@ H200 = Rates(
     disk_read_bytes_per_s=1.8e9,
     disk_write_bytes_per_s=1.9e9,
     cached_file_bytes_per_s=5e9,
-    measured_at=0.0,
 )
 LAPTOP = dataclasses.replace(
     H200, compute_flops_per_s=1e11, device_bytes_per_s=2e10, host_bytes_per_s=2e10, h2d_bytes_per_s=None,

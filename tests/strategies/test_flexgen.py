@@ -16,7 +16,6 @@ from flexllmgen.workload import Workload
 from harness.measure import Batch, run_pass
 from harness.models import load_tokenizer, resolve_model
 from harness.prompts import load_prompts
-from profiling.rates import Rates
 from strategies.base import Machine, ModelSource, PlanRequest
 from strategies.flexgen import FlexgenStrategy, create, make_policy
 from strategies.flexgen_config import Config
@@ -31,18 +30,6 @@ MIXED = {
     "act_cpu_percent": 50,
     "num_micro_batches": 2,
 }
-RATES = Rates(
-    compute_flops_per_s=1e11,
-    device_bytes_per_s=2e10,
-    host_bytes_per_s=2e10,
-    h2d_bytes_per_s=None,
-    d2h_bytes_per_s=None,
-    h2d_pageable_bytes_per_s=None,
-    disk_read_bytes_per_s=1e9,
-    disk_write_bytes_per_s=1e9,
-    cached_file_bytes_per_s=5e9,
-    measured_at=0.0,
-)
 
 
 def config(**changes: Any) -> Config:
@@ -130,10 +117,10 @@ def test_the_plan_places_the_shares_asked_for(tiny_model: Path, tmp_path: Path) 
     assert plan.predicted is None
 
 
-def test_the_prediction_stays_under_the_limit(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_prediction_stays_under_the_limit(tiny_model: Path, tmp_path: Path, laptop_profile: Any) -> None:
     source = resolve_model(str(tiny_model), weights="pretrained")
     spec = ModelSpec.from_hf_config(source.config)
-    plan = create(config(**MIXED)).plan(request_for(source, tmp_path, spec=spec, rates=RATES))
+    plan = create(config(**MIXED)).plan(request_for(source, tmp_path, spec=spec, profile=laptop_profile))
     assert plan.predicted is not None
     assert plan.limit is not None
     assert 0 < plan.predicted.generation_tok_s <= plan.limit.generation_tok_s

@@ -1,0 +1,70 @@
+"""How fast memory is read and copied, on the host and on the device, and how fast the CPU attends to KV.
+
+Sizes are larger than caches are. Copy rates count each byte once, though it is read and written.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from profiling.compute import timed_runs
+from profiling.profile import Measurement
+
+MIB = 1 << 20
+READ_BYTES = 512 * MIB
+COPY_BYTES = 256 * MIB
+_KV_BYTES = 256 * MIB
+_HEADS, _POSITIONS, _HEAD_DIM = 32, 512, 128
+_TRIALS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class HostWork:
+    """Something the CPU does, and the bytes of host memory that it reads."""
+
+    run: Callable[[], object]
+    num_bytes: int
+
+    def measure(self) -> Measurement:
+        """Its rate when nothing else runs."""
+        return Measurement.of(self.num_bytes, timed_runs(self.run, "cpu", _TRIALS))
+
+
+def host_read() -> HostWork:
+    """All cores sum an array."""
+    data = torch.ones(READ_BYTES // 4, dtype=torch.float32)
+    return HostWork(data.sum, data.nbytes)
+
+
+def host_attention(dtype: torch.dtype) -> HostWork:
+    """A decode step's attention: one query of each sequence against its keys and values."""
+    sequence_bytes = 2 * _HEADS * _POSITIONS * _HEAD_DIM * dtype.itemsize
+    batch = max(1, _KV_BYTES // sequence_bytes)
+    keys, values = (torch.ones(batch, _HEADS, _POSITIONS, _HEAD_DIM, dtype=dtype) for _ in range(2))
+    query = torch.ones(batch, _HEADS, 1, _HEAD_DIM, dtype=dtype)
+
+    def attend() -> None:
+        torch.nn.functional.scaled_dot_product_attention(query, keys, values)
+
+    return HostWork(attend, batch * sequence_bytes)
+
+
+def measure_read(device: str) -> Measurement:
+    """Reading memory of the device."""
+    num_bytes = READ_BYTES if device == "cpu" else _gpu_bytes(1024 * MIB)
+    data = torch.ones(num_bytes // 4, dtype=torch.float32, device=device)
+    return Measurement.of(data.nbytes, timed_runs(data.sum, device, _TRIALS))
+
+
+def measure_copy(device: str) -> Measurement:
+    """Copying within memory of the device."""
+    num_bytes = COPY_BYTES if device == "cpu" else _gpu_bytes(COPY_BYTES)
+    source, target = (torch.ones(num_bytes, dtype=torch.uint8, device=device) for _ in range(2))
+    return Measurement.of(num_bytes, timed_runs(lambda: target.copy_(source), device, _TRIALS))
+
+
+def _gpu_bytes(wanted: int) -> int:
+    """As much of `wanted` as leaves nearly all of the GPU's free memory free."""
+    free, _ = torch.cuda.mem_get_info()
+    return max(MIB, min(wanted, free // 8 // MIB * MIB))
