@@ -75,8 +75,8 @@ def physical_limit(spec: "ModelSpec", workload: Workload, traffic: Traffic, rate
 def engine_cost(plan: PlacementPlan, profile: "HardwareProfile") -> CostEstimate | None:
     """What our engine should take for this placement: its schedule, simulated at the machine's typical rates.
 
-    A block's decode steps are simulated at the first, a middle and the last context; between them time grows
-    as good as linearly. None where no layer of any model was timed on the machine.
+    A block's decode steps are simulated at the first and the last context; between them time grows as good as
+    linearly. None where no layer of any model was timed on the machine.
     """
     from profiling.simulation import simulate_block
 
@@ -102,11 +102,10 @@ def engine_cost(plan: PlacementPlan, profile: "HardwareProfile") -> CostEstimate
         )
         prefill_s += blocks * passes.seconds[0]
         _add(prefill_busy, passes.busy[0], blocks)
-        # Trapezoids over the sampled steps; every step itself where there are few.
-        weights = [1.0] * steps if len(contexts) == steps else [steps / 4, steps / 2, steps / 4]
-        for weight, seconds, busy in zip(weights, passes.seconds[1:], passes.busy[1:], strict=True):
-            decode_s += blocks * weight * seconds
-            _add(decode_busy, busy, blocks * weight)
+        for seconds, busy in zip(passes.seconds[1:], passes.busy[1:], strict=True):
+            weight = blocks * steps / len(contexts)
+            decode_s += weight * seconds
+            _add(decode_busy, busy, weight)
     return CostEstimate(
         prefill_s=prefill_s,
         decode_s=decode_s,
@@ -122,9 +121,7 @@ def engine_cost(plan: PlacementPlan, profile: "HardwareProfile") -> CostEstimate
 def _sampled_contexts(workload: Workload) -> tuple[int, ...]:
     """Positions that the simulated decode steps attend to, their own included."""
     steps = workload.gen_tokens - 1
-    if steps <= 3:
-        return tuple(workload.prompt_tokens + step for step in range(1, steps + 1))
-    return tuple(workload.prompt_tokens + step for step in (1, (1 + steps) // 2, steps))
+    return tuple(workload.prompt_tokens + step for step in sorted({min(1, steps), steps} - {0}))
 
 
 def overlapped_cost(

@@ -6,6 +6,7 @@ memory, the last on disk. So shares are what was asked for, and every layer stre
 KV and activations are cut by sequences, and the remainders are carried over from unit to unit.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -209,6 +210,12 @@ def pack(spec: ModelSpec, policy: Policy, dtype_bytes: int) -> tuple[tuple[Image
     A token table shared by embedding and head lies in the head's image only, and the embedding reads it
     there.
     """
+    return _pack(spec, policy.sep_layer, dtype_bytes)
+
+
+@functools.lru_cache(maxsize=8)
+def _pack(spec: ModelSpec, sep_layer: bool, dtype_bytes: int) -> tuple[tuple[Image, ...], tuple[Stage, ...]]:
+    # Kept, since a search packs the same model hundreds of times.
     images: list[Image] = []
     stages: list[Stage] = []
 
@@ -227,7 +234,7 @@ def pack(spec: ModelSpec, policy: Policy, dtype_bytes: int) -> tuple[tuple[Image
     head = add("head", -1, spec.head_tensors())
     stages.append(Stage(kind="embed", layer=-1, images=(embed, head) if spec.tied else (embed,)))
     for layer in range(spec.num_layers):
-        if policy.sep_layer:
+        if sep_layer:
             for kind, shapes in (("attention", spec.attention_tensors()), ("mlp", spec.mlp_tensors())):
                 image = add(f"{kind}-{layer}", layer, shapes)
                 stages.append(Stage(kind=kind, layer=layer, images=(image,)))
@@ -365,7 +372,7 @@ def row_bytes(spec: ModelSpec, sequences: int, dtype_bytes: int, *, disk: bool) 
     return round_up(num_bytes, PAGE) if disk else num_bytes
 
 
-def _workspace(
+def workspace_bytes(
     spec: ModelSpec,
     policy: Policy,
     workload: Workload,
@@ -491,7 +498,7 @@ def plan_placement(
             kv_slot_bytes=slot_kv_cpu + slot_kv_disk,
             hidden_slots=hidden_slots,
             hidden_slot_bytes=slot_hidden,
-            workspace_bytes=_workspace(spec, policy, workload, dtype_bytes, chunk_tokens, not in_place)
+            workspace_bytes=workspace_bytes(spec, policy, workload, dtype_bytes, chunk_tokens, not in_place)
             + (recorded if not in_place else 0),
             staging_bytes=staging,
             chunk_tokens=chunk_tokens,
