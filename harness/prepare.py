@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from flexllmgen.errors import OffloadError, UsageError
 from flexllmgen.spec import ModelSpec
@@ -19,6 +19,7 @@ from harness.job import EventWriter, Job
 from harness.models import load_tokenizer, max_positions, resolve_model
 from harness.prompts import PromptSet, load_prompts
 from profiling.hardware import Hardware, available_memory_bytes, check_writable, read_hardware
+from profiling.sampler import reset_peak_rss
 from strategies.base import Machine, ModelSource, Plan, PlanRequest, Strategy
 from strategies.registry import find_strategy
 
@@ -125,6 +126,22 @@ def _quiet_transformers() -> None:
     transformers_logging.disable_progress_bar()
 
 
+def choose_device(wanted: str) -> Literal["cuda", "cpu"]:
+    """The device that computes: as asked; auto is CUDA where there is one.
+
+    Raises:
+        UsageError: CUDA was asked for and there is none.
+    """
+    import torch
+
+    has_cuda = torch.cuda.is_available()
+    if wanted == "cuda" and not has_cuda:
+        raise UsageError(
+            "--device cuda: torch sees no CUDA device here; use --device cpu, or a torch built for CUDA"
+        )
+    return "cuda" if has_cuda and wanted != "cpu" else "cpu"
+
+
 def choose_machine(config: EvalConfig) -> tuple[Machine, list[str]]:
     """The device and the caps a plan may use.
 
@@ -133,13 +150,8 @@ def choose_machine(config: EvalConfig) -> tuple[Machine, list[str]]:
     """
     import torch
 
-    has_cuda = torch.cuda.is_available()
-    if config.device == "cuda" and not has_cuda:
-        raise UsageError(
-            "--device cuda: torch sees no CUDA device here; use --device cpu, or a torch built for CUDA"
-        )
     warnings: list[str] = []
-    device = "cuda" if has_cuda and config.device != "cpu" else "cpu"
+    device = choose_device(config.device)
     gpu_bytes = None
     if device == "cuda":
         free, total = torch.cuda.mem_get_info()
@@ -155,7 +167,7 @@ def choose_machine(config: EvalConfig) -> tuple[Machine, list[str]]:
     if config.cpu_mem and config.cpu_mem > available:
         warnings.append(f"--cpu-mem is more than the {gib(available)} that can be had here, which count")
     machine = Machine(
-        device=device,  # type: ignore[arg-type]
+        device=device,
         gpu_bytes=gpu_bytes,
         cpu_bytes=min(config.cpu_mem or available, available),
         gpu_capped=config.gpu_mem is not None,
@@ -206,7 +218,7 @@ def _profile(
             events.send("phase", name="profile the machine (once a week)")
             told = True
 
-    return take_profile(
+    taken = take_profile(
         hardware,
         request.spec,
         device=request.machine.device,
@@ -216,3 +228,6 @@ def _profile(
         refresh=forced(os.environ),
         on_progress=tell,
     )
+    if told:  # Else a run's peak of memory would depend on whether the profile was there.
+        reset_peak_rss()
+    return taken

@@ -121,6 +121,18 @@ class Report:
             table.add_row(*(escape(cell) for cell in row))
         self._table(table)
 
+    def figures(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """A table of figures on standard output, under a title of its own and a blank line after it."""
+        if title:
+            self.text(title)
+        table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+        for index, column in enumerate(columns):
+            table.add_column(column, no_wrap=True, justify="right" if index else "left")
+        for row in rows:
+            table.add_row(*(escape(cell) for cell in row))
+        self._table(table)
+        self.text("")
+
     def plan(self, plan: Mapping[str, Any], hardware: str, *, to_stdout: bool) -> None:
         """What is going to happen, before a weight is loaded."""
         if self.quiet and not to_stdout:
@@ -170,6 +182,15 @@ class Report:
             elapsed = task.elapsed or 0.0
             speed = f"{tokens / elapsed:.1f} tok/s" if elapsed > 0 else ""
             self._progress.update(self._task, completed=tokens, speed=speed)
+
+    def part(self, name: str, done: int, total: int) -> None:
+        """One of `total` parts begins, after `done` others: a bar, or a line where there is no terminal."""
+        if self._progress is None:
+            self.phase(name, total)
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, description=name, completed=done, total=total)
+        elif not self.err.is_terminal:
+            self.say(f"{name} ...")
 
     def passed(self, name: str, tokens: int, tok_s: float) -> None:
         """A pass has ended."""

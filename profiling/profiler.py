@@ -82,15 +82,22 @@ def take_profile(
     return profile, warnings
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Taker:
-    """Measures on one device, in one number type."""
+    """Measures on one device, in one number type; `done` parts so far."""
 
     hardware: Hardware
     device: str
     dtype: str
     offload_dir: Path
     on_progress: Progress | None
+    done: int = 0
+
+    def tell(self, title: str, done: int, total: int) -> None:
+        """Layers come last: they are a part more than the rates have."""
+        self.done = total
+        if self.on_progress is not None:
+            self.on_progress(title, done, total + 1)
 
     def measure(self, fingerprint: str) -> HardwareProfile:
         """Everything but layer times."""
@@ -98,7 +105,7 @@ class _Taker:
         context_bytes = _start_gpu() if self.device == "cuda" else 0
         capacity = self._capacity(context_bytes, 0)
         measurements = measure_rates(
-            device=self.device, dtype=self.dtype, offload_dir=self.offload_dir, on_progress=self.on_progress
+            device=self.device, dtype=self.dtype, offload_dir=self.offload_dir, on_progress=self.tell
         )
         if self.device == "cuda":
             capacity = replace(capacity, gpu_allocator_bytes=torch.cuda.memory_reserved())
@@ -133,8 +140,7 @@ class _Taker:
         shapes = {table.shape for table in profile.layers}
         if spec is None or LayerShape.of(spec) in shapes:
             return profile
-        if self.on_progress is not None:
-            self.on_progress("layers of the model", len(profile.measurements), len(profile.measurements) + 1)
+        self.tell("layers of the model", self.done, self.done)
         started = time.perf_counter()
         try:
             table = measure_layer_times(spec, dtype=self.dtype, device=self.device)
@@ -189,9 +195,10 @@ def _context_bytes() -> int:
             processes = lib.nvmlDeviceGetComputeRunningProcesses(handle)
         except lib.NVMLError:
             return 0
-        # In a container the driver's process ids are not ours; a process that is alone must be us.
-        mine = [each for each in processes if each.pid == os.getpid()] or processes
-        used = mine[0].usedGpuMemory if len(mine) == 1 else None
+        used = next((each.usedGpuMemory for each in processes if each.pid == os.getpid()), None)
+    # In a container the driver's process ids are not ours, but whoever is alone has all that is used.
+    if used is None and len(processes) <= 1:
+        used = _gpu_used_bytes()
     return max(0, used - torch.cuda.memory_reserved()) if used else 0
 
 

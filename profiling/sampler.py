@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -125,9 +126,15 @@ class Sampler:
 
 
 def peak_rss_bytes() -> int:
-    """The most host memory this process ever held resident, as the kernel counted it."""
+    """The most host memory this process ever held resident, as the kernel counted it, since the last reset."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak_rss() -> None:
+    """Let `peak_rss_bytes` count from now on; where the kernel cannot, nothing happens."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def device_peaks() -> dict[str, float]:
