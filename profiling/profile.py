@@ -150,6 +150,8 @@ class HardwareProfile:
         Raises:
             UsageError: it is none, or of another schema version.
         """
+        if not isinstance(data, Mapping):
+            raise UsageError("not a hardware profile; measure one with `harness profile`")
         version = data.get("schema_version")
         if version != SCHEMA_VERSION:
             raise UsageError(

@@ -8,12 +8,16 @@ from typing import Any
 import pytest
 import torch
 
+from flexllmgen.spec import ModelSpec
 from harness.config import resolve
 from harness.experiment import run_experiment
 from harness.job import Job
 from harness.prepare import choose_dtype
 from harness.results import Provenance, RunResult, RunStatus
+from profiling import profiler
 from profiling.hardware import check_writable
+from profiling.layer_times import LayerShape
+from profiling.profile import HardwareProfile
 from strategies.base import ModelSource
 
 Run = Callable[..., tuple[int, Path]]
@@ -89,6 +93,31 @@ def plain_tokens(model_folder: Path, rows: list[dict[str, Any]], input_len: int,
             pad_token_id=0,
         )
     return out[:, input_len:].tolist()  # type: ignore[no-any-return]
+
+
+def test_the_profile_that_the_plan_rests_on_is_recorded(run: Run, events: Any, tiny_model: Path) -> None:
+    code, folder = run(repeats=1)
+    assert code == 0
+    profile = HardwareProfile.from_dict(json.loads((folder / "hardware_profile.json").read_text()))
+    assert (profile.device, profile.dtype) == ("cpu", "float32")
+    assert profile.hardware.fingerprint == RunResult.read(folder).hardware_fingerprint
+    spec = ModelSpec.from_hf_config(json.loads((tiny_model / "config.json").read_text()))
+    assert LayerShape.of(spec) in {table.shape for table in profile.layers}
+
+
+def test_a_damaged_profile_is_measured_anew_and_the_user_is_told(
+    run: Run, events: Any, laptop_profile: HardwareProfile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HARNESS_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(profiler, "measure_rates", lambda **_: dict(laptop_profile.measurements))
+    monkeypatch.setattr(profiler, "measure_layer_times", lambda *_, **__: laptop_profile.layers[0])
+    run(dry_run=True)
+    (file,) = (tmp_path / "cache" / "profiles").iterdir()
+    file.write_text("{")
+    assert run(dry_run=True)[0] == 0
+    first, second = (event["warnings"] for event in events.of("planned"))
+    assert not [warning for warning in first if "hardware profile" in warning]
+    assert len([warning for warning in second if "measured anew" in warning]) == 1
 
 
 def test_a_run_leaves_a_whole_folder(run: Run, events: Any, tiny_model: Path, tmp_path: Path) -> None:

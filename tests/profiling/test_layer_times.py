@@ -1,0 +1,62 @@
+"""Layer times: at points, between them, beyond them, and for a shape that was not measured."""
+
+import dataclasses
+
+import pytest
+
+from flexllmgen.models.published import published_config
+from flexllmgen.spec import ModelSpec
+from profiling.layer_times import HeadPoint, LayerShape, LayerTimes, Point, layer_times_for
+
+SPEC = ModelSpec.from_hf_config(published_config("opt-1.3b"))
+TABLE = LayerTimes(
+    shape=LayerShape.of(SPEC),
+    issue_s=1e-5,
+    waits=False,
+    prompt=(
+        Point(rows=64, attention_s=1.0, per_position_s=0.0, mlp_s=2.0),
+        Point(rows=128, attention_s=2.0, per_position_s=0.0, mlp_s=4.0),
+    ),
+    step=(
+        Point(rows=1, attention_s=1.0, per_position_s=0.1, mlp_s=2.0),
+        Point(rows=3, attention_s=2.0, per_position_s=0.3, mlp_s=2.0),
+    ),
+    head=(HeadPoint(rows=1, head_s=1.0), HeadPoint(rows=2, head_s=3.0)),
+)
+
+
+def test_the_halves_add_up_and_attention_grows_with_the_context() -> None:
+    assert TABLE.step_s("attention", 1, 10) == pytest.approx(2.0)
+    assert TABLE.step_s("mlp", 1, 10) == pytest.approx(2.0)
+    assert TABLE.step_s("layer", 1, 10) == pytest.approx(4.0)
+
+
+def test_between_points_it_is_linear_and_beyond_in_proportion() -> None:
+    assert TABLE.step_s("attention", 2, 10) == pytest.approx((2.0 + 5.0) / 2)
+    assert TABLE.prompt_s("layer", 32, 32) == pytest.approx(3.0)
+    assert TABLE.prompt_s("layer", 256, 32) == pytest.approx(12.0)
+    assert TABLE.head_s(4) == pytest.approx(6.0)
+
+
+def test_a_shape_that_was_measured_is_taken_as_it_is() -> None:
+    assert layer_times_for(SPEC, [TABLE]) is TABLE
+    deeper = dataclasses.replace(SPEC, num_layers=96)
+    assert layer_times_for(deeper, [TABLE]) is TABLE
+    assert layer_times_for(SPEC, []) is None
+
+
+def test_another_shape_scales_the_nearest() -> None:
+    wider = dataclasses.replace(SPEC, intermediate_size=2 * SPEC.intermediate_size)
+    far = dataclasses.replace(
+        TABLE, shape=dataclasses.replace(TABLE.shape, intermediate_size=1 << 20), issue_s=9.0
+    )
+    times = layer_times_for(wider, [far, TABLE])
+    assert times is not None
+    assert times.shape == LayerShape.of(wider)
+    assert times.issue_s == TABLE.issue_s
+    assert times.step_s("mlp", 1, 10) == pytest.approx(4.0)
+    assert times.step_s("attention", 1, 10) == pytest.approx(2.0)
+
+
+def test_json_there_and_back() -> None:
+    assert LayerTimes.from_dict(TABLE.as_dict()) == TABLE
