@@ -3,6 +3,7 @@
 Rates are measured once; how long a layer takes is added for each shape of model when it is first asked for.
 """
 
+import gc
 import json
 import logging
 import os
@@ -77,6 +78,8 @@ def take_profile(
     taker = _Taker(hardware, device, dtype, offload_dir, on_progress)
     profile = taker.measure(fingerprint) if kept is None else taker.brought_up_to_date(kept)
     profile = taker.with_layers(profile, spec, warnings)
+    if device == "cuda":
+        _release_gpu()
     if kept is None or profile.layers != kept.layers:
         _keep(profile, path, warnings)
     return profile, warnings
@@ -108,6 +111,8 @@ class _Taker:
             device=self.device, dtype=self.dtype, offload_dir=self.offload_dir, on_progress=self.tell
         )
         if self.device == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
             capacity = replace(capacity, gpu_allocator_bytes=torch.cuda.memory_reserved())
         return HardwareProfile(
             fingerprint=fingerprint,
@@ -183,6 +188,13 @@ def _start_gpu() -> int:
     torch.cuda.mem_get_info()
     after = _gpu_used_bytes()
     return max(0, after - before)
+
+
+def _release_gpu() -> None:
+    """Give back what measuring took, workspaces of matrix products too: what runs next shall find the GPU free."""
+    gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
 
 
 def _context_bytes() -> int:

@@ -39,9 +39,7 @@ def measure_rates(
         return _run(parts, on_progress)
     parts += _on_gpu()
     with open_links() as links:
-        measured = _run([*parts, *_links(links, kind)], on_progress)
-    torch.cuda.empty_cache()
-    return measured
+        return _run([*parts, *_links(links, kind)], on_progress)
 
 
 def _run(parts: list[Part], on_progress: Progress | None) -> dict[str, Measurement]:
