@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 
 from flexllmgen.units import gib
 from profiling.layer_times import LayerShape, LayerTimes, Point
-from profiling.profile import HardwareProfile, Measurement, Rates
+from profiling.profile import NOISY, HardwareProfile, Measurement, Rates
 
 _CONTEXT = 512
 _TITLES = {
@@ -92,7 +92,8 @@ def _layer_table(times: LayerTimes) -> ProfileTable:
     return ProfileTable(
         title=f"one layer of {shape.family}, width {shape.hidden_size}, {shape.num_heads} heads on "
         f"{shape.num_kv_heads} KV heads, MLP {shape.intermediate_size}{experts}; {_CONTEXT} positions of context; "
-        f"{times.issue_s * 1e3:.3f} ms to issue",
+        f"{times.issue_s * 1e3:.3f} ms to issue; spread {times.spread:.1%}"
+        + (" (noisy)" if times.spread > NOISY else ""),
         columns=("pass", "rows", "attention", "MLP", "rate"),
         rows=rows,
     )

@@ -79,6 +79,7 @@ class LayerTimes:
         prompt: points over positions of a chunk of a prompt.
         step: points over sequences of a decode step.
         waits: the host waits for the device within a layer (a mixture of experts does).
+        spread: (largest - smallest) / median of a figure's trials, in the median over all figures.
     """
 
     shape: LayerShape
@@ -87,6 +88,7 @@ class LayerTimes:
     prompt: tuple[Point, ...]
     step: tuple[Point, ...]
     head: tuple[HeadPoint, ...]
+    spread: float = 0.0
 
     def prompt_s(self, kind: str, rows: int, positions: int) -> float:
         """Seconds of a chunk of `rows` positions in prompts of `positions`; `kind` is layer, attention or mlp."""
@@ -127,6 +129,7 @@ class LayerTimes:
             prompt=tuple(scale(point, heads) for point in self.prompt),
             step=tuple(scale(point, cached) for point in self.step),
             head=tuple(replace(point, head_s=point.head_s * head) for point in self.head),
+            spread=self.spread,
         )
 
     @staticmethod

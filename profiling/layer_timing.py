@@ -42,7 +42,7 @@ def measure_layer_times(spec: ModelSpec, *, dtype: str, device: str) -> LayerTim
     with torch.inference_mode():
         bench = _Bench(spec, torch.device(device), getattr(torch, dtype))
         step, prompt = bench.points(prompt=False), bench.points(prompt=True)
-        head = bench.head_points()
+        head, spread = bench.head_points(), statistics.median(bench.spreads)
         del bench
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -53,6 +53,7 @@ def measure_layer_times(spec: ModelSpec, *, dtype: str, device: str) -> LayerTim
         prompt=prompt,
         step=step,
         head=head,
+        spread=spread,
     )
 
 
@@ -61,6 +62,7 @@ class _Bench:
 
     def __init__(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
         self.spec, self.device, self.dtype = spec, device, dtype
+        self.spreads: list[float] = []
         self.decoder = Decoder(spec, device=device, dtype=dtype)
         # One for all: each stream would get a workspace of its own for its matrix products.
         self.stream = torch.cuda.Stream() if device.type == "cuda" else None
@@ -146,7 +148,10 @@ class _Bench:
         run = work
         if self.stream is not None and not self.spec.num_experts:
             run = _recorded(work, self.stream)
-        return statistics.median(timed_runs(run, self.device.type, _TRIALS))
+        seconds = timed_runs(run, self.device.type, _TRIALS)
+        median = statistics.median(seconds)
+        self.spreads.append((max(seconds) - min(seconds)) / median)
+        return median
 
     def _weights(self, shapes: Mapping[str, tuple[int, ...]]) -> Tensors:
         return {
