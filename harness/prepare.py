@@ -218,7 +218,7 @@ def _profile(
             events.send("phase", name="profile the machine (once a week)")
             told = True
 
-    taken = take_profile(
+    profile, warnings = take_profile(
         hardware,
         request.spec,
         device=request.machine.device,
@@ -230,4 +230,9 @@ def _profile(
     )
     if told:  # Else a run's peak of memory would depend on whether the profile was there.
         reset_peak_rss()
-    return taken
+    if profile.busy:
+        warnings.append(
+            f"the machine was busy when it was profiled: {len(profile.noisy)} of {len(profile.measurements)} rates vary "
+            "by over 15 %, and predictions rest on them; FORCE_RERUN_PROFILER=1 measures again"
+        )
+    return profile, warnings

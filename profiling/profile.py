@@ -135,6 +135,11 @@ class HardwareProfile:
         """Measurements whose trials disagree."""
         return tuple(name for name, each in self.measurements.items() if each.noisy)
 
+    @property
+    def busy(self) -> bool:
+        """Whether so many are noisy that the machine must have had other work while it was measured."""
+        return len(self.noisy) > len(self.measurements) / 2
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready view; `from_dict` reads it. `noisy` is in it for those who read the file."""
         return {

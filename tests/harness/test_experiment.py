@@ -1,5 +1,6 @@
 """A run inside the worker, without the worker: what is refused, what is measured, what is left behind."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -118,6 +119,19 @@ def test_a_damaged_profile_is_measured_anew_and_the_user_is_told(
     first, second = (event["warnings"] for event in events.of("planned"))
     assert not [warning for warning in first if "hardware profile" in warning]
     assert len([warning for warning in second if "measured anew" in warning]) == 1
+
+
+def test_a_profile_of_a_busy_machine_is_told_of(
+    run: Run, events: Any, laptop_profile: HardwareProfile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HARNESS_CACHE_DIR", str(tmp_path / "cache"))
+    noisy = {
+        name: dataclasses.replace(each, spread=0.5) for name, each in laptop_profile.measurements.items()
+    }
+    monkeypatch.setattr(profiler, "measure_rates", lambda **_: noisy)
+    monkeypatch.setattr(profiler, "measure_layer_times", lambda *_, **__: laptop_profile.layers[0])
+    run(dry_run=True)
+    assert any("was busy" in warning for warning in events.of("planned")[0]["warnings"])
 
 
 def test_a_run_leaves_a_whole_folder(run: Run, events: Any, tiny_model: Path, tmp_path: Path) -> None:
