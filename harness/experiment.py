@@ -99,6 +99,7 @@ class _Run:
         self.output_ids: list[list[int]] = []
         self.warnings = list(prepared.warnings)
         self.placed: Placed | None = None
+        self.plan = prepared.plan
         self.result = self._opening_result()
 
     def write_plan(self) -> None:
@@ -155,7 +156,6 @@ class _Run:
 
     def _measure(self, sampler: Sampler, wait_for_go: Callable[[], None]) -> None:
         config = self.job.common
-        batches = make_batches(self.prepared.prompts, self.prepared.plan.batch_size)
         self.events.send("phase", name="load")
         started = time.perf_counter()
         with ExitStack() as stack:
@@ -164,7 +164,9 @@ class _Run:
                 # What goes wrong later is for the strategy to see too: it knows what ran out.
                 engine = stack.enter_context(self.prepared.strategy.build(self.prepared.plan))
             self.once["load_s"] = time.perf_counter() - started
+            self._note_plan(engine.plan)
             self._note_placed(engine)
+            batches = make_batches(self.prepared.prompts, self.plan.batch_size)
             for index in range(config.warmup):
                 measured = Pass()
                 with sampler.phase("warm-up"):
@@ -230,6 +232,22 @@ class _Run:
         self.events.send("passed", name=name, tokens=total, tok_s=speed)
         log.info("%s: %.2f tok/s", name, speed)
 
+    def _note_plan(self, plan: Plan) -> None:
+        """Take over the plan that the engine really runs."""
+        for warning in plan.warnings:
+            if warning not in self.warnings:
+                self.warnings.append(warning)
+                self.events.send("warning", message=warning)
+        self.plan = plan
+        self.result = self.result.model_copy(
+            update={
+                "plan": plan.as_dict(),
+                # Only now: what is recorded as a parameter cannot be changed.
+                "params": {**self.result.params, **policy_params(plan)},
+                "warnings": self.warnings,
+            }
+        )
+
     def _note_placed(self, engine: Engine) -> None:
         self.placed = placed = engine.placed()
         self.once["pinned_bytes"] = float(placed.pinned_bytes)
@@ -246,7 +264,8 @@ class _Run:
             run_uuid=job.run_uuid,
             status=RunStatus.RUNNING,
             experiment=config.experiment,
-            run_name=config.run_name or f"{config.strategy} {short_name(config.model)} b{request.batch_size}",
+            run_name=config.run_name
+            or f"{config.strategy} {short_name(config.model)} b{prepared.plan.batch_size}",
             strategy=config.strategy,
             model=config.model,
             started_at_ms=int(time.time() * 1000),
@@ -310,7 +329,7 @@ class _Run:
             metrics.update(medians)
             metrics["repeats"] = float(len(self.repeats))
         metrics["peak_rss_bytes"] = float(peak_rss_bytes())
-        metrics.update(compare_with_plan(self.prepared.plan, metrics.get("generation_tok_s")))
+        metrics.update(compare_with_plan(self.plan, metrics.get("generation_tok_s")))
         return {
             "metrics": metrics,
             "spread": spread,
@@ -350,6 +369,18 @@ class _Run:
 
 
 LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+
+
+def policy_params(plan: Plan) -> dict[str, Scalar]:
+    """The policy that a plan runs, by the keys of strategy flexgen; nothing for a strategy that has none."""
+    params: dict[str, Scalar] = {
+        f"policy_{name}": value for name, value in plan.details.get("policy", {}).items()
+    }
+    short = {"weights": "w", "kv_cache": "cache", "activations": "act"}
+    for kind, shares in plan.details.get("shares", {}).items():
+        for tier, percent in shares.items():
+            params[f"policy_{short[kind]}_{tier}_percent"] = percent
+    return params
 
 
 def make_batches(prompts: PromptSet, batch_size: int) -> list[Batch]:

@@ -75,8 +75,9 @@ def physical_limit(spec: "ModelSpec", workload: Workload, traffic: Traffic, rate
 def engine_cost(plan: PlacementPlan, profile: "HardwareProfile") -> CostEstimate | None:
     """What our engine should take for this placement: its schedule, simulated at the machine's typical rates.
 
-    A block's decode steps are simulated at the first and the last context; between them time grows as good as
-    linearly. None where no layer of any model was timed on the machine.
+    Of a block's decode steps the first, one in the middle and the last are simulated: the first finds loads done
+    while the prompt was read, the last starts none, and those between grow as good as linearly with the
+    context. None where no layer of any model was timed on the machine.
     """
     from profiling.simulation import simulate_block
 
@@ -102,10 +103,10 @@ def engine_cost(plan: PlacementPlan, profile: "HardwareProfile") -> CostEstimate
         )
         prefill_s += blocks * passes.seconds[0]
         _add(prefill_busy, passes.busy[0], blocks)
-        for seconds, busy in zip(passes.seconds[1:], passes.busy[1:], strict=True):
-            weight = blocks * steps / len(contexts)
-            decode_s += weight * seconds
-            _add(decode_busy, busy, weight)
+        counts = [1, steps - 2, 1] if steps > 2 else [1] * steps
+        for count, seconds, busy in zip(counts, passes.seconds[1:], passes.busy[1:], strict=True):
+            decode_s += blocks * count * seconds
+            _add(decode_busy, busy, blocks * count)
     return CostEstimate(
         prefill_s=prefill_s,
         decode_s=decode_s,
@@ -121,42 +122,10 @@ def engine_cost(plan: PlacementPlan, profile: "HardwareProfile") -> CostEstimate
 def _sampled_contexts(workload: Workload) -> tuple[int, ...]:
     """Positions that the simulated decode steps attend to, their own included."""
     steps = workload.gen_tokens - 1
-    return tuple(workload.prompt_tokens + step for step in sorted({min(1, steps), steps} - {0}))
-
-
-def overlapped_cost(
-    spec: "ModelSpec",
-    workload: Workload,
-    traffic: Traffic,
-    rates: "Rates",
-    *,
-    micro_batch_size: int,
-    device: str,
-    dtype: str,
-    overlap: bool,
-) -> CostEstimate:
-    """What an engine that copies while it computes should take: the prediction.
-
-    Unlike the limit it computes at the rate measured for linear layers of these shapes and reads the weights
-    once for each micro-batch; transfers still hide behind compute, or add to it where `overlap` is off.
-    """
-    from flexllmgen.models.linear import linear
-    from profiling.compute import linear_bytes_per_s
-
-    weights = sum(traffic.weight_bytes.values()) * spec.active_parameters / spec.num_parameters
-    rows = micro_batch_size * workload.prompt_tokens
-    prefill_rate = linear_bytes_per_s(spec, dtype, device, rows=rows, linear=linear)
-    decode_rate = linear_bytes_per_s(spec, dtype, device, rows=micro_batch_size, linear=linear)
-
-    def times(block: int, new_tokens: int, cached: int) -> Times:
-        busy = _phase_times(spec, traffic, rates, block, new_tokens=new_tokens, cached=cached)
-        kv_bytes = block * spec.kv_bytes(cached, traffic.dtype_bytes)
-        passes = block / micro_batch_size
-        rate = decode_rate if cached else prefill_rate
-        busy["compute"] = passes * weights / rate + kv_bytes / rates.device_bytes_per_s
-        return busy
-
-    return over_blocks(workload, traffic.batch_size, times, max if overlap else sum)
+    return tuple(
+        workload.prompt_tokens + step
+        for step in ((1, (1 + steps) // 2, steps) if steps > 2 else range(1, steps + 1))
+    )
 
 
 def over_blocks(

@@ -148,7 +148,7 @@ class AccelerateStrategy:
                 model = load(request, self.config, device_map, folder)
                 device = request.machine.device
                 kv_offload = device == "cuda" and plan.kv_bytes["cpu"] > 0
-                engine = AccelerateEngine(model, device=device, kv_offload=kv_offload, folder=folder)
+                engine = AccelerateEngine(model, plan, device=device, kv_offload=kv_offload, folder=folder)
                 yield engine
             except torch.OutOfMemoryError as error:
                 raise OutOfMemory(

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from strategies.accelerate_load import offload_loader
-from strategies.base import Placed
+from strategies.base import Placed, Plan
 
 
 class _Cancelled(Exception):  # noqa: N818 - a signal, not an error
@@ -46,8 +46,10 @@ class _ColumnStreamer(BaseStreamer):  # type: ignore[misc]
 class AccelerateEngine:
     """A loaded transformers model behind the Engine protocol."""
 
-    def __init__(self, model: PreTrainedModel, *, device: str, kv_offload: bool, folder: Path) -> None:
-        self.model = model
+    def __init__(
+        self, model: PreTrainedModel, plan: Plan, *, device: str, kv_offload: bool, folder: Path
+    ) -> None:
+        self.model, self.plan = model, plan
         self.device = torch.device(device)
         self.kv_offload = kv_offload
         self.folder = folder

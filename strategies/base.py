@@ -45,7 +45,8 @@ class ModelSource:
 class Machine:
     """What of the hardware a plan may use; memory in bytes, None where there is no such device.
 
-    `gpu_bytes` and `cpu_bytes` are caps: what the user allowed, else what is free.
+    `gpu_bytes` and `cpu_bytes` are caps: what the user allowed, else what is free. `disk_bytes` is given for a
+    machine that is not this one; here the offload directory is looked at.
     """
 
     device: Literal["cuda", "cpu"]
@@ -54,6 +55,7 @@ class Machine:
     gpu_capped: bool
     cpu_capped: bool
     offload_dir: Path
+    disk_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +140,12 @@ class Placed:
 
 
 class Engine(Protocol):
-    """A loaded model. Holds no clock: it yields, and who consumes may time."""
+    """A loaded model. Holds no clock: it yields, and who consumes may time.
+
+    `plan` is what it runs: the plan it was built from, unless the strategy learnt better while loading.
+    """
+
+    plan: Plan
 
     def generate(
         self, ids_BT: "torch.Tensor", mask_BT: "torch.Tensor", gen_tokens: int

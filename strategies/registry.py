@@ -51,6 +51,11 @@ STRATEGIES: tuple[StrategyEntry, ...] = (
         module="strategies.flexgen",
         summary="our own engine: exact shares of weights, KV cache and activations on GPU, CPU and disk, copies overlapped",
     ),
+    StrategyEntry(
+        name="autoflex",
+        module="strategies.autoflex",
+        summary="the fastest policy for that engine: profiles the machine, predicts every policy, runs the best",
+    ),
 )
 
 

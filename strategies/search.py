@@ -307,7 +307,12 @@ class _Problem:
         )
 
     def realise(self, solved: _Solved, *, pin_weight: bool) -> Candidate | None:
-        """The cut's shares as the engine would place them, moved down a tier until they fit; its simulated cost."""
+        """What the engine would make of a cut's shares, and its simulated cost; None if they cannot be made to fit."""
+        fitting = self._fit(solved, pin_weight=pin_weight)
+        return None if fitting is None else self._priced(*fitting)
+
+    def _fit(self, solved: _Solved, *, pin_weight: bool) -> tuple[Policy, PlacementPlan] | None:
+        """The cut's shares as the engine would place them, moved down a tier until they fit."""
         cut, shares = solved.cut, list(solved.shares)
         for _ in range(_REPAIRS):
             policy = Policy(
@@ -321,7 +326,7 @@ class _Problem:
             )
             placement = self._place(policy)
             if self.limits.fits(placement):
-                return self._priced(policy, placement)
+                return policy, placement
             if not self._move_down(shares, placement):
                 return None
         return None
@@ -373,51 +378,42 @@ class _Problem:
 
     def least_change(self) -> str:
         """What would make the smallest cut fit, for each tier that alone could."""
-        cut = _Cut(size=1, count=1, chunk=_CHUNKS[-1])
+        shared = self.limits.shared
         ways = []
-        names = {
-            "gpu": "on the GPU (--gpu-mem)",
-            "cpu": "of memory (--cpu-mem)" if self.limits.shared else "of host memory (--cpu-mem)",
-            "disk": "in the offload directory (--offload-dir)",
-        }
-        for tier, name in names.items():
-            if (extra := self._extra_bytes(cut, tier)) is not None:
+        for tier, name in (
+            ("gpu_bytes", "on the compute device" if self.on_cpu else "on the GPU"),
+            ("cpu_bytes", "of memory" if shared else "of host memory"),
+            ("disk_bytes", "in the offload directory"),
+        ):
+            if (extra := self._extra_bytes(tier)) is not None:
                 ways.append(f"{gib(extra)} more {name}")
         lead = f"no policy fits {self.spec.name or self.spec.family}, not even one sequence at a time"
-        if not ways:
-            return f"{lead}; use a smaller model, a shorter --dtype or a shorter --input-len"
-        return f"{lead}; it would with " + ", or with ".join(ways) + ", or with a smaller model or --dtype"
+        other = "a smaller model, a shorter --dtype or --input-len"
+        return f"{lead}; it would with {', or with '.join([*ways, other])}"
 
-    def _extra_bytes(self, cut: _Cut, tier: str) -> int | None:
-        rows, bounds = self._memory(cut)
-        order = self._tiers()
-        if tier not in order:
+    def _extra_bytes(self, tier: str) -> int | None:
+        """How much more of one tier alone lets the smallest cut fit, to about a hundredth; None if none does."""
+        limit = getattr(self.limits, tier)
+        if limit is None:
             return None
-        slack = np.zeros((len(rows), 1))
-        slack[order.index(tier)] = -1.0
-        objective = np.zeros(_SIZE + 1)
-        objective[-1] = 1.0
-        matrix = np.hstack([np.array(rows), slack])
-        equal = np.zeros((3, _SIZE + 1))
-        for index, kind in enumerate((_W, _K, _A)):
-            equal[index, list(kind)] = 1.0
-        scale = float(2**30)
-        result = linprog(
-            objective,
-            A_ub=matrix / np.array([[scale]]) * np.concatenate([np.ones(_SIZE), [scale]]),
-            b_ub=np.array(bounds) / scale,
-            A_eq=equal,
-            b_eq=np.ones(3),
-            bounds=[(0, 1)] * 9 + [(0, None)] * 3,
-            method="highs",
-        )
-        return int(result.x[-1] * scale) if result.status == 0 else None
+
+        def fits(extra: int) -> bool:
+            limits = replace(self.limits, **{tier: limit + extra})
+            problem = _Problem(self.spec, self.profile, self.times, self.workload, limits, self.size)
+            cut = _Cut(size=1, count=1, chunk=_CHUNKS[-1])
+            solved = (problem.solve(cut, kind) for kind in _KINDS)
+            return any(each is not None and problem._fit(each, pin_weight=True) for each in solved)
+
+        most = 2 * self.weights + (1 << 32)
+        if not fits(most):
+            return None
+        least = 0
+        while most - least > max(1 << 20, most // 100):
+            middle = (least + most) // 2
+            least, most = (least, middle) if fits(middle) else (middle, most)
+        return most
 
     # The program
-
-    def _tiers(self) -> list[str]:
-        """The tiers that have a limit, in the order of the rows of `_memory`."""
-        return (["gpu"] if self.limits.gpu_bytes is not None else []) + ["cpu", "disk"]
 
     def _memory(self, cut: _Cut) -> tuple[list[np.ndarray], list[float]]:
         """Bytes of each tier, at most its limit. Less than the engine takes, never more: this bounds."""

@@ -22,7 +22,7 @@ import torch
 from flexllmgen.activations import ActivationStore
 from flexllmgen.checkpoint import Checkpoint
 from flexllmgen.errors import PolicyError, UsageError
-from flexllmgen.executor import Executor
+from flexllmgen.executor import Executor, LayerProbe
 from flexllmgen.kv_cache import KVCache
 from flexllmgen.memory.arena import HostArena
 from flexllmgen.memory.disk import DiskPool
@@ -243,6 +243,12 @@ class FlexEngine:
             known = mask.bool().cpu()
             scores = scores * (known[:, 1:] & known[:, :-1])
         return scores
+
+    def probe(self, trials: int = 3) -> LayerProbe:
+        """Times one layer in the middle, alone: what a plan's rates can be corrected by. Call it between blocks."""
+        workload = self.placement.workload
+        with torch.inference_mode():
+            return self._executor.probe(workload.prompt_tokens + workload.gen_tokens // 2, trials)
 
     def stats(self) -> EngineStats:
         """What is held and was moved until now."""

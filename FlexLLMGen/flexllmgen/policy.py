@@ -42,12 +42,13 @@ at most 100 (disk is the rest)
         lead = f"{name}: " if name else ""
         if gpu < 0 or cpu < 0:
             raise PolicyError(f"{lead}shares of {gpu:g} % gpu and {cpu:g} % cpu must not be negative")
-        if gpu + cpu > 100:
+        # 32.4 and 67.6 sum to a little more than 100 in binary.
+        if gpu + cpu > 100 + 1e-9:
             raise PolicyError(
                 f"{lead}shares of {gpu:g} % gpu and {cpu:g} % cpu sum to {gpu + cpu:g} %; "
                 "lower one so that they sum to at most 100 (disk is the rest)"
             )
-        return Placement(gpu=gpu / 100, cpu=cpu / 100, disk=(100 - gpu - cpu) / 100)
+        return Placement(gpu=gpu / 100, cpu=cpu / 100, disk=max(0.0, (100 - gpu - cpu) / 100))
 
 
 ON_GPU = Placement(gpu=1.0)

@@ -126,3 +126,9 @@ def test_unsupported_models_are_named_with_the_way_out() -> None:
     config = {**published_config("Meta-Llama-3-8B"), "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
     with pytest.raises(UnsupportedModelError, match=r"'yarn'"):
         ModelSpec.from_hf_config(config)
+
+
+@pytest.mark.parametrize("gpu", [32.4014, 78.3906, 33.3, 0.1])
+def test_percentages_that_sum_to_100_but_for_rounding_leave_nothing_to_the_disk(gpu: float) -> None:
+    assert Placement.from_percent(gpu, 100 - gpu).disk < 1e-9
+    assert Placement.from_percent(gpu, 100 - gpu + 1e-14).disk < 1e-9

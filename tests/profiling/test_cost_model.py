@@ -1,14 +1,13 @@
 """The physical limit against values worked out by hand, and the prediction beside it."""
 
 import dataclasses
-import math
 
 import pytest
 
 from flexllmgen.models.published import published_config
 from flexllmgen.spec import ModelSpec
 from flexllmgen.workload import Workload
-from profiling.cost_model import Traffic, overlapped_cost, physical_limit
+from profiling.cost_model import Traffic, physical_limit
 from profiling.profile import Rates
 
 OPT_30B = ModelSpec.from_hf_config(published_config("opt-30b"))
@@ -84,14 +83,3 @@ def test_one_token_has_no_decode() -> None:
     limit = physical_limit(OPT_30B, dataclasses.replace(WORKLOAD, gen_tokens=1), traffic(gpu=0.2), H200)
     assert limit.decode_s == 0
     assert limit.decode_bound == "none"
-
-
-def test_overlap_hides_transfers_and_its_absence_adds_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("profiling.compute.linear_bytes_per_s", lambda *_, **__: 2e12)
-    options = {"micro_batch_size": 48, "device": "cuda", "dtype": "float16"}
-    hidden = overlapped_cost(OPT_30B, WORKLOAD, traffic(gpu=0.2), H200, overlap=True, **options)
-    in_turn = overlapped_cost(OPT_30B, WORKLOAD, traffic(gpu=0.2), H200, overlap=False, **options)
-    limit = physical_limit(OPT_30B, WORKLOAD, traffic(gpu=0.2), H200)
-    assert hidden.decode_s == pytest.approx(limit.decode_s)
-    assert in_turn.decode_s > hidden.decode_s
-    assert math.isfinite(in_turn.generation_tok_s)

@@ -193,7 +193,7 @@ def test_kv_cache_and_workspace_name_the_batch_that_sets_them(tiny_model: Path, 
 def test_a_full_disk_names_the_folder_and_the_option(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("strategies.flexgen.free_disk_bytes", lambda path: 1000)
+    monkeypatch.setattr("strategies.flexgen_engine.free_disk_bytes", lambda path: 1000)
     request = request_for(resolve_model(str(tiny_model), weights="pretrained"), tmp_path)
     message = refusal(request, {}, w_gpu_percent=50)
     assert f"in {tmp_path / 'offload'}" in message
@@ -208,7 +208,7 @@ def test_weights_packed_by_an_earlier_run_need_no_free_disk(
     strategy = FlexgenStrategy(config(w_gpu_percent=50))
     with strategy.build(strategy.plan(request)):
         pass
-    monkeypatch.setattr("strategies.flexgen.free_disk_bytes", lambda path: 1000)
+    monkeypatch.setattr("strategies.flexgen_engine.free_disk_bytes", lambda path: 1000)
     assert strategy.plan(request).weight_bytes["disk"] > 1000
 
 
@@ -276,7 +276,7 @@ def test_a_gpu_is_loaded_under_the_limit_it_was_planned_for(
         given.update(options)
         return nullcontext()
 
-    monkeypatch.setattr("strategies.flexgen.FlexEngine.load", load)
+    monkeypatch.setattr("strategies.flexgen_engine.FlexEngine.load", load)
     request = request_for(resolve_model(str(tiny_model), weights="pretrained"), tmp_path)
     machine = dataclasses.replace(request.machine, device="cuda", gpu_bytes=2**33, gpu_capped=capped)
     strategy = create(config())

@@ -1,0 +1,216 @@
+"""Strategy `autoflex`: the policy that the cost model finds fastest on this machine, on our own engine.
+
+Searches before anything is loaded. Then, unless told not to, it times one layer on the loaded engine, corrects the
+machine's rates by that, and loads another policy if that one is now better by a margin that is worth it.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+
+from flexllmgen.errors import PlanInfeasible
+from flexllmgen.policy import Placement, Policy
+from profiling.calibration import Calibration, calibrate, corrected
+from profiling.cost_model import engine_cost
+from profiling.hardware import free_disk_bytes
+from profiling.profile import HardwareProfile
+from strategies.autoflex_config import Config
+from strategies.base import Machine, Plan, PlanRequest
+from strategies.flexgen_engine import (
+    FlexgenEngine,
+    disk_room,
+    dtype_bytes,
+    load_policy,
+    make_checkpoint,
+    offload_folder,
+    plan_of,
+    policy_details,
+    spec_of,
+)
+from strategies.search import Candidate, Found, Limits, find_policy
+
+log = logging.getLogger(__name__)
+
+REPLAN_GAIN = 1.05
+"""Another policy must be this much faster before the engine is loaded anew."""
+
+
+def create(config: Config) -> "AutoflexStrategy":
+    """The strategy under its configuration."""
+    return AutoflexStrategy(config)
+
+
+class AutoflexStrategy:
+    """Searches, loads what it found, checks itself on one layer."""
+
+    name = "autoflex"
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def plan(self, request: PlanRequest) -> Plan:
+        """The fastest policy by the machine's profile.
+
+        Raises:
+            UnsupportedModelError: an architecture the engine does not have.
+            CheckpointError: the checkpoint is not the model's.
+            PlanInfeasible: no policy fits; the message has the least change that would.
+        """
+        spec = spec_of(request)
+        if request.model.path is not None or request.model.weights == "random":
+            make_checkpoint(request).validate(spec)
+        if request.profile is None:
+            raise PlanInfeasible("autoflex needs a hardware profile; measure one with `harness profile`")
+        found = self._search(request, request.profile)
+        folder = offload_folder(request, self.config.path)
+        disk_room(request, found.best.placement, folder, self.config.path)
+        return self._plan(request, found)
+
+    @contextmanager
+    def build(self, plan: Plan) -> Iterator[FlexgenEngine]:
+        """Load the policy found; after a calibration perhaps another.
+
+        Raises:
+            OutOfMemory: device memory ran out although the plan fitted.
+        """
+        folder = offload_folder(plan.request, self.config.path)
+        with load_policy(plan, policy_of(plan), folder) as engine:
+            better = self._calibrated(plan, engine) if self.config.calibrate else plan
+            if policy_of(better) == policy_of(plan):
+                engine.plan = better
+                yield engine
+                return
+        with load_policy(better, policy_of(better), folder) as engine:
+            yield engine
+
+    def _search(self, request: PlanRequest, profile: HardwareProfile) -> Found:
+        return find_policy(
+            spec_of(request),
+            profile,
+            request.workload,
+            self._limits(request),
+            dtype_bytes=dtype_bytes(request),
+            batch_size=request.batch_size,
+            objective=self.config.objective,
+            pin_weight=self.config.pin_weight,
+        )
+
+    def _limits(self, request: PlanRequest) -> Limits:
+        machine, disk_bytes = request.machine, request.machine.disk_bytes
+        if disk_bytes is None:
+            disk_bytes = free_disk_bytes(offload_folder(request, self.config.path))
+        return limits_of(machine, disk_bytes)
+
+    def _plan(self, request: PlanRequest, found: Found) -> Plan:
+        return plan_of(
+            request, found.best.placement, strategy=self.name, details={"search": search_details(found)}
+        )
+
+    def _calibrated(self, plan: Plan, engine: FlexgenEngine) -> Plan:
+        """The plan at the rates that the loaded engine shows; another one if it is worth loading anew."""
+        profile, placement = plan.request.profile, engine.engine.placement
+        assert profile is not None
+        calibration = calibrate(placement, profile, engine.engine.probe())
+        profile = corrected(profile, calibration)
+        cost = engine_cost(placement, profile)
+        assert cost is not None
+        found = self._search(plan.request, profile)
+        seconds = cost.prefill_s + cost.decode_s
+        gain = seconds / found.best.seconds
+        log.info("calibration: %s; the best other policy takes %.2f of the time", calibration, 1 / gain)
+        noted = {
+            **asdict(calibration),
+            "predicted_before_tok_s": None if plan.predicted is None else plan.predicted.generation_tok_s,
+            "gain_of_best": gain,
+            "replanned": gain > REPLAN_GAIN,
+        }
+        if gain <= REPLAN_GAIN:
+            return replace(plan, predicted=cost, details={**plan.details, "calibration": noted})
+        log.warning("calibration: another policy is %.0f %% faster; loading it", 100 * (gain - 1))
+        warning = (
+            f"one layer measured {_slowest(calibration)} than profiled: planned again, "
+            f"{100 * (gain - 1):.0f} % faster"
+        )
+        other = self._plan(replace(plan.request, profile=profile), found)
+        return replace(
+            other,
+            # The run's record holds the machine's profile as measured before.
+            request=plan.request,
+            details={**other.details, "calibration": noted},
+            warnings=(*plan.warnings, warning),
+        )
+
+
+def policy_of(plan: Plan) -> Policy:
+    """The policy that a plan's details describe."""
+    shares = plan.details["search"]["shares"]
+    return Policy(
+        weights=Placement(**shares["weights"]),
+        kv_cache=Placement(**shares["kv_cache"]),
+        activations=Placement(**shares["activations"]),
+        **plan.details["policy"],
+    )
+
+
+def limits_of(machine: Machine, disk_bytes: int) -> Limits:
+    """What a policy may take of a machine. Without a GPU, and no cap that emulates one, memory is one."""
+    return Limits(
+        gpu_bytes=machine.gpu_bytes,
+        cpu_bytes=machine.cpu_bytes,
+        disk_bytes=disk_bytes,
+        shared=machine.device == "cpu" and machine.gpu_bytes is None,
+    )
+
+
+def search_details(found: Found) -> dict[str, object]:
+    """How the policy was found, for plan.json: exact shares, certificate, runners-up and why they lost."""
+    best = found.best
+    return {
+        "shares": {
+            name: asdict(getattr(best.policy, name)) for name in ("weights", "kv_cache", "activations")
+        },
+        "cuts": found.cuts,
+        "simulated": found.simulated,
+        "bound_s": found.bound_s,
+        "gap": found.gap,
+        "runners_up": [_runner_up(each, best) for each in found.runners_up],
+    }
+
+
+def _runner_up(other: Candidate, best: Candidate) -> dict[str, object]:
+    shares = {
+        f"{short}_{tier}_percent": round(100 * getattr(getattr(other.policy, name), tier), 1)
+        for short, name in (("w", "weights"), ("cache", "kv_cache"), ("act", "activations"))
+        for tier in ("gpu", "cpu", "disk")
+    }
+    return {
+        **policy_details(other.policy),
+        **shares,
+        "generation_tok_s": other.cost.generation_tok_s,
+        "slower_by": other.seconds / best.seconds - 1,
+        "why": _why(other, best),
+    }
+
+
+def _why(other: Candidate, best: Candidate) -> str:
+    """What costs a runner-up its time, in a few words."""
+    if other.seconds <= best.seconds:
+        return "as fast within the model's accuracy, but less plain"
+    mine, theirs = (
+        {
+            name: each.cost.prefill_busy_s.get(name, 0.0) + each.cost.decode_busy_s.get(name, 0.0)
+            for name in {**each.cost.prefill_busy_s, **each.cost.decode_busy_s}
+        }
+        for each in (best, other)
+    )
+    more = {name: seconds - mine.get(name, 0.0) for name, seconds in theirs.items()}
+    name = max(more, key=lambda each: more[each])
+    if more[name] <= 0.2 * (other.seconds - best.seconds):
+        return "more waiting between loads and compute"
+    return f"{more[name]:.2f} s more on the {name}"
+
+
+def _slowest(calibration: Calibration) -> str:
+    name, factor = max(asdict(calibration).items(), key=lambda item: abs(item[1] - 1))
+    return f"{name} {abs(factor - 1) * 100:.0f} % {'slower' if factor > 1 else 'faster'}"

@@ -1,0 +1,204 @@
+"""Runs a policy on our own engine: what strategies `flexgen` and `autoflex` share.
+
+From a policy and its placement to a Plan, and from the Plan to a loaded engine. Where a policy comes from is the
+strategies' own business.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flexllmgen.checkpoint import Checkpoint, RandomCheckpoint, SafetensorsCheckpoint
+from flexllmgen.engine import FlexEngine
+from flexllmgen.errors import OutOfMemory, UsageError
+from flexllmgen.placement import PlacementPlan
+from flexllmgen.policy import Policy
+from flexllmgen.sampling import Greedy
+from flexllmgen.spec import ModelSpec
+from flexllmgen.weights import weight_pack
+from profiling.cost_model import Traffic, engine_cost, physical_limit
+from profiling.hardware import check_writable, free_disk_bytes
+from strategies.base import Placed, Plan, PlanRequest, out_of_memory_reason
+
+
+class FlexgenEngine:
+    """flexllmgen's engine behind the Engine protocol."""
+
+    def __init__(self, engine: FlexEngine, plan: Plan) -> None:
+        self.engine, self.plan = engine, plan
+
+    def generate(
+        self, ids_BT: torch.Tensor, mask_BT: torch.Tensor, gen_tokens: int
+    ) -> Iterator[torch.Tensor]:
+        """Yield `gen_tokens` columns of int64 ids of shape (B,), greedily chosen; EOS ends nothing."""
+        # A mask that hides nothing would only cost.
+        mask = None if bool(mask_BT.all()) else mask_BT
+        yield from self.engine.generate(ids_BT, mask, sampling=Greedy(), max_new_tokens=gen_tokens)
+
+    def placed(self) -> Placed:
+        """Bytes by tier as placed, and what has been moved since loading."""
+        stats = self.engine.stats()
+        return Placed(
+            weight_bytes=_tiers(self.engine.placement.weights),
+            offload_files_bytes=stats.disk_bytes,
+            pinned_bytes=stats.pinned_bytes,
+            counters={
+                "engine_host_bytes": stats.host_bytes,
+                "moved_h2d_bytes": stats.h2d_bytes,
+                "moved_d2h_bytes": stats.d2h_bytes,
+                "moved_disk_read_bytes": stats.disk_read_bytes,
+                "moved_disk_write_bytes": stats.disk_write_bytes,
+            },
+        )
+
+
+@contextmanager
+def load_policy(plan: Plan, policy: Policy, folder: Path) -> Iterator[FlexgenEngine]:
+    """Load as planned. Packed weights stay in the folder for the next run.
+
+    Raises:
+        OutOfMemory: device memory ran out although the plan fitted.
+    """
+    request = plan.request
+    try:
+        with FlexEngine.load(
+            spec_of(request),
+            make_checkpoint(request),
+            policy,
+            workload=request.workload,
+            device=request.machine.device,
+            dtype=request.dtype,
+            offload_dir=folder,
+            # As planned, without a cap too: by this limit the engine cuts prefill to fit.
+            gpu_bytes=request.machine.gpu_bytes,
+            cpu_bytes=request.machine.cpu_bytes,
+        ) as engine:
+            yield FlexgenEngine(engine, plan)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(
+            f"the GPU ran out of memory ({out_of_memory_reason(error)}); lower a gpu share or micro_batch_size"
+        ) from error
+
+
+def plan_of(
+    request: PlanRequest, placement: PlacementPlan, *, strategy: str, details: Mapping[str, Any] | None = None
+) -> Plan:
+    """What a placement comes to: bytes, shares, prediction and limit."""
+    block = min(placement.policy.block_size, request.workload.num_sequences)
+    predicted = limit = None
+    if request.profile is not None:
+        shares = placement.kv_cache.shares
+        traffic = Traffic(
+            batch_size=block,
+            weight_bytes=_tiers(placement.weights),
+            kv_shares={"gpu": shares.gpu, "cpu": shares.cpu, "disk": shares.disk},
+            dtype_bytes=placement.dtype_bytes,
+        )
+        limit = physical_limit(placement.spec, request.workload, traffic, request.profile.best)
+        predicted = engine_cost(placement, request.profile)
+    return Plan(
+        request=request,
+        strategy=strategy,
+        batch_size=block,
+        weight_bytes=_tiers(placement.weights),
+        kv_bytes=_tiers(placement.kv_cache),
+        workspace_bytes=placement.workspace_bytes + placement.slot_bytes,
+        details={
+            "policy": policy_details(placement.policy),
+            "shares": _share_details(placement),
+            "planned_peak_bytes": {
+                "gpu": placement.gpu_bytes,
+                "cpu": placement.cpu_bytes,
+                "disk": placement.disk_bytes,
+            },
+            **(details or {}),
+        },
+        predicted=predicted,
+        limit=limit,
+    )
+
+
+def spec_of(request: PlanRequest) -> ModelSpec:
+    """The model's dimensions.
+
+    Raises:
+        UnsupportedModelError: an architecture the engine does not have.
+    """
+    return request.spec or ModelSpec.from_hf_config(request.model.config, request.model.name)
+
+
+def dtype_bytes(request: PlanRequest) -> int:
+    """Bytes of one number."""
+    return int(getattr(torch, request.dtype).itemsize)
+
+
+def offload_folder(request: PlanRequest, path: str) -> Path:
+    """Where disk shares go: the strategy's `path`, else the run's offload directory."""
+    return Path(path).expanduser().absolute() if path else request.machine.offload_dir
+
+
+def disk_room(request: PlanRequest, placement: PlacementPlan, folder: Path, path: str) -> int:
+    """Bytes that a placement's disk shares may take: what is free, and what an earlier run has packed already.
+
+    Raises:
+        OffloadDirError: the folder cannot be written.
+    """
+    if request.machine.disk_bytes is not None:
+        return request.machine.disk_bytes
+    if not placement.disk_bytes:
+        return 0
+    check_writable(folder, "--set path" if path else "--offload-dir")
+    dtype = getattr(torch, request.dtype)
+    pack = weight_pack(
+        placement, make_checkpoint(request), folder, torch.device(request.machine.device), dtype
+    )
+    return free_disk_bytes(folder) + pack.num_bytes()
+
+
+def make_checkpoint(request: PlanRequest) -> Checkpoint:
+    """Where the weights come from.
+
+    Raises:
+        UsageError: a checkpoint in a form that the engine does not read.
+    """
+    source = request.model
+    if source.weights == "random":
+        return RandomCheckpoint(seed=request.seed)
+    assert source.path is not None
+    if not any(source.path.glob("*.safetensors")):
+        raise UsageError(
+            f"model {source.name}: our engine reads safetensors only, {source.path} has none; "
+            "convert the checkpoint, or use -s accelerate"
+        )
+    return SafetensorsCheckpoint(source.path)
+
+
+def policy_details(policy: Policy) -> dict[str, object]:
+    """The integer choices and flags of a policy."""
+    return {
+        "micro_batch_size": policy.micro_batch_size,
+        "num_micro_batches": policy.num_micro_batches,
+        "overlap": policy.overlap,
+        "sep_layer": policy.sep_layer,
+        "pin_weight": policy.pin_weight,
+    }
+
+
+def _tiers(sizes: object) -> dict[str, int]:
+    return {tier: int(getattr(sizes, tier)) for tier in ("gpu", "cpu", "disk")}
+
+
+def _share_details(placement: PlacementPlan) -> dict[str, dict[str, float]]:
+    """The shares that came out, in percent; within 1 % of those asked for."""
+    kinds = {
+        "weights": placement.weights,
+        "kv_cache": placement.kv_cache,
+        "activations": placement.activations,
+    }
+    return {
+        name: {tier: round(100 * size / max(sizes.total, 1), 3) for tier, size in _tiers(sizes).items()}
+        for name, sizes in kinds.items()
+    }

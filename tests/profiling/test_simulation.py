@@ -1,0 +1,138 @@
+"""The simulated schedule: what hides, what waits, and what no change of the machine may do."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from machines import machine
+
+from flexllmgen.models.published import published_config
+from flexllmgen.placement import plan_placement
+from flexllmgen.policy import ON_CPU, ON_DISK, Placement, Policy
+from flexllmgen.spec import ModelSpec
+from flexllmgen.workload import Workload
+from profiling.cost_model import CostEstimate, engine_cost
+
+SPEC = ModelSpec.from_hf_config({**published_config("opt-1.3b"), "num_hidden_layers": 6}, "opt-1.3b")
+WORKLOAD = Workload(num_sequences=16, prompt_tokens=128, gen_tokens=16)
+
+
+def cost(policy: Policy, workload: Workload = WORKLOAD, device: str = "cuda", **rates: float) -> CostEstimate:
+    plan = plan_placement(SPEC, policy, workload, 2, in_place=device == "cpu")
+    estimate = engine_cost(plan, machine(SPEC, device, **rates))
+    assert estimate is not None
+    return estimate
+
+
+def seconds(estimate: CostEstimate) -> float:
+    return estimate.prefill_s + estimate.decode_s
+
+
+def test_streaming_all_weights_takes_the_link_its_bytes() -> None:
+    estimate = cost(Policy(micro_batch_size=16, weights=ON_CPU))
+    # The token table serves as head and as embedding, and comes in for each.
+    streamed = (SPEC.weight_bytes(2) + SPEC.vocab_size * SPEC.embed_size * 2) / 5.5e10
+    assert estimate.decode_bound == "host to device link"
+    assert estimate.decode_s == pytest.approx(15 * streamed, rel=0.15)
+    assert estimate.decode_busy_s["host to device link"] <= estimate.decode_s * 1.001
+
+
+def test_overlap_hides_loads_and_its_absence_adds_them() -> None:
+    policy = Policy(micro_batch_size=16, weights=ON_CPU)
+    hidden, in_turn = cost(policy), cost(dataclasses.replace(policy, overlap=0))
+    assert in_turn.decode_s == pytest.approx(sum(in_turn.decode_busy_s.values()), rel=0.1)
+    assert hidden.decode_s < in_turn.decode_s
+    assert hidden.decode_s >= max(hidden.decode_busy_s.values()) * 0.999
+
+
+def test_micro_batches_share_a_pass_over_the_weights() -> None:
+    alone = cost(Policy(micro_batch_size=4, weights=ON_CPU))
+    shared = cost(Policy(micro_batch_size=4, num_micro_batches=4, weights=ON_CPU))
+    assert shared.decode_s < alone.decode_s / 2
+
+
+def test_a_ragged_last_block_costs_less_than_a_full_one() -> None:
+    policy = Policy(micro_batch_size=8, num_micro_batches=2, weights=ON_CPU)
+    one, more, two = (
+        seconds(cost(policy, dataclasses.replace(WORKLOAD, num_sequences=count))) for count in (16, 20, 32)
+    )
+    assert one < more < two
+
+
+def test_the_disk_binds_where_all_weights_lie_on_it() -> None:
+    estimate = cost(Policy(micro_batch_size=4, weights=ON_DISK), device="cpu")
+    assert estimate.decode_bound == "disk"
+    assert estimate.decode_s >= 4 * 15 * SPEC.num_layers * SPEC.layer_weight_bytes(2) / 8e8 * 0.99
+
+
+def test_recorded_steps_cost_no_issuing() -> None:
+    resident = cost(Policy(micro_batch_size=16))
+    busy = resident.decode_busy_s["compute"]
+    assert resident.decode_s == pytest.approx(busy, rel=0.05)
+
+
+def test_one_token_has_no_decode() -> None:
+    estimate = cost(Policy(micro_batch_size=16), dataclasses.replace(WORKLOAD, gen_tokens=1))
+    assert estimate.decode_s == 0
+    assert estimate.decode_bound == "none"
+
+
+def test_peaks_are_those_of_the_placement() -> None:
+    policy = Policy(micro_batch_size=16, weights=ON_CPU)
+    plan = plan_placement(SPEC, policy, WORKLOAD, 2)
+    assert cost(policy).peak_bytes == {"gpu": plan.gpu_bytes, "cpu": plan.cpu_bytes, "disk": plan.disk_bytes}
+
+
+shares = st.tuples(st.floats(0, 1), st.floats(0, 1)).map(
+    lambda pair: Placement.from_percent(100 * pair[0], 100 * pair[1] * (1 - pair[0]))
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    weights=shares,
+    kv=shares,
+    hidden=st.sampled_from([Placement(gpu=1.0), ON_CPU]),
+    size=st.integers(1, 8),
+    count=st.integers(1, 4),
+    overlap=st.integers(0, 3),
+    faster=st.sampled_from(
+        ["h2d_bytes_per_s", "d2h_bytes_per_s", "disk_read_bytes_per_s", "disk_write_bytes_per_s"]
+    ),
+    device=st.sampled_from(["cuda", "cpu"]),
+)
+def test_more_bandwidth_is_never_predicted_slower(
+    weights: Placement,
+    kv: Placement,
+    hidden: Placement,
+    size: int,
+    count: int,
+    overlap: int,
+    faster: str,
+    device: str,
+) -> None:
+    if device == "cpu" and faster in ("h2d_bytes_per_s", "d2h_bytes_per_s"):
+        return
+    policy = Policy(
+        micro_batch_size=size,
+        num_micro_batches=count,
+        weights=weights,
+        kv_cache=kv,
+        activations=hidden,
+        overlap=overlap,
+    )
+    rates: dict[str, Any] = {faster: 1e10}
+    before = cost(policy, device=device, **rates)
+    after = cost(policy, device=device, **{faster: 2e10})
+    # A queue may meet another order, as every list schedule may (Graham 1969); no more than that.
+    assert seconds(after) <= seconds(before) * 1.01
+    assert seconds(before) > 0
+    for estimate in (before, after):
+        # Of the whole run, since a pass's first loads run in the pass before.
+        for name in {**estimate.prefill_busy_s, **estimate.decode_busy_s}:
+            busy = estimate.prefill_busy_s.get(name, 0.0) + estimate.decode_busy_s.get(name, 0.0)
+            assert busy <= seconds(estimate) * 1.05

@@ -1,0 +1,164 @@
+"""The search: what it returns fits, nothing it saw was better, more of anything never hurts."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexllmgen.errors import PlanInfeasible
+from flexllmgen.models.published import published_config
+from flexllmgen.placement import GiB, check_fits, plan_placement
+from flexllmgen.policy import Placement, Policy
+from flexllmgen.spec import ModelSpec
+from flexllmgen.workload import Workload
+from profiling.cost_model import engine_cost
+from strategies.search import Found, Limits, find_policy
+
+sys.path.append(str(Path(__file__).parents[1] / "profiling"))
+from machines import machine
+
+
+def spec_of(name: str) -> ModelSpec:
+    return ModelSpec.from_hf_config(published_config(name), name)
+
+
+SMALL = ModelSpec.from_hf_config(
+    {**published_config("opt-1.3b"), "num_hidden_layers": 6}, "opt-1.3b, 6 layers"
+)
+OPT_30B, OPT_175B = spec_of("opt-30b"), spec_of("opt-175b")
+WORKLOAD = Workload(num_sequences=48, prompt_tokens=128, gen_tokens=16)
+
+
+def search(
+    spec: ModelSpec = SMALL,
+    workload: Workload = WORKLOAD,
+    *,
+    gpu: float | None = 1.0,
+    cpu: float = 16.0,
+    disk: float = 100.0,
+    device: str = "cuda",
+    **rates: float,
+) -> Found:
+    shared = device == "cpu" and gpu is None
+    limits = Limits(
+        gpu_bytes=None if gpu is None else int(gpu * GiB),
+        cpu_bytes=int(cpu * GiB),
+        disk_bytes=int(disk * GiB),
+        shared=shared,
+    )
+    return find_policy(spec, machine(spec, device, **rates), workload, limits, dtype_bytes=2, batch_size=8)
+
+
+def test_what_fits_the_device_stays_there() -> None:
+    best = search(gpu=40.0).best
+    assert best.policy.weights.gpu == best.policy.kv_cache.gpu == best.policy.activations.gpu == 1.0
+
+
+def test_a_model_larger_than_the_device_is_streamed_and_the_link_binds() -> None:
+    found = search(OPT_30B, Workload(num_sequences=96, prompt_tokens=512, gen_tokens=32), gpu=16, cpu=110)
+    assert found.best.cost.decode_bound == "host to device link"
+    assert found.best.policy.block_size >= 48
+    assert 0.99 * 16 * GiB < found.best.placement.gpu_bytes <= 16 * GiB
+    assert 0 <= found.gap < 0.3
+
+
+def test_it_beats_flexgens_published_policies_by_its_own_model() -> None:
+    workload = Workload(num_sequences=96, prompt_tokens=512, gen_tokens=32)
+    found = search(OPT_30B, workload, gpu=16, cpu=110)
+    for percents, size, count in (
+        ((20, 80, 0, 100), 48, 1),
+        ((0, 100, 0, 100), 48, 1),
+        ((10, 90, 0, 100), 24, 2),
+    ):
+        policy = Policy(
+            micro_batch_size=size,
+            num_micro_batches=count,
+            weights=Placement.from_percent(*percents[:2]),
+            kv_cache=Placement.from_percent(*percents[2:]),
+        )
+        cost = engine_cost(plan_placement(OPT_30B, policy, workload, 2), machine(OPT_30B))
+        assert cost is not None
+        assert found.best.cost.generation_tok_s >= cost.generation_tok_s
+
+
+def test_opt_175b_is_planned_within_two_seconds() -> None:
+    workload = Workload(num_sequences=144, prompt_tokens=512, gen_tokens=32)
+    taken = []
+    for _ in range(3):
+        started = time.process_time()
+        found = search(OPT_175B, workload, gpu=16, cpu=200, disk=1000)
+        taken.append(time.process_time() - started)
+    assert min(taken) < 2
+    assert found.best.placement.disk_bytes > 0
+
+
+def test_disk_is_used_only_where_memory_ends() -> None:
+    assert search(cpu=16.0).best.placement.disk_bytes == 0
+    assert search(gpu=0.6, cpu=0.4).best.placement.disk_bytes > 0
+
+
+def test_latency_serves_one_batch_at_a_time() -> None:
+    limits = Limits(gpu_bytes=GiB, cpu_bytes=16 * GiB, disk_bytes=0)
+    found = find_policy(
+        SMALL, machine(SMALL), WORKLOAD, limits, dtype_bytes=2, batch_size=8, objective="latency"
+    )
+    policy = found.best.policy
+    assert policy.block_size - policy.micro_batch_size < 8 <= policy.block_size
+
+
+def test_without_a_gpu_memory_is_one_and_the_rest_is_disk() -> None:
+    best = search(gpu=None, cpu=0.7, device="cpu").best
+    assert best.placement.gpu_bytes + best.placement.cpu_bytes <= 0.7 * GiB
+    assert best.placement.disk_bytes > 0
+
+
+@pytest.mark.parametrize(
+    ("limits", "way"),
+    [
+        ({"gpu": 0.05, "cpu": 16.0}, "more on the GPU"),
+        ({"gpu": 1.0, "cpu": 0.01, "disk": 0.01}, "more of host memory"),
+    ],
+)
+def test_nothing_fits_names_the_least_change_that_would(limits: dict[str, float], way: str) -> None:
+    with pytest.raises(PlanInfeasible, match=way):
+        search(**limits)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    gpu=st.floats(0.3, 3.0),
+    cpu=st.floats(0.2, 4.0),
+    disk=st.sampled_from([0.0, 8.0]),
+    sequences=st.integers(1, 48),
+    more=st.sampled_from(["gpu", "cpu", "disk", "h2d_bytes_per_s"]),
+)
+def test_every_policy_found_fits_and_more_never_hurts(
+    gpu: float, cpu: float, disk: float, sequences: int, more: str
+) -> None:
+    workload = Workload(num_sequences=sequences, prompt_tokens=64, gen_tokens=8)
+    limits = {"gpu": gpu, "cpu": cpu, "disk": disk}
+    try:
+        found = search(workload=workload, **limits)
+    except PlanInfeasible:
+        return
+    for each in (found.best, *found.runners_up):
+        for share in (each.policy.weights, each.policy.kv_cache, each.policy.activations):
+            assert share.gpu + share.cpu + share.disk == pytest.approx(1)
+        check_fits(
+            each.placement,
+            gpu_bytes=int(gpu * GiB),
+            cpu_bytes=int(cpu * GiB),
+            disk_free_bytes=int(disk * GiB),
+        )
+    assert found.best.seconds >= found.bound_s * 0.999
+    if more in limits:
+        larger = search(workload=workload, **{**limits, more: limits[more] * 1.5 + 0.1})
+    else:
+        larger = search(workload=workload, **limits, **{more: 8e10})
+    # The same up to what is not worth looking for, and what plainness is preferred by.
+    assert larger.best.seconds <= found.best.seconds * 1.05
