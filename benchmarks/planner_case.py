@@ -1,0 +1,268 @@
+"""One model, workload and cap: what autoflex chooses, and policies written by hand, predicted and measured.
+
+    python benchmarks/planner_case.py --model opt-6.7b --gpu-gib 8 --sequences 192 --prompt 512 --gen 32
+
+Random weights and prompts. Of each policy one block is run, after a warm-up of one micro-batch; of long generations only
+`--steps` decode steps, the rest projected from their median. All blocks of a workload being alike, its throughput is that
+of the block (a ragged last one is counted at its predicted share). Prints one JSON line per policy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("", "FlexLLMGen")]
+
+from flexllmgen.checkpoint import RandomCheckpoint
+from flexllmgen.engine import FlexEngine
+from flexllmgen.errors import OffloadError
+from flexllmgen.models.published import published_config
+from flexllmgen.placement import GiB, PlacementPlan, check_fits, plan_placement
+from flexllmgen.policy import Placement, Policy
+from flexllmgen.spec import ModelSpec
+from flexllmgen.workload import Workload
+from profiling.calibration import calibrate, corrected
+from profiling.cost_model import Traffic, engine_cost, physical_limit
+from profiling.hardware import available_memory_bytes, free_disk_bytes, read_hardware
+from profiling.profiler import take_profile
+from strategies.search import Limits, find_policy
+
+# FlexGen's percentages (weights on GPU, CPU; KV on GPU, CPU), micro-batch, number of micro-batches. The first three are
+# from its paper and scripts for these sizes; the others are what one would try by hand.
+BY_HAND: dict[str, tuple[int, int, int, int, int, int]] = {
+    "flexgen 20 80 0 100 48x3": (20, 80, 0, 100, 48, 3),
+    "flexgen 20 80 0 100 32x4": (20, 80, 0, 100, 32, 4),
+    "flexgen 0 100 0 100 48x1": (0, 100, 0, 100, 48, 1),
+    "hand 0 100 0 100 24x4": (0, 100, 0, 100, 24, 4),
+    "hand 30 70 0 100 16x6": (30, 70, 0, 100, 16, 6),
+    "hand 50 50 0 100 16x4": (50, 50, 0, 100, 16, 4),
+    "hand 20 80 50 50 16x2": (20, 80, 50, 50, 16, 2),
+    "hand 0 100 100 0 8x2": (0, 100, 100, 0, 8, 2),
+    "hand 40 60 20 80 32x2": (40, 60, 20, 80, 32, 2),
+    "hand 10 90 10 90 64x2": (10, 90, 10, 90, 64, 2),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", default="opt-6.7b")
+    parser.add_argument("--layers", type=int, default=0)
+    parser.add_argument("--gpu-gib", type=float, default=0)
+    parser.add_argument("--cpu-gib", type=float, default=0)
+    parser.add_argument("--sequences", type=int, default=192)
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--gen", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--policies", default="all", help="auto, naive and hand, comma-separated, or all")
+    parser.add_argument("--seconds", type=float, default=300, help="begin no policy after that")
+    parser.add_argument("--offload-dir", default="/tmp/offload")
+    parser.add_argument("--profiles", default="/tmp/profiles")
+    args = parser.parse_args()
+    started = time.time()
+    config = published_config(args.model)
+    if args.layers:
+        config["num_hidden_layers"] = args.layers
+    case = Case(ModelSpec.from_hf_config(config, args.model), args)
+    wanted = ["auto", "naive", "hand"] if args.policies == "all" else args.policies.split(",")
+    for name, policy in case.policies(wanted):
+        if time.time() - started > args.seconds:
+            print(json.dumps({**case.name, "policy": name, "error": "out of time"}), flush=True)
+            continue
+        print(json.dumps({**case.name, "policy": name, **case.run(policy)}), flush=True)
+
+
+class Case:
+    """A model and workload on this machine."""
+
+    def __init__(self, spec: ModelSpec, args: argparse.Namespace) -> None:
+        self.spec, self.args = spec, args
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.dtype = torch.float16 if self.device == "cuda" else torch.float32
+        self.workload = Workload(num_sequences=args.sequences, prompt_tokens=args.prompt, gen_tokens=args.gen)
+        folder = Path(args.offload_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        began = time.time()
+        self.profile, warnings = take_profile(
+            read_hardware(folder),
+            spec,
+            device=self.device,
+            dtype=str(self.dtype).removeprefix("torch."),
+            offload_dir=folder,
+            cache=Path(args.profiles),
+        )
+        self.name: dict[str, Any] = {
+            "model": args.model,
+            "gpu_gib": args.gpu_gib,
+            "workload": [args.sequences, args.prompt, args.gen],
+        }
+        rates = {name: round(each.median / 1e9, 2) for name, each in self.profile.measurements.items()}
+        took = round(time.time() - began, 1)
+        print(
+            json.dumps({**self.name, "profile_s": took, "warnings": warnings, "rates_1e9": rates}), flush=True
+        )
+        self.limits = Limits(
+            gpu_bytes=int(args.gpu_gib * GiB) or None,
+            cpu_bytes=int(args.cpu_gib * GiB) or available_memory_bytes() * 9 // 10,
+            disk_bytes=free_disk_bytes(folder) * 9 // 10,
+            shared=self.device == "cpu" and not args.gpu_gib,
+        )
+
+    def policies(self, wanted: list[str]) -> list[tuple[str, Policy]]:
+        found = []
+        if "auto" in wanted:
+            began = time.time()
+            best = find_policy(
+                self.spec,
+                self.profile,
+                self.workload,
+                self.limits,
+                dtype_bytes=self.dtype.itemsize,
+                batch_size=8,
+            )
+            print(
+                json.dumps({"search_s": round(time.time() - began, 2), "gap": round(best.gap, 3)}), flush=True
+            )
+            found.append(("autoflex", best.best.policy))
+        if "naive" in wanted:
+            found.append(("naive", self.naive()))
+        for name, (w_gpu, w_cpu, c_gpu, c_cpu, size, count) in BY_HAND.items():
+            if "hand" in wanted or name in wanted:
+                found.append(
+                    (
+                        name,
+                        Policy(
+                            micro_batch_size=size,
+                            num_micro_batches=count,
+                            weights=Placement.from_percent(w_gpu, w_cpu),
+                            kv_cache=Placement.from_percent(c_gpu, c_cpu),
+                        ),
+                    )
+                )
+        return found
+
+    def naive(self) -> Policy:
+        """Fill the GPU with weights, a batch's KV beside them, the rest of the weights in host memory."""
+        for percent in range(100, -1, -1):
+            policy = Policy(micro_batch_size=8, weights=Placement.from_percent(percent, 100 - percent))
+            if self.limits.fits(self.place(policy)):
+                return policy
+        return policy
+
+    def place(self, policy: Policy) -> PlacementPlan:
+        return plan_placement(
+            self.spec,
+            policy,
+            self.workload,
+            self.dtype.itemsize,
+            in_place=self.device == "cpu",
+            gpu_cap_bytes=self.limits.gpu_bytes,
+        )
+
+    def run(self, policy: Policy) -> dict[str, Any]:
+        plan = self.place(policy)
+        shares = [round(100 * share, 1) for kind in (policy.weights, policy.kv_cache, policy.activations)
+                  for share in (kind.gpu, kind.cpu, kind.disk)]  # fmt: skip
+        result: dict[str, Any] = {
+            "cut": f"{policy.micro_batch_size}x{policy.num_micro_batches}",
+            "overlap": policy.overlap,
+            "sep_layer": policy.sep_layer,
+            "shares": shares,
+        }
+        try:
+            check_fits(plan, gpu_bytes=self.limits.gpu_bytes, cpu_bytes=self.limits.cpu_bytes)
+            return {**result, **self.measured(policy, plan)}
+        except OffloadError as error:
+            return {**result, "error": str(error).splitlines()[0][:200]}
+        except torch.OutOfMemoryError as error:
+            return {**result, "error": "OUT OF MEMORY " + str(error)[:150]}
+        finally:
+            gc.collect()
+
+    def measured(self, policy: Policy, plan: PlacementPlan) -> dict[str, Any]:
+        block = min(policy.block_size, self.workload.num_sequences)
+        generator = torch.Generator().manual_seed(1)
+        ids = torch.randint(5, self.spec.vocab_size, (block, self.args.prompt), generator=generator)
+        began = time.time()
+        with FlexEngine.load(
+            self.spec,
+            RandomCheckpoint(seed=0),
+            policy,
+            workload=self.workload,
+            device=self.device,
+            dtype=self.dtype,
+            offload_dir=self.args.offload_dir,
+            gpu_bytes=self.limits.gpu_bytes,
+            cpu_bytes=self.limits.cpu_bytes,
+        ) as engine:
+            load_s = time.time() - began
+            for _ in engine.generate(ids[: policy.micro_batch_size], max_new_tokens=2):
+                pass
+            probe = engine.probe()
+            steps = min(self.args.steps, self.args.gen - 1)
+            times = [time.perf_counter()]
+            for _ in engine.generate(ids, max_new_tokens=1 + steps):
+                times.append(time.perf_counter())
+            stats = engine.stats()
+        prefill, gaps = times[1] - times[0], [b - a for a, b in zip(times[1:], times[2:], strict=False)]
+        step = statistics.median(gaps[1:] or gaps)
+        cost = engine_cost(plan, self.profile)
+        calibration = calibrate(plan, self.profile, probe)
+        calibrated = engine_cost(plan, corrected(self.profile, calibration))
+        assert cost is not None
+        assert calibrated is not None
+        decode = self.args.gen - 1
+        blocks = self.workload.num_sequences / block
+        measured = block * self.args.gen / (prefill + decode * step)
+        if blocks != int(blocks):  # The ragged block is slower by as much as predicted.
+            measured *= cost.generation_tok_s / self._full_blocks(policy)
+        shares = plan.kv_cache.shares
+        traffic = Traffic(
+            batch_size=block,
+            weight_bytes={tier: getattr(plan.weights, tier) for tier in ("gpu", "cpu", "disk")},
+            kv_shares={"gpu": shares.gpu, "cpu": shares.cpu, "disk": shares.disk},
+            dtype_bytes=plan.dtype_bytes,
+        )
+        limit = physical_limit(self.spec, self.workload, traffic, self.profile.best).generation_tok_s
+        return {
+            "tok_s": round(measured, 2),
+            "predicted_tok_s": round(cost.generation_tok_s, 2),
+            "error": None,
+            "prediction_error": round(cost.generation_tok_s / measured - 1, 3),
+            "calibrated_error": round(calibrated.generation_tok_s / measured - 1, 3),
+            "calibration": [round(x, 3) for x in (calibration.compute, calibration.link, calibration.disk)],
+            "limit_tok_s": round(limit, 2),
+            "prefill_s": [round(prefill, 3), round(cost.prefill_s / blocks, 3)],
+            "step_s": [round(step, 4), round(cost.decode_s / blocks / max(1, decode), 4)],
+            "bound": cost.decode_bound,
+            "planned_gpu_gib": round(plan.gpu_bytes / GiB, 3),
+            "peak_gpu_gib": round(stats.device_reserved_peak_bytes / GiB, 3),
+            "planned_host_gib": round(plan.cpu_bytes / GiB, 3),
+            "host_gib": round(stats.host_bytes / GiB, 3),
+            "load_s": round(load_s, 1),
+        }
+
+    def _full_blocks(self, policy: Policy) -> float:
+        """Predicted throughput of the full blocks alone."""
+        full = Workload(
+            num_sequences=policy.block_size, prompt_tokens=self.args.prompt, gen_tokens=self.args.gen
+        )
+        plan = plan_placement(
+            self.spec, policy, full, self.dtype.itemsize, in_place=self.device == "cpu",
+            gpu_cap_bytes=self.limits.gpu_bytes,
+        )  # fmt: skip
+        cost = engine_cost(plan, self.profile)
+        assert cost is not None
+        return cost.generation_tok_s
+
+
+if __name__ == "__main__":
+    main()
