@@ -50,7 +50,8 @@ class Traffic:
 class CostEstimate:
     """Seconds over the whole workload, and which resource sets the pace in each phase.
 
-    `..._busy_s` are the seconds each resource works in a phase; `peak_bytes` what each tier holds at most.
+    `..._busy_s` are the seconds each resource works in a phase, `..._moved_bytes` the bytes over each link (h2d, d2h,
+    disk_read, disk_write); `peak_bytes` what each tier holds at most. Those that nothing is known of are empty.
     """
 
     prefill_s: float
@@ -60,6 +61,8 @@ class CostEstimate:
     decode_bound: str
     prefill_busy_s: Mapping[str, float] = field(default_factory=dict)
     decode_busy_s: Mapping[str, float] = field(default_factory=dict)
+    prefill_moved_bytes: Mapping[str, float] = field(default_factory=dict)
+    decode_moved_bytes: Mapping[str, float] = field(default_factory=dict)
     peak_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -91,6 +94,8 @@ def engine_cost(plan: PlacementPlan, profile: "HardwareProfile") -> CostEstimate
     prefill_s = decode_s = 0.0
     prefill_busy: Times = {}
     decode_busy: Times = {}
+    prefill_moved: dict[str, float] = {}
+    decode_moved: dict[str, float] = {}
     for blocks, size in ((full, policy.block_size), (1, ragged)):
         if not blocks or not size:
             continue
@@ -103,10 +108,12 @@ def engine_cost(plan: PlacementPlan, profile: "HardwareProfile") -> CostEstimate
         )
         prefill_s += blocks * passes.seconds[0]
         _add(prefill_busy, passes.busy[0], blocks)
+        _add(prefill_moved, passes.moved[0], blocks)
         counts = [1, steps - 2, 1] if steps > 2 else [1] * steps
-        for count, seconds, busy in zip(counts, passes.seconds[1:], passes.busy[1:], strict=True):
-            decode_s += blocks * count * seconds
-            _add(decode_busy, busy, blocks * count)
+        for step, count in enumerate(counts, start=1):
+            decode_s += blocks * count * passes.seconds[step]
+            _add(decode_busy, passes.busy[step], blocks * count)
+            _add(decode_moved, passes.moved[step], blocks * count)
     return CostEstimate(
         prefill_s=prefill_s,
         decode_s=decode_s,
@@ -115,6 +122,8 @@ def engine_cost(plan: PlacementPlan, profile: "HardwareProfile") -> CostEstimate
         decode_bound=_binding(decode_busy),
         prefill_busy_s=prefill_busy,
         decode_busy_s=decode_busy,
+        prefill_moved_bytes=prefill_moved,
+        decode_moved_bytes=decode_moved,
         peak_bytes={"gpu": plan.gpu_bytes, "cpu": plan.cpu_bytes, "disk": plan.disk_bytes},
     )
 
@@ -155,13 +164,15 @@ def over_blocks(
             # Each step reads the KV of all positions before it; times grow linearly, so the middle step is the mean.
             busy = times(block, 1, workload.prompt_tokens + steps // 2)
             decode_s += steps * together(busy.values())
-            _add(decode_busy, busy)
+            _add(decode_busy, busy, steps)
     return CostEstimate(
         prefill_s=prefill_s,
         decode_s=decode_s,
         generation_tok_s=workload.output_tokens / (prefill_s + decode_s),
         prefill_bound=_binding(prefill_busy),
         decode_bound=_binding(decode_busy),
+        prefill_busy_s=prefill_busy,
+        decode_busy_s=decode_busy,
     )
 
 

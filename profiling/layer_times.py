@@ -149,18 +149,22 @@ class LayerTimes:
 
 def layer_times_for(spec: ModelSpec, tables: Sequence[LayerTimes]) -> LayerTimes | None:
     """The table of this model's shape, else the nearest one scaled to it; None if there is none at all."""
+    table, shape = nearest_table(spec, tables), LayerShape.of(spec)
+    return table if table is None or table.shape == shape else table.scaled_to(shape)
+
+
+def nearest_table(spec: ModelSpec, tables: Sequence[LayerTimes]) -> LayerTimes | None:
+    """The table of this model's shape, else the one whose layers are most like it; None if there is none at all."""
     shape = LayerShape.of(spec)
     for table in tables:
         if table.shape == shape:
             return table
-    if not tables:
-        return None
 
     def distance(table: LayerTimes) -> float:
         size = abs(math.log((shape.mlp_weights + shape.attention_weights) / _layer_weights(table.shape)))
         return size + 2 * ((table.shape.num_experts > 0) != (shape.num_experts > 0))
 
-    return min(tables, key=distance).scaled_to(shape)
+    return min(tables, key=distance, default=None)
 
 
 def _layer_weights(shape: LayerShape) -> int:

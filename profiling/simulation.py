@@ -21,6 +21,8 @@ COMPUTE, UP, DOWN, DISK, COPY = (
     "disk",
     "device memory copies",
 )
+H2D, D2H, DISK_READ, DISK_WRITE = LINKS = ("h2d", "d2h", "disk_read", "disk_write")
+"""Ways that bytes move on between tiers."""
 _READ_BYTES = 8 << 20
 """A disk read in flight: the last one must still be copied on."""
 
@@ -29,20 +31,27 @@ _READ_BYTES = 8 << 20
 class Passes:
     """Seconds of each pass of a block: the prompt's, then the decode steps that were simulated.
 
-    `busy` holds per pass the seconds that each resource worked.
+    `busy` holds per pass the seconds that each resource worked, `moved` the bytes over each of LINKS.
     """
 
     seconds: tuple[float, ...]
     busy: tuple[Mapping[str, float], ...]
+    moved: tuple[Mapping[str, float], ...]
 
 
 @dataclass(slots=True)
 class _Clocks:
-    """When each resource is next free, and the work it did in each pass."""
+    """When each resource is next free, and the work it did in each of a number of passes."""
 
     together: bool
+    passes: int
     free: dict[str, float] = field(default_factory=dict)
-    busy: list[dict[str, float]] = field(default_factory=list)
+    busy: list[dict[str, float]] = field(init=False)
+    moved: list[dict[str, float]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.busy = [{} for _ in range(self.passes)]
+        self.moved = [dict.fromkeys(LINKS, 0.0) for _ in range(self.passes)]
 
     def run(self, resource: str, lane: str, ready: float, seconds: float, token: int) -> float:
         """Occupies a resource from when it and its lane are free; returns the end."""
@@ -51,8 +60,6 @@ class _Clocks:
             start = max([start, *self.free.values()])
         end = start + seconds
         self.free[resource] = self.free[lane] = end
-        while len(self.busy) <= token:
-            self.busy.append({})
         self.busy[token][resource] = self.busy[token].get(resource, 0.0) + seconds
         return end
 
@@ -116,7 +123,7 @@ class _Simulation:
         streams = any(self.shape.streamed_weights) or any(streamed_kv) or self.shape.streamed_hidden
         windowed = any(0 < window < plan.max_context for window in spec.sliding_windows)
         self.recorded = not (streams or elsewhere or windowed or spec.num_experts or plan.in_place)
-        self.clocks = _Clocks(together=plan.policy.overlap == 0)
+        self.clocks = _Clocks(together=plan.policy.overlap == 0, passes=1 + len(contexts))
         self.issued = 0.0
         self.weight_ready: dict[int, float] = {}
         self.weight_busy: dict[int, float] = {}
@@ -149,10 +156,10 @@ class _Simulation:
                     self.issued = max(self.issued, self.computed)
                     emitted.append(self.computed)
         starts = [0.0, *emitted[:-1]]
-        busy = [*self.clocks.busy, *({} for _ in range(len(emitted) - len(self.clocks.busy)))]
         return Passes(
             seconds=tuple(end - start for start, end in zip(starts, emitted, strict=True)),
-            busy=tuple(busy[: len(emitted)]),
+            busy=tuple(self.clocks.busy),
+            moved=tuple(self.clocks.moved),
         )
 
     # Loads and stores. Each lane is a queue of its own; the disk and the links are shared by all lanes.
@@ -165,8 +172,7 @@ class _Simulation:
         if disk:
             end = self._disk("weights disk", ready, disk, step.token)
         if not self.on_cpu and (host or disk):
-            seconds = (host + disk) / self._up_rate
-            copied = self.clocks.run(UP, "weights-kv up", ready, seconds, step.token)
+            copied = self._up("weights-kv up", ready, host + disk, step.token)
             if disk:  # Copies follow their reads, and the lane waits for the last one.
                 copied = max(copied, end + min(disk, _READ_BYTES) / self._up_rate)
                 self.clocks.free["weights-kv up"] = copied
@@ -186,9 +192,7 @@ class _Simulation:
         if disk:
             end = self._disk("weights-kv up", ready, disk * positions, step.token)
         if not self.on_cpu and cpu + disk:
-            end = self.clocks.run(
-                UP, "weights-kv up", end, (cpu + disk) * positions / self._up_rate, step.token
-            )
+            end = self._up("weights-kv up", end, (cpu + disk) * positions, step.token)
         self.kv_ready[step.slot] = end
 
     def _store_kv(self, step: Step) -> None:
@@ -199,9 +203,7 @@ class _Simulation:
             return
         end = self.computed
         if not self.on_cpu and cpu + disk:
-            end = self.clocks.run(
-                DOWN, "weights-kv down", end, (cpu + disk) * positions / self._down_rate, step.token
-            )
+            end = self._down("weights-kv down", end, (cpu + disk) * positions, step.token)
         if disk:
             end = self._disk("weights-kv down", end, disk * positions, step.token, write=True)
         self.stored[layer, step.micro_batch] = end
@@ -215,7 +217,7 @@ class _Simulation:
         if disk:
             ready = self._disk("hidden up", ready, disk, step.token)
         if not self.on_cpu and cpu + disk:
-            ready = self.clocks.run(UP, "hidden up", ready, (cpu + disk) / self._up_rate, step.token)
+            ready = self._up("hidden up", ready, cpu + disk, step.token)
         self.hidden_ready[step.slot] = self.clocks.run(
             COPY, "hidden up", ready, (gpu + cpu + disk) / self._copy_rate, step.token
         )
@@ -226,13 +228,22 @@ class _Simulation:
             COPY, "hidden down", self.computed, (gpu + cpu + disk) / self._copy_rate, step.token
         )
         if not self.on_cpu and cpu + disk:
-            end = self.clocks.run(DOWN, "hidden down", end, (cpu + disk) / self._down_rate, step.token)
+            end = self._down("hidden down", end, cpu + disk, step.token)
         if disk:
             end = self._disk("hidden down", end, disk, step.token, write=True)
         self.hidden_stored[step.micro_batch] = end
         self.hidden_busy[step.slot] = end
 
+    def _up(self, lane: str, ready: float, num_bytes: float, token: int) -> float:
+        self.clocks.moved[token][H2D] += num_bytes
+        return self.clocks.run(UP, lane, ready, num_bytes / self._up_rate, token)
+
+    def _down(self, lane: str, ready: float, num_bytes: float, token: int) -> float:
+        self.clocks.moved[token][D2H] += num_bytes
+        return self.clocks.run(DOWN, lane, ready, num_bytes / self._down_rate, token)
+
     def _disk(self, lane: str, ready: float, num_bytes: float, token: int, *, write: bool = False) -> float:
+        self.clocks.moved[token][DISK_WRITE if write else DISK_READ] += num_bytes
         rate = self.rates.disk_write_bytes_per_s if write else self.rates.disk_read_bytes_per_s
         return self.clocks.run(DISK, lane, ready, num_bytes / rate, token)
 

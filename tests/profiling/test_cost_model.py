@@ -83,3 +83,9 @@ def test_one_token_has_no_decode() -> None:
     limit = physical_limit(OPT_30B, dataclasses.replace(WORKLOAD, gen_tokens=1), traffic(gpu=0.2), H200)
     assert limit.decode_s == 0
     assert limit.decode_bound == "none"
+
+
+def test_busy_seconds_are_of_the_whole_phase() -> None:
+    limit = physical_limit(OPT_30B, WORKLOAD, traffic(gpu=0.2, batch_size=16), H200)
+    assert limit.decode_busy_s[limit.decode_bound] == pytest.approx(limit.decode_s)
+    assert limit.prefill_busy_s[limit.prefill_bound] == pytest.approx(limit.prefill_s)

@@ -136,3 +136,27 @@ def test_more_bandwidth_is_never_predicted_slower(
         for name in {**estimate.prefill_busy_s, **estimate.decode_busy_s}:
             busy = estimate.prefill_busy_s.get(name, 0.0) + estimate.decode_busy_s.get(name, 0.0)
             assert busy <= seconds(estimate) * 1.05
+
+
+def test_bytes_over_the_links_are_those_of_the_placement() -> None:
+    weights = Placement(gpu=0.0, cpu=0.5, disk=0.5)
+    policy = Policy(micro_batch_size=8, num_micro_batches=2, weights=weights, kv_cache=ON_CPU)
+    plan = plan_placement(SPEC, policy, WORKLOAD, 2)
+    estimate = cost(policy)
+    kv = [WORKLOAD.num_sequences * SPEC.kv_bytes(positions, 2) for positions in range(128, 128 + 15)]
+    # The token table serves as head and as embedding, and comes in for each.
+    streamed = plan.weights.total + SPEC.vocab_size * SPEC.embed_size * 2
+    moved = estimate.decode_moved_bytes
+    assert moved["h2d"] == pytest.approx(15 * streamed + sum(kv), rel=0.02)
+    # Nothing will read the last token's KV, so it is not stored.
+    assert moved["d2h"] == pytest.approx(14 * WORKLOAD.num_sequences * SPEC.kv_bytes(1, 2), rel=0.01)
+    assert moved["disk_read"] == pytest.approx(15 * plan.weights.disk, rel=0.2)
+    assert moved["disk_write"] == 0
+    assert moved["h2d"] / 5.5e10 == pytest.approx(estimate.decode_busy_s["host to device link"])
+    assert estimate.prefill_moved_bytes["d2h"] == pytest.approx(kv[0], rel=0.01)
+
+
+def test_without_an_accelerator_only_the_disk_moves_bytes() -> None:
+    moved = cost(Policy(micro_batch_size=4, weights=ON_DISK), device="cpu").decode_moved_bytes
+    assert moved["disk_read"] > 0
+    assert moved["h2d"] == moved["d2h"] == 0
