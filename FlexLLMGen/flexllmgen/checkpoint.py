@@ -7,7 +7,7 @@
 import fnmatch
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,12 +17,12 @@ from safetensors import SafetensorError, safe_open
 from flexllmgen.errors import CheckpointError
 from flexllmgen.spec import ModelSpec
 
+PIECE_NUMBERS = 16 << 20
+"""Random numbers that are drawn at once: the most that is held beside where they go."""
+
 
 class Checkpoint(Protocol):
     """A source of weights."""
-
-    on_device: bool
-    """Whether tensors are best made on the compute device (random numbers) rather than on the host."""
 
     @property
     def fingerprint(self) -> str:
@@ -41,8 +41,6 @@ class Checkpoint(Protocol):
 class RandomCheckpoint:
     """Seeded normal weights: seed, device kind and dtype decide the numbers, the policy does not."""
 
-    on_device = True
-
     def __init__(self, seed: int = 0, std: float = 0.02) -> None:
         self.seed, self.std = seed, std
 
@@ -54,17 +52,33 @@ class RandomCheckpoint:
         """Random weights fit every model."""
 
     def fill(self, spec: ModelSpec, layer: int, name: str, target: torch.Tensor) -> None:  # noqa: ARG002
+        for _ in self.pieces(layer, name, target.numel(), lambda start, stop: target.view(-1)[start:stop]):
+            pass
+
+    def pieces(
+        self, layer: int, name: str, count: int, take: Callable[[int, int], torch.Tensor]
+    ) -> Iterator[tuple[int, int]]:
+        """Fills a tensor of `count` numbers piece by piece, so that it need not be in one place.
+
+        `take(start, stop)` gives the flat memory for those numbers; yields each range when it is filled.
+        """
         key = hashlib.sha256(f"{self.seed}/{layer}/{name}".encode()).digest()
-        generator = torch.Generator(device=target.device).manual_seed(int.from_bytes(key[:7], "little"))
-        target.normal_(0.0, self.std, generator=generator)
-        if name.endswith("norm.weight"):
-            target.add_(1.0)
+        generator = None
+        for start in range(0, count, PIECE_NUMBERS):
+            stop = min(start + PIECE_NUMBERS, count)
+            piece = take(start, stop)
+            if generator is None:
+                generator = torch.Generator(device=piece.device).manual_seed(
+                    int.from_bytes(key[:7], "little")
+                )
+            piece.normal_(0.0, self.std, generator=generator)
+            if name.endswith("norm.weight"):
+                piece.add_(1.0)
+            yield start, stop
 
 
 class SafetensorsCheckpoint:
     """A folder with `model.safetensors`, or shards and `model.safetensors.index.json`."""
-
-    on_device = False
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)

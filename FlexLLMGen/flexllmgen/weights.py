@@ -8,7 +8,7 @@ memory is the compute device's own, and only disk parts are streamed.
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 
-from flexllmgen.checkpoint import Checkpoint
+from flexllmgen.checkpoint import PIECE_NUMBERS, Checkpoint, RandomCheckpoint
 from flexllmgen.memory.arena import HostArena, Region
 from flexllmgen.memory.disk import READ_BYTES, DirectFile, in_order
 from flexllmgen.memory.pack import WeightPack, aligned_empty, pack_key
@@ -30,6 +30,9 @@ from flexllmgen.placement import (
     round_up,
     streamed_from,
 )
+
+WINDOW_BYTES = 128 << 20
+"""Random weights are made in so much device memory, which every plan has for work that comes later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,7 @@ def weight_pack(
     plan: PlacementPlan, checkpoint: Checkpoint, directory: Path, device: torch.device, dtype: torch.dtype
 ) -> WeightPack:
     """Where the disk parts of these weights are packed. Random numbers differ between kinds of device."""
-    kind = device.type if checkpoint.on_device else ""
+    kind = device.type if isinstance(checkpoint, RandomCheckpoint) else ""
     return WeightPack(directory, pack_key(checkpoint.fingerprint + kind, dtype, plan.images))
 
 
@@ -346,27 +349,76 @@ class WeightStore:
 
     @torch.inference_mode()
     def _fill_one(self, checkpoint: Checkpoint, index: int, image: Image, pack: WeightPack | None) -> None:
-        plan = self._plan
-        resident = self._resident_bytes[index]
-        make_on = self._device if checkpoint.on_device else torch.device("cpu")
-        host_from = 0 if plan.in_place else image.gpu_bytes
-        host_to = image.gpu_bytes + image.cpu_bytes
-        host = self._arena.view(self._homes[index])
-        whole = make_on.type == "cpu" and host_from == 0 and host_to == image.num_bytes
-        payload = aligned_empty(round_up(image.disk_bytes, PAGE)) if pack is not None else None
-        with self._one_at_a_time if make_on.type != "cpu" else contextlib.nullcontext():
+        payload = aligned_empty(round_up(image.disk_bytes, PAGE)).zero_() if pack is not None else None
+        parts = self._parts(index, image, payload)
+        if self._device.type != "cpu" and isinstance(checkpoint, RandomCheckpoint):
+            with self._one_at_a_time:
+                fill_by_windows(checkpoint, image, parts, device=self._device, dtype=self._dtype)
+        else:
+            whole = next((part for start, stop, part in parts if (start, stop) == (0, image.num_bytes)), None)
             # Zeros, so that the gaps between tensors are the same in every pack of the same weights.
-            memory = host if whole else torch.zeros(image.num_bytes, dtype=torch.uint8, device=make_on)
+            memory = whole if whole is not None else torch.zeros(image.num_bytes, dtype=torch.uint8)
             for name, tensor in image.tensors.items():
                 raw = memory[tensor.offset : tensor.end].view(self._dtype).view(tensor.shape)
-                checkpoint.fill(plan.spec, image.layer, name, raw)
-            if whole:
-                return
-            if not plan.in_place:
-                self._resident[index].copy_(memory[:resident])
-            host.copy_(memory[host_from:host_to])
-            if payload is not None:
-                payload[: image.disk_bytes].copy_(memory[host_to:])
-            del memory
+                checkpoint.fill(self._plan.spec, image.layer, name, raw)
+            if whole is None:
+                _spread(memory, 0, parts)
         if pack is not None and payload is not None:
             pack.write(image, payload)
+
+    def _parts(
+        self, index: int, image: Image, payload: torch.Tensor | None
+    ) -> list[tuple[int, int, torch.Tensor]]:
+        """Where an image's bytes go: (start, stop, memory) of each part that is there to be filled."""
+        host_from = 0 if self._plan.in_place else image.gpu_bytes
+        host_to = image.gpu_bytes + image.cpu_bytes
+        parts = [(host_from, host_to, self._arena.view(self._homes[index]))]
+        if not self._plan.in_place:
+            resident = self._resident_bytes[index]
+            parts.append((0, resident, self._resident[index].zero_()))
+        if payload is not None:
+            parts.append((host_to, image.num_bytes, payload))
+        return [part for part in parts if part[0] < part[1]]
+
+
+def fill_by_windows(
+    checkpoint: RandomCheckpoint,
+    image: Image,
+    parts: Sequence[tuple[int, int, torch.Tensor]],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    window_bytes: int = WINDOW_BYTES,
+) -> None:
+    """Makes an image's numbers on the device, a window of it at a time: device memory is planned to the byte.
+
+    Args:
+        parts: (start, stop, memory) of each range of the image that is kept somewhere.
+    """
+    size = dtype.itemsize
+    window = torch.zeros(max(window_bytes, PIECE_NUMBERS * size), dtype=torch.uint8, device=device)
+    first = last = 0
+    for name, tensor in image.tensors.items():
+
+        def take(start: int, stop: int, offset: int = tensor.offset) -> torch.Tensor:
+            nonlocal first, last
+            start, stop = offset + start * size, offset + stop * size
+            if stop - first > len(window):
+                _spread(window[: last - first], first, parts)
+                # Zeros, so that the gaps between tensors are the same in every pack of the same weights.
+                window.zero_()
+                first = start
+            last = stop
+            return window[start - first : stop - first].view(dtype)
+
+        for _ in checkpoint.pieces(image.layer, name, tensor.num_bytes // size, take):
+            pass
+    _spread(window[: last - first], first, parts)
+
+
+def _spread(memory: torch.Tensor, first: int, parts: Sequence[tuple[int, int, torch.Tensor]]) -> None:
+    """Copies an image's bytes from `first` on to the parts that they belong to."""
+    for start, stop, target in parts:
+        low, high = max(start, first), min(stop, first + len(memory))
+        if low < high:
+            target[low - start : high - start].copy_(memory[low - first : high - first])
