@@ -34,6 +34,7 @@ from profiling.calibration import calibrate, corrected
 from profiling.cost_model import Traffic, engine_cost, physical_limit
 from profiling.hardware import available_memory_bytes, free_disk_bytes, read_hardware
 from profiling.profiler import take_profile
+from strategies.flexgen_engine import lookup_bytes
 from strategies.search import Limits, find_policy
 
 # FlexGen's percentages (weights on GPU, CPU; KV on GPU, CPU), micro-batch, number of micro-batches. The first three are
@@ -230,6 +231,7 @@ class Case:
             weight_bytes={tier: getattr(plan.weights, tier) for tier in ("gpu", "cpu", "disk")},
             kv_shares={"gpu": shares.gpu, "cpu": shares.cpu, "disk": shares.disk},
             dtype_bytes=plan.dtype_bytes,
+            lookup_bytes=lookup_bytes(plan),
         )
         limit = physical_limit(self.spec, self.workload, traffic, self.profile.best).generation_tok_s
         return {

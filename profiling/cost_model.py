@@ -36,7 +36,8 @@ class Traffic:
 
     Without a GPU the compute device is the CPU, and what a plan calls gpu or cpu is the same memory.
     `page_cached` says that files are read through the page cache and fit it, so that after the first pass the
-    disk is not read at all.
+    disk is not read at all. `lookup_bytes` are those of the weights that no pass reads whole: tables of which an
+    embedding takes some rows, where the engine does that where they lie.
     """
 
     batch_size: int
@@ -44,6 +45,7 @@ class Traffic:
     kv_shares: Mapping[str, float]
     dtype_bytes: int
     page_cached: bool = False
+    lookup_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,10 +182,11 @@ def _phase_times(
     spec: "ModelSpec", traffic: Traffic, rates: "Rates", batch: int, *, new_tokens: int, cached: int
 ) -> Times:
     """Seconds that each resource is busy for one forward pass of a batch, by the resource's name."""
-    weights = sum(traffic.weight_bytes.values())
+    whole = {tier: size - traffic.lookup_bytes.get(tier, 0) for tier, size in traffic.weight_bytes.items()}
+    weights = sum(whole.values())
     read_kv = batch * spec.kv_bytes(cached, traffic.dtype_bytes)
     new_kv = batch * spec.kv_bytes(new_tokens, traffic.dtype_bytes)
-    disk_weights = traffic.weight_bytes.get("disk", 0)
+    disk_weights = whole.get("disk", 0)
     disk_kv_share = traffic.kv_shares.get("disk", 0.0)
     flops = batch * (spec.decode_flops(cached) if cached else spec.prefill_flops(new_tokens))
     from_disk = disk_weights + read_kv * disk_kv_share
@@ -197,7 +200,7 @@ def _phase_times(
         times["host memory"] = (weights + read_kv + new_kv) / rates.host_bytes_per_s
         return times
     host_kv_share = traffic.kv_shares.get("cpu", 0.0) + disk_kv_share
-    host_weights = traffic.weight_bytes.get("cpu", 0) + disk_weights
+    host_weights = whole.get("cpu", 0) + disk_weights
     up = host_weights + read_kv * host_kv_share
     down = new_kv * host_kv_share
     times["host to device link"] = up / rates.h2d_bytes_per_s

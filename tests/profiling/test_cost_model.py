@@ -89,3 +89,15 @@ def test_busy_seconds_are_of_the_whole_phase() -> None:
     limit = physical_limit(OPT_30B, WORKLOAD, traffic(gpu=0.2, batch_size=16), H200)
     assert limit.decode_busy_s[limit.decode_bound] == pytest.approx(limit.decode_s)
     assert limit.prefill_busy_s[limit.prefill_bound] == pytest.approx(limit.prefill_s)
+
+
+def test_tables_that_are_looked_up_are_not_read_whole() -> None:
+    tables = 1 << 30
+    whole, looked_up = (
+        physical_limit(OPT_30B, WORKLOAD, dataclasses.replace(traffic(gpu=0.2), lookup_bytes=bytes_), H200)
+        for bytes_ in ({}, {"cpu": tables})
+    )
+    steps = WORKLOAD.gen_tokens - 1
+    assert whole.decode_bound == "host to device link"
+    blocks = -(-WORKLOAD.num_sequences // traffic(gpu=0.2).batch_size)
+    assert whole.decode_s - looked_up.decode_s == pytest.approx(blocks * steps * tables / 55.1e9)
