@@ -32,8 +32,9 @@ _MICRO_BATCHES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _COUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
 _DEPTH = 1
 _CHUNKS = (8192, 2048, 1)
-_MAX_SIMULATED = 6
-"""Of each kind."""
+_AT_ONCE = 24
+_MAX_SIMULATED = 3
+"""Of so many cuts at once, so many are simulated at most."""
 _REFINED = 2
 """Of the best so many are tried with deeper prefetch and with attention and MLP apart."""
 _REPAIRS = 24
@@ -160,17 +161,23 @@ def find_policy(
     found: list[Candidate] = []
     bound_s, simulated = float("inf"), 0
     for kind in _KINDS:
-        best_s = min((each.seconds for each in found), default=float("inf"))
-        hopeful = [cut for cut in cuts if problem.cheap_bound(cut) * (1 + _WORTH) < best_s]
-        solved = [each for each in (problem.solve(cut, kind) for cut in hopeful) if each is not None]
-        solved.sort(key=lambda each: each.bound_s)
-        bound_s = min([bound_s, *(each.bound_s for each in solved)])
-        for each in solved[:_MAX_SIMULATED]:
-            if each.bound_s * (1 + _WORTH) >= min((other.seconds for other in found), default=float("inf")):
-                break
-            simulated += 1
-            if (candidate := problem.realise(each, pin_weight=pin_weight)) is not None:
-                found.append(candidate)
+        # In the order of a bound that costs nothing, some at a time: what is found early spares the rest.
+        for start in range(0, len(cuts), _AT_ONCE):
+            best_s = min((each.seconds for each in found), default=float("inf"))
+            hopeful = [
+                cut
+                for cut in cuts[start : start + _AT_ONCE]
+                if problem.cheap_bound(cut) * (1 + _WORTH) < best_s
+            ]
+            solved = [each for each in (problem.solve(cut, kind) for cut in hopeful) if each is not None]
+            solved.sort(key=lambda each: each.bound_s)
+            bound_s = min([bound_s, *(each.bound_s for each in solved)])
+            for each in solved[:_MAX_SIMULATED]:
+                if each.bound_s * (1 + _WORTH) >= min((c.seconds for c in found), default=float("inf")):
+                    break
+                simulated += 1
+                if (candidate := problem.realise(each, pin_weight=pin_weight)) is not None:
+                    found.append(candidate)
     if not found:
         raise PlanInfeasible(problem.least_change())
     found.sort(key=lambda each: each.seconds)
@@ -251,15 +258,23 @@ class _Problem:
     def cheap_bound(self, cut: _Cut) -> float:
         """Seconds that this cut takes at least, without solving anything: compute, and what no memory can hold."""
         if cut not in self._cheap:
-            limits, block = self.limits, min(cut.size * cut.count, self.workload.num_sequences)
-            rate = self.rates.disk_read_bytes_per_s if self.on_cpu else self.rates.h2d_bytes_per_s
-            memory = limits.cpu_bytes if self.on_cpu else limits.gpu_bytes
-            fetched_s = 0.0
-            if rate and memory is not None:
-                fetched_s = max(0, self.weights - self.rest - memory) / rate
+            workload, limits = self.workload, self.limits
+            block = min(cut.size * cut.count, workload.num_sequences)
+            weights = self.weights - self.rest
+            context = workload.prompt_tokens + workload.gen_tokens // 2
+            # A step reads all weights and the KV of its block; what a memory cannot hold must come in.
+            needed = weights + block * self.spec.kv_bytes(context, self.size)
+            prompt_s = step_s = 0.0
+            held = limits.cpu_bytes + (0 if limits.shared else limits.gpu_bytes or 0)
+            sources = [(self.rates.disk_read_bytes_per_s, held)]
+            if not self.on_cpu and self.rates.h2d_bytes_per_s and limits.gpu_bytes is not None:
+                sources.append((self.rates.h2d_bytes_per_s, limits.gpu_bytes))
+            for rate, memory in sources:
+                prompt_s = max(prompt_s, (weights - memory) / rate)
+                step_s = max(step_s, (needed - memory) / rate)
             compute = self._compute(cut)
             blocks, steps = self.workload.num_sequences / block, self.workload.gen_tokens - 1
-            self._cheap[cut] = blocks * (max(compute[0], fetched_s) + steps * max(compute[1], fetched_s))
+            self._cheap[cut] = blocks * (max(compute[0], prompt_s) + steps * max(compute[1], step_s))
         return self._cheap[cut]
 
     def solve(self, cut: _Cut, kind: _Kind) -> _Solved | None:

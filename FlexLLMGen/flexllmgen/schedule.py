@@ -9,6 +9,7 @@ whole of the other. Knows nothing of bytes, devices or tensors; `executor.py` ru
 import enum
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 class Action(enum.Enum):
@@ -23,8 +24,7 @@ class Action(enum.Enum):
     EMIT = "emit"
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """One step. `slot` is the buffer a load fills; a compute names its three slots (-1: nothing streamed)."""
 
     action: Action
