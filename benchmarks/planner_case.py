@@ -1,6 +1,6 @@
-"""One model, workload and cap: what autoflex chooses, and policies written by hand, predicted and measured.
+"""One model under caps and workloads: what autoflex chooses, and policies written by hand, predicted and measured.
 
-    python benchmarks/planner_case.py --model opt-6.7b --gpu-gib 8 --sequences 192 --prompt 512 --gen 32
+    python benchmarks/planner_case.py --model opt-6.7b --gpu-gib 8 16 --sequences 192 --workloads 512/32 128/128
 
 Random weights and prompts. Of each policy one block is run, after a warm-up of one micro-batch; of long generations only
 `--steps` decode steps, the rest projected from their median. All blocks of a workload being alike, its throughput is that
@@ -33,6 +33,7 @@ from flexllmgen.workload import Workload
 from profiling.calibration import calibrate, corrected
 from profiling.cost_model import Traffic, engine_cost, physical_limit
 from profiling.hardware import available_memory_bytes, free_disk_bytes, read_hardware
+from profiling.profile import HardwareProfile
 from profiling.profiler import take_profile
 from strategies.flexgen_engine import lookup_bytes
 from strategies.search import Limits, find_policy
@@ -53,15 +54,18 @@ BY_HAND: dict[str, tuple[int, int, int, int, int, int]] = {
 }
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.float16 if DEVICE == "cuda" else torch.float32
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="opt-6.7b")
     parser.add_argument("--layers", type=int, default=0)
-    parser.add_argument("--gpu-gib", type=float, default=0)
+    parser.add_argument("--gpu-gib", type=float, nargs="+", default=[0.0])
     parser.add_argument("--cpu-gib", type=float, default=0)
     parser.add_argument("--sequences", type=int, default=192)
-    parser.add_argument("--prompt", type=int, default=512)
-    parser.add_argument("--gen", type=int, default=32)
+    parser.add_argument("--workloads", nargs="+", default=["512/32"], help="prompt/generated tokens")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--policies", default="all", help="auto, naive and hand, comma-separated, or all")
     parser.add_argument("--seconds", type=float, default=300, help="begin no policy after that")
@@ -72,49 +76,67 @@ def main() -> None:
     config = published_config(args.model)
     if args.layers:
         config["num_hidden_layers"] = args.layers
-    case = Case(ModelSpec.from_hf_config(config, args.model), args)
+    spec = ModelSpec.from_hf_config(config, args.model)
+    profile = measured_profile(spec, args)
     wanted = ["auto", "naive", "hand"] if args.policies == "all" else args.policies.split(",")
-    for name, policy in case.policies(wanted):
-        if time.time() - started > args.seconds:
-            print(json.dumps({**case.name, "policy": name, "error": "out of time"}), flush=True)
-            continue
-        print(json.dumps({**case.name, "policy": name, **case.run(policy)}), flush=True)
+    for workload in args.workloads:
+        prompt, generated = (int(part) for part in workload.split("/"))
+        for cap in args.gpu_gib:
+            case = Case(spec, profile, cap, prompt, generated, args)
+            for name, policy in case.policies(wanted):
+                outcome = (
+                    {"error": "out of time"} if time.time() - started > args.seconds else case.run(policy)
+                )
+                print(json.dumps({**case.name, "policy": name, **outcome}), flush=True)
+
+
+def measured_profile(spec: ModelSpec, args: argparse.Namespace) -> HardwareProfile:
+    folder = Path(args.offload_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    device, dtype = DEVICE, str(DTYPE).removeprefix("torch.")
+    began = time.time()
+    profile, warnings = take_profile(
+        read_hardware(folder),
+        spec,
+        device=device,
+        dtype=dtype,
+        offload_dir=folder,
+        cache=Path(args.profiles),
+    )
+    rates = {name: round(each.median / 1e9, 2) for name, each in profile.measurements.items()}
+    took = round(time.time() - began, 1)
+    print(
+        json.dumps({"model": args.model, "profile_s": took, "warnings": warnings, "rates_1e9": rates}),
+        flush=True,
+    )
+    return profile
 
 
 class Case:
     """A model and workload on this machine."""
 
-    def __init__(self, spec: ModelSpec, args: argparse.Namespace) -> None:
-        self.spec, self.args = spec, args
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.dtype = torch.float16 if self.device == "cuda" else torch.float32
-        self.workload = Workload(num_sequences=args.sequences, prompt_tokens=args.prompt, gen_tokens=args.gen)
-        folder = Path(args.offload_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        began = time.time()
-        self.profile, warnings = take_profile(
-            read_hardware(folder),
-            spec,
-            device=self.device,
-            dtype=str(self.dtype).removeprefix("torch."),
-            offload_dir=folder,
-            cache=Path(args.profiles),
-        )
+    def __init__(
+        self,
+        spec: ModelSpec,
+        profile: HardwareProfile,
+        gpu_gib: float,
+        prompt: int,
+        generated: int,
+        args: argparse.Namespace,
+    ) -> None:
+        self.spec, self.profile, self.args = spec, profile, args
+        self.device, self.dtype = DEVICE, DTYPE
+        self.workload = Workload(num_sequences=args.sequences, prompt_tokens=prompt, gen_tokens=generated)
         self.name: dict[str, Any] = {
             "model": args.model,
-            "gpu_gib": args.gpu_gib,
-            "workload": [args.sequences, args.prompt, args.gen],
+            "gpu_gib": gpu_gib,
+            "workload": [args.sequences, prompt, generated],
         }
-        rates = {name: round(each.median / 1e9, 2) for name, each in self.profile.measurements.items()}
-        took = round(time.time() - began, 1)
-        print(
-            json.dumps({**self.name, "profile_s": took, "warnings": warnings, "rates_1e9": rates}), flush=True
-        )
         self.limits = Limits(
-            gpu_bytes=int(args.gpu_gib * GiB) or None,
+            gpu_bytes=int(gpu_gib * GiB) or None,
             cpu_bytes=int(args.cpu_gib * GiB) or available_memory_bytes() * 9 // 10,
-            disk_bytes=free_disk_bytes(folder) * 9 // 10,
-            shared=self.device == "cpu" and not args.gpu_gib,
+            disk_bytes=free_disk_bytes(Path(args.offload_dir)) * 9 // 10,
+            shared=self.device == "cpu" and not gpu_gib,
         )
 
     def policies(self, wanted: list[str]) -> list[tuple[str, Policy]]:
@@ -130,7 +152,10 @@ class Case:
                 batch_size=8,
             )
             print(
-                json.dumps({"search_s": round(time.time() - began, 2), "gap": round(best.gap, 3)}), flush=True
+                json.dumps(
+                    {**self.name, "search_s": round(time.time() - began, 2), "gap": round(best.gap, 3)}
+                ),
+                flush=True,
             )
             found.append(("autoflex", best.best.policy))
         if "naive" in wanted:
@@ -191,7 +216,9 @@ class Case:
     def measured(self, policy: Policy, plan: PlacementPlan) -> dict[str, Any]:
         block = min(policy.block_size, self.workload.num_sequences)
         generator = torch.Generator().manual_seed(1)
-        ids = torch.randint(5, self.spec.vocab_size, (block, self.args.prompt), generator=generator)
+        ids = torch.randint(
+            5, self.spec.vocab_size, (block, self.workload.prompt_tokens), generator=generator
+        )
         began = time.time()
         with FlexEngine.load(
             self.spec,
@@ -208,10 +235,9 @@ class Case:
             for _ in engine.generate(ids[: policy.micro_batch_size], max_new_tokens=2):
                 pass
             probe = engine.probe()
-            steps = min(self.args.steps, self.args.gen - 1)
+            steps = min(self.args.steps, self.workload.gen_tokens - 1)
             times = [time.perf_counter()]
-            for _ in engine.generate(ids, max_new_tokens=1 + steps):
-                times.append(time.perf_counter())
+            times += [time.perf_counter() for _ in engine.generate(ids, max_new_tokens=1 + steps)]
             stats = engine.stats()
         prefill, gaps = times[1] - times[0], [b - a for a, b in zip(times[1:], times[2:], strict=False)]
         step = statistics.median(gaps[1:] or gaps)
@@ -220,9 +246,9 @@ class Case:
         calibrated = engine_cost(plan, corrected(self.profile, calibration))
         assert cost is not None
         assert calibrated is not None
-        decode = self.args.gen - 1
+        decode = self.workload.gen_tokens - 1
         blocks = self.workload.num_sequences / block
-        measured = block * self.args.gen / (prefill + decode * step)
+        measured = block * self.workload.gen_tokens / (prefill + decode * step)
         if blocks != int(blocks):  # The ragged block is slower by as much as predicted.
             measured *= cost.generation_tok_s / self._full_blocks(policy)
         shares = plan.kv_cache.shares
@@ -255,7 +281,9 @@ class Case:
     def _full_blocks(self, policy: Policy) -> float:
         """Predicted throughput of the full blocks alone."""
         full = Workload(
-            num_sequences=policy.block_size, prompt_tokens=self.args.prompt, gen_tokens=self.args.gen
+            num_sequences=policy.block_size,
+            prompt_tokens=self.workload.prompt_tokens,
+            gen_tokens=self.workload.gen_tokens,
         )
         plan = plan_placement(
             self.spec, policy, full, self.dtype.itemsize, in_place=self.device == "cpu",

@@ -70,8 +70,8 @@ def measure(
             del column
         for start in range(0, len(ids), policy.block_size):
             times = [time.perf_counter()]
-            for _ in engine.generate(ids[start : start + policy.block_size]):
-                times.append(time.perf_counter())
+            columns = engine.generate(ids[start : start + policy.block_size])
+            times += [time.perf_counter() for _ in columns]
             prefill += times[1] - times[0]
             decode += times[-1] - times[1]
     return prefill, decode
