@@ -6,7 +6,8 @@ Exit codes: 0 ok, 1 internal error, 2 usage, 4 measured but not delivered, 5 doe
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional, get_args, get_origin
 
@@ -40,23 +41,26 @@ _FLAG = " "
 _RunOptions = {
     "config": (Optional[Path], typer.Option(None, "--config", metavar="FILE", help="TOML file with options and the strategy's keys.", rich_help_panel="Model and strategy")),  # noqa: UP045, E501
     "assignments": (list[str], typer.Option([], "--set", metavar="KEY=VALUE", help="Change one key of the strategy; may be repeated.", rich_help_panel="Model and strategy")),  # noqa: E501
+    "objective": (Optional[str], typer.Option(None, "--objective", metavar="throughput|latency", help="What the policy should be best at; short for --set objective=...", rich_help_panel="Model and strategy")),  # noqa: UP045, E501
+    "no_calibrate": (bool, typer.Option(False, "--no-calibrate", metavar=_FLAG, help="Run the policy as searched, without timing a layer first; short for --set calibrate=false.", rich_help_panel="Model and strategy")),  # noqa: E501
     "verbose": (bool, typer.Option(False, "--verbose", "-v", metavar=_FLAG, help="Show the log and, for errors, the traceback.", rich_help_panel="Output")),  # noqa: E501
     "quiet": (bool, typer.Option(False, "--quiet", "-q", metavar=_FLAG, help="No progress: results, warnings and errors only.", rich_help_panel="Output")),  # noqa: E501
 }  # fmt: skip
 
 
-def takes_run_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Give a verb every field of EvalConfig as an option, and --config, --set, -v and -q.
+def takes_run_options(function: Callable[..., None], **defaults: str) -> Callable[..., None]:
+    """Give a verb every field of EvalConfig as an option, and --config, --set with its short forms, -v and -q.
 
-    The function is called with `options` (what was given, by field name) and the four others; parameters of
-    its own stay. This is what keeps options, environment, file and `config show` the same list.
+    The function is called with `options` (what was given, by field name), `config`, `assignments`, `verbose` and
+    `quiet`; parameters of its own stay. This is what keeps options, environment, file and `config show` the same
+    list. `defaults` are shown where the verb has others than EvalConfig.
     """
     own = [
         parameter
         for parameter in inspect.signature(function).parameters.values()
         if parameter.name not in ("options", *_RunOptions)
     ]
-    parameters = [_parameter(name) for name in EvalConfig.model_fields]
+    parameters = [_parameter(name, defaults.get(name)) for name in EvalConfig.model_fields]
     parameters += [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
         for name, (annotation, default) in _RunOptions.items()
@@ -65,6 +69,8 @@ def takes_run_options(function: Callable[..., None]) -> Callable[..., None]:
 
     def verb(**given: Any) -> None:
         options = {name: given.pop(name) for name in EvalConfig.model_fields}
+        short = _short_forms(given.pop("objective"), given.pop("no_calibrate"))
+        given["assignments"] = [*given["assignments"], *short]
         function(options=options, **given)
 
     verb.__doc__ = function.__doc__
@@ -74,11 +80,19 @@ def takes_run_options(function: Callable[..., None]) -> Callable[..., None]:
     return verb
 
 
-def _parameter(name: str) -> inspect.Parameter:
+def _short_forms(objective: str | None, no_calibrate: bool) -> Iterator[str]:
+    """What options that stand for a key of a strategy mean, as --set has it."""
+    if objective is not None:
+        yield f"objective={objective}"
+    if no_calibrate:
+        yield "calibrate=false"
+
+
+def _parameter(name: str, default: Any = None) -> inspect.Parameter:
     field = EvalConfig.model_fields[name]
     extra: Any = field.json_schema_extra
     flags: Any = extra["flags"] or ("--" + name.replace("_", "-"),)
-    default = field.get_default(call_default_factory=True)
+    default = field.get_default(call_default_factory=True) if default is None else default
     shown = None if isinstance(default, (bool, list)) or default is None else _home(str(default))
     # typer would put its own "[default: (x)]" for a text that is not the option's real default.
     help_text = f"{field.description}" + (f" [dim]\\[default: {shown}][/dim]" if shown else "")
@@ -139,6 +153,42 @@ def eval_command(
     def run(report: "Report") -> int:
         settings = _settings(options, config, assignments, report)
         return evaluate(settings, report, argv=sys.argv, dry_run=dry_run, as_json=as_json)
+
+    _exit(run, verbose=verbose, quiet=quiet)
+
+
+@app.command("plan")
+@partial(takes_run_options, strategy="autoflex")
+def plan_command(
+    *,
+    options: dict[str, Any],
+    config: Path | None,
+    assignments: list[str],
+    verbose: bool,
+    quiet: bool,
+    hardware: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            "--hardware",
+            metavar="FILE",
+            help="Plan for the machine of this profile, as `harness profile --output FILE` wrote it there.",
+            rich_help_panel="Machine",
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json", metavar=_FLAG, help="Print one JSON object with the plan.", rich_help_panel="Output"
+        ),
+    ] = False,
+) -> None:
+    """Show what a run would do and take, loading nothing: what lies where, time by resource, what is left."""
+
+    def run(report: "Report") -> int:
+        from harness.planning import show_plan
+
+        settings = _settings(options, config, assignments, report, default_strategy="autoflex")
+        return show_plan(settings, report, hardware_file=hardware, as_json=as_json)
 
     _exit(run, verbose=verbose, quiet=quiet)
 
@@ -318,13 +368,24 @@ def _config_text(value: Any) -> str:
 
 
 def _settings(
-    options: dict[str, Any], config_file: Path | None, assignments: list[str], report: "Report"
+    options: dict[str, Any],
+    config_file: Path | None,
+    assignments: list[str],
+    report: "Report",
+    *,
+    default_strategy: str | None = None,
 ) -> "Settings":
     from harness.config import unknown_variables
 
     if config_file is None and (named := os.environ.get("HARNESS_CONFIG")):
         config_file = Path(named)
-    settings = resolve(options, config_file=config_file, assignments=assignments, environ=os.environ)
+    settings = resolve(
+        options,
+        config_file=config_file,
+        assignments=assignments,
+        environ=os.environ,
+        default_strategy=default_strategy,
+    )
     for name in unknown_variables(os.environ, list(type(settings.strategy).model_fields)):
         report.warn(f"environment variable {name} means nothing here; see `harness config show`")
     return settings

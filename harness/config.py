@@ -263,6 +263,7 @@ def resolve(
     config_file: Path | None,
     assignments: list[str],
     environ: Mapping[str, str],
+    default_strategy: str | None = None,
 ) -> Settings:
     """Put together the effective configuration.
 
@@ -271,6 +272,7 @@ def resolve(
         config_file: TOML with common options and the chosen strategy's keys, flat.
         assignments: `--set key=value` texts for the strategy's keys.
         environ: the environment; HARNESS_<FIELD> is read.
+        default_strategy: the one that is taken where none is named, if not the usual one.
 
     Raises:
         UsageError: an unknown key (the nearest is named), a value that does not fit.
@@ -297,6 +299,8 @@ def resolve(
         if key == "tracking_uri" and key not in raw and (uri := environ.get("MLFLOW_TRACKING_URI")):
             layer(key, uri, "environment MLFLOW_TRACKING_URI")
         sources.setdefault(key, "default")
+    if default_strategy is not None:
+        raw.setdefault("strategy", default_strategy)
     common = _validate(EvalConfig, raw, sources)
     common.tags()
 

@@ -6,6 +6,7 @@ Everything a user can get wrong is found here. Knows nothing of how the run is m
 import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -62,13 +63,8 @@ def prepare(job: Job, events: EventWriter) -> Prepared:
         allow_pickle=config.allow_pickle,
     )
     # Only now: a mistyped model is told before torch and transformers are imported, which takes seconds.
-    _quiet_transformers()
-    limit = max_positions(source.config)
-    if limit is not None and config.context > limit:
-        raise UsageError(
-            f"--input-len {config.input_len} + --gen-len {config.gen_len} = {config.context} positions, "
-            f"{config.model} has {limit}; lower one of them"
-        )
+    quiet_transformers()
+    check_context(config, source)
     tokenizer = load_tokenizer(source)
     prompts = load_prompts(
         dataset=config.dataset,
@@ -85,19 +81,11 @@ def prepare(job: Job, events: EventWriter) -> Prepared:
     entry = find_strategy(config.strategy)
     config_type, _ = entry.load_config()
     strategy = entry.create(config_type.model_validate(job.strategy_config))
-    request = PlanRequest(
-        model=source,
-        workload=Workload(
-            num_sequences=config.num_prompts, prompt_tokens=config.input_len, gen_tokens=config.gen_len
-        ),
-        batch_size=min(config.batch_size, config.num_prompts),
-        dtype=choose_dtype(config.dtype, source, machine.device),
-        machine=machine,
-        seed=config.seed,
-        spec=known_spec(source),
-    )
+    request = make_request(config, source, machine)
     hardware = read_hardware(config.offload_dir)
-    profile, profile_warnings = _profile(request, hardware, events)
+    profile, profile_warnings = local_profile(
+        request, hardware, lambda: events.send("phase", name="profile the machine (once a week)")
+    )
     events.send("phase", name="plan")
     started = time.perf_counter()
     request = replace(request, profile=profile)
@@ -117,7 +105,36 @@ def prepare(job: Job, events: EventWriter) -> Prepared:
     )
 
 
-def _quiet_transformers() -> None:
+def check_context(config: EvalConfig, source: ModelSource) -> None:
+    """Refuse rows longer than the model was made for.
+
+    Raises:
+        UsageError: prompt and generated tokens are more positions than it has.
+    """
+    limit = max_positions(source.config)
+    if limit is not None and config.context > limit:
+        raise UsageError(
+            f"--input-len {config.input_len} + --gen-len {config.gen_len} = {config.context} positions, "
+            f"{config.model} has {limit}; lower one of them"
+        )
+
+
+def make_request(config: EvalConfig, source: ModelSource, machine: Machine) -> PlanRequest:
+    """What a strategy is asked to plan; the machine's profile is still to be put in."""
+    return PlanRequest(
+        model=source,
+        workload=Workload(
+            num_sequences=config.num_prompts, prompt_tokens=config.input_len, gen_tokens=config.gen_len
+        ),
+        batch_size=min(config.batch_size, config.num_prompts),
+        dtype=choose_dtype(config.dtype, source, machine.device),
+        machine=machine,
+        seed=config.seed,
+        spec=known_spec(source),
+    )
+
+
+def quiet_transformers() -> None:
     """Send transformers' messages to the log, where it would write to standard error by itself."""
     from transformers.utils import logging as transformers_logging
 
@@ -150,22 +167,61 @@ def choose_machine(config: EvalConfig) -> tuple[Machine, list[str]]:
     """
     import torch
 
-    warnings: list[str] = []
     device = choose_device(config.device)
-    gpu_bytes = None
+    free, total = torch.cuda.mem_get_info() if device == "cuda" else (0, 0)
+    return cap_machine(
+        config,
+        device=device,
+        gpu_free_bytes=free,
+        gpu_total_bytes=total,
+        host_available_bytes=available_memory_bytes(),
+    )
+
+
+def machine_of(profile: "HardwareProfile", config: EvalConfig) -> tuple[Machine, list[str]]:
+    """The machine of a profile, as far as a plan may use it. Nothing of this one is looked at.
+
+    Raises:
+        UsageError: the profile is of another device than was asked for.
+    """
+    if config.device not in ("auto", profile.device):
+        raise UsageError(
+            f"--device {config.device}: the profile is of {profile.device}; leave --device out, or take one with "
+            f"`harness profile --device {config.device}`"
+        )
+    return cap_machine(
+        config,
+        device="cuda" if profile.device == "cuda" else "cpu",
+        gpu_free_bytes=profile.capacity.gpu_free_bytes,
+        gpu_total_bytes=profile.capacity.gpu_total_bytes,
+        host_available_bytes=profile.capacity.host_available_bytes,
+        disk_bytes=profile.capacity.disk_free_bytes,
+    )
+
+
+def cap_machine(
+    config: EvalConfig,
+    *,
+    device: Literal["cuda", "cpu"],
+    gpu_free_bytes: int,
+    gpu_total_bytes: int,
+    host_available_bytes: int,
+    disk_bytes: int | None = None,
+) -> tuple[Machine, list[str]]:
+    """What the user's caps leave of a machine, and a warning for each cap that is more than it has."""
+    warnings: list[str] = []
+    gpu_bytes = config.gpu_mem
     if device == "cuda":
-        free, total = torch.cuda.mem_get_info()
-        gpu_bytes = min(config.gpu_mem or free, free)
-        if config.gpu_mem and config.gpu_mem > free:
+        gpu_bytes = min(config.gpu_mem or gpu_free_bytes, gpu_free_bytes)
+        if config.gpu_mem and config.gpu_mem > gpu_free_bytes:
             warnings.append(
-                f"--gpu-mem is more than the {free / 2**30:.1f} GiB free of {total / 2**30:.1f}; the free memory counts"
+                f"--gpu-mem is more than the {gpu_free_bytes / 2**30:.1f} GiB free of {gpu_total_bytes / 2**30:.1f}; "
+                "the free memory counts"
             )
-    elif config.gpu_mem is not None:
-        gpu_bytes = config.gpu_mem
-    # A tenth is left to the system and to this process itself.
-    available = available_memory_bytes() * 9 // 10
+    # A tenth is left to the system and to the process itself.
+    available = host_available_bytes * 9 // 10
     if config.cpu_mem and config.cpu_mem > available:
-        warnings.append(f"--cpu-mem is more than the {gib(available)} that can be had here, which count")
+        warnings.append(f"--cpu-mem is more than the {gib(available)} that can be had, which count")
     machine = Machine(
         device=device,
         gpu_bytes=gpu_bytes,
@@ -173,6 +229,7 @@ def choose_machine(config: EvalConfig) -> tuple[Machine, list[str]]:
         gpu_capped=config.gpu_mem is not None,
         cpu_capped=config.cpu_mem is not None,
         offload_dir=config.offload_dir.expanduser().absolute(),
+        disk_bytes=disk_bytes,
     )
     return machine, warnings
 
@@ -205,17 +262,18 @@ def known_spec(source: ModelSource) -> ModelSpec | None:
         return None
 
 
-def _profile(
-    request: PlanRequest, hardware: Hardware, events: EventWriter
+def local_profile(
+    request: PlanRequest, hardware: Hardware, tell: Callable[[], None]
 ) -> "tuple[HardwareProfile, list[str]]":
+    """This machine's profile, measured where none is kept, and warnings; `tell` is called before it is measured."""
     from profiling.profiler import forced, take_profile
 
     told = False
 
-    def tell(*_: object) -> None:
+    def on_progress(*_: object) -> None:
         nonlocal told
         if not told:
-            events.send("phase", name="profile the machine (once a week)")
+            tell()
             told = True
 
     profile, warnings = take_profile(
@@ -226,7 +284,7 @@ def _profile(
         offload_dir=request.machine.offload_dir,
         cache=cache_dir() / "profiles",
         refresh=forced(os.environ),
-        on_progress=tell,
+        on_progress=on_progress,
     )
     if told:  # Else a run's peak of memory would depend on whether the profile was there.
         reset_peak_rss()

@@ -122,12 +122,15 @@ class Report:
         self._table(table)
 
     def figures(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        """A table of figures on standard output, under a title of its own and a blank line after it."""
+        """A table of figures on standard output, under a title of its own and a blank line after it.
+
+        The first column and those without a name hold words, which are flush left.
+        """
         if title:
             self.text(title)
         table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
         for index, column in enumerate(columns):
-            table.add_column(column, no_wrap=True, justify="right" if index else "left")
+            table.add_column(column, no_wrap=True, justify="right" if index and column else "left")
         for row in rows:
             table.add_row(*(escape(cell) for cell in row))
         self._table(table)

@@ -78,7 +78,9 @@ class AccelerateStrategy:
             model, sizes, request, kv_on_device + workspace, kv_bytes if kv_offload else 0, config
         )
         weight_bytes = sizes.by_tier(device_map)
-        free = free_disk_bytes(machine.offload_dir)
+        # A machine that is not this one says what it has.
+        elsewhere = machine.disk_bytes is not None
+        free = free_disk_bytes(machine.offload_dir) if machine.disk_bytes is None else machine.disk_bytes
         if weight_bytes["disk"] > free:
             raise PlanInfeasible(
                 f"{gib(weight_bytes['disk'])} of weights go to disk, {machine.offload_dir} has {gib(free)} free; "
@@ -87,7 +89,10 @@ class AccelerateStrategy:
         tier = "gpu" if machine.device == "cuda" else "cpu"
         kv_tiers = {"gpu": 0, "cpu": 0, "disk": 0}
         kv_tiers["cpu" if kv_offload else tier] = kv_bytes
-        page_cached = 0 < weight_bytes["disk"] < available_memory_bytes() // 2
+        available = available_memory_bytes()
+        if elsewhere and request.profile is not None:
+            available = request.profile.capacity.host_available_bytes
+        page_cached = 0 < weight_bytes["disk"] < available // 2
         if page_cached:
             warnings.append(
                 f"{gib(weight_bytes['disk'])} of weights on disk fit this machine's page cache, through which accelerate "
@@ -96,15 +101,20 @@ class AccelerateStrategy:
         predicted = limit = None
         # Quantised weights have rates of their own, which nothing here has measured.
         if request.spec is not None and request.profile is not None and config.quantize == "none":
-            predicted = predict(
-                request.spec,
-                model.config,
-                request,
-                weight_bytes,
-                kv_offload=kv_offload,
-                page_cached=page_cached,
-                rates=request.profile.typical,
-            )
+            if elsewhere:
+                warnings.append(
+                    "no prediction: accelerate's own cost is timed where it runs; the limit holds for that machine"
+                )
+            else:
+                predicted = predict(
+                    request.spec,
+                    model.config,
+                    request,
+                    weight_bytes,
+                    kv_offload=kv_offload,
+                    page_cached=page_cached,
+                    rates=request.profile.typical,
+                )
             traffic = Traffic(
                 batch_size=request.batch_size,
                 weight_bytes=weight_bytes,

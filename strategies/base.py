@@ -100,6 +100,18 @@ class Plan:
     limit: CostEstimate | None = None
     warnings: tuple[str, ...] = ()
 
+    @property
+    def peak_bytes(self) -> dict[str, int]:
+        """The most that each tier is to hold: as predicted, else weights, KV cache and workspace."""
+        if self.predicted is not None and self.predicted.peak_bytes:
+            return dict(self.predicted.peak_bytes)
+        peak = {
+            tier: self.weight_bytes.get(tier, 0) + self.kv_bytes.get(tier, 0)
+            for tier in ("gpu", "cpu", "disk")
+        }
+        peak["gpu" if self.request.machine.device == "cuda" else "cpu"] += self.workspace_bytes
+        return peak
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready view, as recorded in plan.json."""
         request = self.request

@@ -21,6 +21,8 @@ from flexllmgen.spec import ModelSpec
 from flexllmgen.weights import weight_pack
 from profiling.cost_model import Traffic, engine_cost, physical_limit
 from profiling.hardware import check_writable, free_disk_bytes
+from profiling.layer_times import LayerShape, nearest_table
+from profiling.profile import HardwareProfile
 from strategies.base import Placed, Plan, PlanRequest, out_of_memory_reason
 
 
@@ -96,6 +98,7 @@ def plan_of(
             weight_bytes=_tiers(placement.weights),
             kv_shares={"gpu": shares.gpu, "cpu": shares.cpu, "disk": shares.disk},
             dtype_bytes=placement.dtype_bytes,
+            lookup_bytes=lookup_bytes(placement),
         )
         limit = physical_limit(placement.spec, request.workload, traffic, request.profile.best)
         predicted = engine_cost(placement, request.profile)
@@ -109,6 +112,7 @@ def plan_of(
         details={
             "policy": policy_details(placement.policy),
             "shares": _share_details(placement),
+            "activation_bytes": _tiers(placement.activations),
             "planned_peak_bytes": {
                 "gpu": placement.gpu_bytes,
                 "cpu": placement.cpu_bytes,
@@ -118,7 +122,25 @@ def plan_of(
         },
         predicted=predicted,
         limit=limit,
+        warnings=tuple(_scaled_warning(placement.spec, request.profile)),
     )
+
+
+def _scaled_warning(spec: ModelSpec, profile: HardwareProfile | None) -> Iterator[str]:
+    table = None if profile is None else nearest_table(spec, profile.layers)
+    if table is not None and table.shape != LayerShape.of(spec):
+        yield (
+            f"the machine's profile has no layer times of {spec.name or spec.family}; they are scaled from a layer of "
+            f"{table.shape.family}, width {table.shape.hidden_size}"
+        )
+
+
+def lookup_bytes(placement: PlacementPlan) -> dict[str, int]:
+    """Bytes by tier of the embedding's tables, of which a pass reads some rows."""
+    embed = placement.images[0]
+    if not all(tensor.lookup for tensor in embed.tensors.values()):
+        return {}
+    return {"gpu": embed.gpu_bytes, "cpu": embed.cpu_bytes, "disk": embed.disk_bytes}
 
 
 def spec_of(request: PlanRequest) -> ModelSpec:

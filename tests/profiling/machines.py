@@ -95,7 +95,11 @@ def machine(spec: ModelSpec, device: str = "cuda", **rates: float) -> HardwarePr
         took_s=1.0,
         energy_counter=False,
         capacity=Capacity(
-            host_total_bytes=128 << 30, host_available_bytes=120 << 30, disk_free_bytes=1 << 40
+            gpu_total_bytes=80 << 30 if gpu else 0,
+            gpu_free_bytes=79 << 30 if gpu else 0,
+            host_total_bytes=128 << 30,
+            host_available_bytes=120 << 30,
+            disk_free_bytes=1 << 40,
         ),
         measurements={
             name: Measurement(median=value, best=value, spread=0.0, trials=3)
