@@ -394,7 +394,7 @@ def make_batches(prompts: PromptSet, batch_size: int) -> list[Batch]:
 
 
 def compare_with_plan(plan: Plan, measured_tok_s: float | None) -> dict[str, float]:
-    """The three numbers side by side: predicted, measured, limit, and how they relate.
+    """The three numbers side by side: predicted, measured, limit, and how they relate; and the peaks planned.
 
     `prediction_error` is predicted / measured - 1, `attainment` measured / limit.
     """
@@ -407,6 +407,8 @@ def compare_with_plan(plan: Plan, measured_tok_s: float | None) -> dict[str, flo
             metrics[f"{name}_ttft_s"] = estimate.prefill_s / batches
             if steps:
                 metrics[f"{name}_tpot_s"] = estimate.decode_s / batches / steps
+    for tier, peak in plan.peak_bytes.items():
+        metrics[f"predicted_peak_{tier}_bytes"] = float(peak)
     if measured_tok_s and plan.predicted is not None:
         metrics["prediction_error"] = plan.predicted.generation_tok_s / measured_tok_s - 1
     if measured_tok_s and plan.limit is not None:
