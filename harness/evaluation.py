@@ -239,15 +239,18 @@ class _Evaluation:
 def draw_pictures(folder: Path, result: RunResult) -> None:
     """Draw the pictures that the folder lacks; where matplotlib is not installed, `harness sync` draws them later."""
     try:
-        from harness.pictures import draw_memory, draw_token_latency
+        from harness.pictures import draw_memory, draw_plan, draw_token_latency
     except ImportError:
         log.info("matplotlib is not installed here: no pictures")
         return
     latency, memory, timeline = folder / "token_latency.png", folder / "memory.png", folder / "timeline.json"
+    plan = folder / "plan_vs_measured.png"
     if result.repeats and not latency.exists():
         draw_token_latency(result, latency)
     if timeline.exists() and not memory.exists():
         draw_memory(Timeline.model_validate_json(timeline.read_bytes()), result, memory)
+    if result.repeats and result.plan.get("predicted") and not plan.exists():
+        draw_plan(result, plan)
 
 
 def check_log_file(path: Path) -> None:

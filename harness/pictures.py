@@ -1,4 +1,4 @@
-"""The two pictures of a run: token latency over position, memory over time.
+"""The pictures of a run: token latency over position, memory over time, the plan beside what was measured.
 
 PNG files of 1200 x 600 pixels, legible when shrunk to a browser pane. Colours are Okabe and Ito's, told
 apart under the common colour blindnesses, and no line is told by its colour alone. Draws from the
@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -76,6 +77,59 @@ def draw_memory(timeline: Timeline, result: RunResult, path: Path) -> Path:
     axes.set_ylim(0, max(axes.get_ylim()[1], 1e-3))
     _draw_legend(figure, columns=3)
     return _save(figure, path)
+
+
+def draw_plan(result: RunResult, path: Path) -> Path:
+    """Draw what the plan said of each phase, beside what was measured and the limit: seconds of all prompts.
+
+    Thin bars are the seconds that each resource was to be at work, thick ones the phase as a whole. Measured are
+    medians over the repeats, which whiskers span.
+    """
+    figure = _figure(f"Plan and measurement: {result.strategy} on {_model(result)}")
+    axes = figure.subplots(1, 2)
+    for phase, one in zip(("prefill", "decode"), axes, strict=True):
+        _draw_phase(one, phase, result)
+    _draw_legend(figure, columns=4)
+    return _save(figure, path, grid="x")
+
+
+def _draw_phase(axes: Axes, phase: str, result: RunResult) -> None:
+    axes.set(title=phase, xlabel="seconds, all prompts")
+    predicted, limit = result.plan.get("predicted") or {}, result.plan.get("limit") or {}
+    busy_s = sorted(predicted.get(f"{phase}_busy_s", {}).items(), key=lambda item: -item[1])
+    measured_s = [value for one in result.repeats if (value := one.metrics.get(f"{phase}_s")) is not None]
+    bound = predicted.get(f"{phase}_bound")
+    # From the top: what was measured, what it is to be held against, what the prediction is made of.
+    bars: list[tuple[str, float, str, float]] = []
+    if measured_s:
+        bars.append(("measured", median(measured_s), BLUE, 0.8))
+    bars += [
+        (name, estimate[f"{phase}_s"], colour, 0.8)
+        for name, estimate, colour in (("predicted", predicted, ORANGE), ("limit", limit, GREEN))
+        if estimate
+    ]
+    bars += [
+        (f"{name}, binds" if name == bound else name, seconds, GREY, 0.45)
+        for name, seconds in busy_s
+        if seconds
+    ]
+    longest = max([*(seconds for _, seconds, _, _ in bars), *measured_s], default=0.0)
+    if longest == 0.0:
+        _say(axes, "no time was planned or measured")
+        axes.set(xticks=[], yticks=[])
+        return
+    for row, (name, seconds, colour, height) in enumerate(bars):
+        label = "a resource at work, predicted" if colour == GREY and bars[row - 1][2] != GREY else None
+        axes.barh(
+            row, seconds, height=height, color=colour, alpha=0.85, label=label if phase == "decode" else None
+        )
+        end = max([seconds, *measured_s]) if name == "measured" else seconds
+        axes.text(end + longest * 0.03, row, _s(seconds), va="center", fontsize=13)
+    if len(measured_s) > 1:
+        axes.plot([min(measured_s), max(measured_s)], [0, 0], color="black", linewidth=2, marker="|")
+    axes.set_yticks(range(len(bars)), [name for name, *_ in bars])
+    axes.invert_yaxis()
+    axes.set_xlim(0, longest * 1.22)
 
 
 def _draw_first_token(axes: Axes, ttft_ms: Sequence[float]) -> None:
@@ -159,6 +213,10 @@ def _points(timeline: Timeline, name: str) -> list[tuple[float, float]]:
     return [(time, value) for time, value in zip(timeline.time_s, values, strict=False) if value is not None]
 
 
+def _s(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{_ms(seconds * 1e3)} ms"
+
+
 def _ms(ms: float) -> str:
     return f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}"
 
@@ -188,10 +246,10 @@ def _figure(title: str) -> Figure:
     return figure
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def _save(figure: Figure, path: Path, *, grid: Literal["x", "y"] = "y") -> Path:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(visible=True, axis="y", alpha=0.35)
+        axes.grid(visible=True, axis=grid, alpha=0.35)
         axes.set_axisbelow(True)
         axes.tick_params(labelsize=13)
         axes.xaxis.label.set_fontsize(14)

@@ -41,6 +41,9 @@ NAMED_METRICS = {
     "peak_rss_bytes",
     "pinned_bytes",
     "offload_disk_bytes",
+    "predicted_peak_gpu_bytes",
+    "predicted_peak_cpu_bytes",
+    "predicted_peak_disk_bytes",
 }
 
 
@@ -230,6 +233,7 @@ def test_the_mlflow_run_holds_all_that_is_named(builtin_run: Recorded) -> None:
         "run.log",
         "token_latency.png",
         "memory.png",
+        "plan_vs_measured.png",
     }
 
 

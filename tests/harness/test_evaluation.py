@@ -242,3 +242,7 @@ def test_pictures_are_drawn_once_and_only_of_what_there_is(tmp_path: Path) -> No
     draw_pictures(tmp_path, result)
     assert picture.stat().st_mtime_ns == drawn
     assert not (tmp_path / "memory.png").exists()
+    assert not (tmp_path / "plan_vs_measured.png").exists()
+    phases = {"prefill_s": 0.4, "decode_s": 0.3, "prefill_busy_s": {"compute": 0.4}}
+    draw_pictures(tmp_path, result.model_copy(update={"plan": {"predicted": phases, "limit": phases}}))
+    assert (tmp_path / "plan_vs_measured.png").exists()

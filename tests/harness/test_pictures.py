@@ -1,6 +1,7 @@
 """Pictures: drawn from whatever a run left, of the right size, and with something on them."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from harness import pictures
-from harness.pictures import draw_memory, draw_token_latency
+from harness.pictures import draw_memory, draw_plan, draw_token_latency
 from harness.results import Repeat, RunResult, RunStatus, Timeline
 
 
@@ -74,9 +75,9 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     drawn: list[Figure] = []
     save = pictures._save
 
-    def keep(figure: Figure, path: Path) -> Path:
+    def keep(figure: Figure, path: Path, **how: Any) -> Path:
         drawn.append(figure)
-        return save(figure, path)
+        return save(figure, path, **how)
 
     monkeypatch.setattr(pictures, "_save", keep)
     return drawn
@@ -162,3 +163,55 @@ def test_memory_cap_is_drawn_where_it_is_in_view(tmp_path: Path) -> None:
 )
 def test_memory_of_a_broken_off_run(tmp_path: Path, timeline: Timeline) -> None:
     assert inked(draw_memory(timeline, make_result(), tmp_path / "memory.png")) > 0.005
+
+
+PREDICTED = {
+    "prefill_s": 4.0,
+    "decode_s": 90.0,
+    "prefill_bound": "compute",
+    "decode_bound": "host to device link",
+    "prefill_busy_s": {"compute": 3.9, "host to device link": 1.7, "device to host link": 1.2},
+    "decode_busy_s": {"host to device link": 89.0, "compute": 12.0, "device to host link": 0.07, "disk": 0.0},
+}
+
+
+def planned_result() -> RunResult:
+    repeats = [
+        Repeat(index=one, ended_at_ms=one, metrics={"prefill_s": 4.4 + one, "decode_s": 95.0 + one})
+        for one in range(3)
+    ]
+    limit = {**PREDICTED, "prefill_s": 3.5, "decode_s": 80.0}
+    result = make_result(plan={"predicted": PREDICTED, "limit": limit})
+    return result.model_copy(update={"repeats": repeats})
+
+
+def test_the_plan_stands_beside_what_was_measured(tmp_path: Path, figures: list[Figure]) -> None:
+    assert inked(draw_plan(planned_result(), tmp_path / "plan.png")) > 0.03
+    prefill, decode = figures[0].axes
+    rows = [text.get_text() for text in decode.get_yticklabels()]
+    assert rows == [
+        "measured",
+        "predicted",
+        "limit",
+        "host to device link, binds",
+        "compute",
+        "device to host link",
+    ]
+    lengths = [bar.get_width() for bar in decode.patches]
+    assert lengths == [96.0, 90.0, 80.0, 89.0, 12.0, 0.07]
+    assert [bar.get_width() for bar in prefill.patches][:3] == [5.4, 4.0, 3.5]
+    assert [text.get_text() for text in decode.texts][-1] == "70 ms"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"repeats": []},
+        {"plan": {}},
+        {"plan": {"predicted": {**PREDICTED, "decode_s": 0.0, "decode_busy_s": {}}}},
+    ],
+    ids=["nothing measured", "nothing planned", "one token"],
+)
+def test_the_plan_of_a_broken_off_run(tmp_path: Path, changes: dict[str, Any]) -> None:
+    result = planned_result().model_copy(update=changes)
+    assert inked(draw_plan(result, tmp_path / "plan.png")) > 0.005
