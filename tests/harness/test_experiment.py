@@ -106,6 +106,19 @@ def test_the_profile_that_the_plan_rests_on_is_recorded(run: Run, events: Any, t
     assert LayerShape.of(spec) in {table.shape for table in profile.layers}
 
 
+@pytest.mark.parametrize("strategy", ["accelerate", "flexgen"])
+def test_the_peaks_that_were_planned_are_metrics(run: Run, strategy: str) -> None:
+    code, folder = run(repeats=1, strategy=strategy)
+    assert code == 0
+    result = RunResult.read(folder)
+    plan, metrics = result.plan, result.metrics
+    planned = [metrics[f"predicted_peak_{tier}_bytes"] for tier in ("gpu", "cpu", "disk")]
+    parts = [*plan["weight_bytes"].values(), *plan["kv_bytes"].values(), plan["workspace_bytes"]]
+    activations = sum(plan.get("activation_bytes", {}).values())
+    assert sum(planned) == sum(parts) + activations
+    assert planned[2] == metrics["offload_disk_bytes"] == 0
+
+
 def test_a_damaged_profile_is_measured_anew_and_the_user_is_told(
     run: Run, events: Any, laptop_profile: HardwareProfile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
