@@ -12,7 +12,8 @@ from profiling.cost_model import CostEstimate
 from profiling.profile import HardwareProfile
 from strategies.base import Plan
 
-_BAR = 40
+_BAR = 24
+"""Characters of a full bar; with what stands beside it, it fits a terminal of 80."""
 _LINKS = {
     "h2d": "host to device",
     "d2h": "device to host",
@@ -25,6 +26,7 @@ _KINDS = {
     "activations": "activations",
     "workspace": "workspace, buffers",
 }
+_SHORT = {"w": "weights", "cache": "KV cache", "act": "activations"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,31 +183,11 @@ class PlanView:
         if estimate is not None:
             yield from _time_tables(estimate, "")
         elif self.plan.limit is not None:
-            yield from _time_tables(self.plan.limit, " at the physical limit")
+            yield from _time_tables(self.plan.limit, " at the limit")
 
     def verdict(self) -> str:
-        """What came out, what binds, how far from the best it can be; a line each."""
-        return "\n".join(self._verdict())
-
-    def runners_up(self) -> PlanTable | None:
-        """The policies that lost, and why; None for a strategy that looks at one only."""
-        found = self.plan.details.get("search", {}).get("runners_up", [])
-        if not found:
-            return None
-        return PlanTable(
-            title="what else was looked at; shares in % on the compute device / in host memory / on disk",
-            columns=("runner-up", "weights", "KV cache", "activations", "tok/s", "slower", "why it lost"),
-            rows=[
-                (
-                    _policy_text(each),
-                    *(_mix(each, short) for short in ("w", "cache", "act")),
-                    f"{each['generation_tok_s']:,.2f}",
-                    f"{each['slower_by']:.1%}",
-                    each["why"],
-                )
-                for each in found
-            ],
-        )
+        """What came out, what binds, how far from the best it can be; and the policies that lost, and why."""
+        return "\n".join([*self._verdict(), *self._runners_up()])
 
     def _policy(self) -> str:
         details = self.plan.details
@@ -264,6 +246,18 @@ class PlanView:
                 f"policy takes less than {_seconds(search['bound_s'])}, this one {search['gap']:.1%} more"
             )
 
+    def _runners_up(self) -> Iterator[str]:
+        runners_up = self.plan.details.get("search", {}).get("runners_up", [])
+        if runners_up:
+            yield ""
+            yield "runners-up (shares: % on the compute device/in host memory/on disk)"
+        for each in runners_up:
+            slower = each["slower_by"]
+            how = f"{abs(slower):.1%} {'slower' if slower >= 0 else 'faster'}"
+            yield f"  {each['generation_tok_s']:,.2f} tok/s, {how}: {each['why']}"
+            shares = (f"{title} {_mix(each, short)}" for short, title in _SHORT.items())
+            yield f"    {_policy_text(each)}; {', '.join(shares)}"
+
 
 def _phases(estimate: CostEstimate) -> Iterator[tuple[str, str, Mapping[str, float], float]]:
     yield "prefill", estimate.prefill_bound, estimate.prefill_busy_s, estimate.prefill_s
@@ -315,7 +309,7 @@ def _policy_text(policy: Mapping[str, Any]) -> str:
 
 def _mix(policy: Mapping[str, Any], short: str) -> str:
     """Percent on device, host and disk."""
-    return " / ".join(f"{policy[f'{short}_{tier}_percent']:g}" for tier in ("gpu", "cpu", "disk"))
+    return "/".join(f"{policy[f'{short}_{tier}_percent']:g}" for tier in ("gpu", "cpu", "disk"))
 
 
 def _seconds(seconds: float) -> str:

@@ -76,9 +76,6 @@ def show_plan(settings: Settings, report: Report, *, hardware_file: Path | None,
         for table in view.tables():
             report.figures(table.title, table.columns, table.rows)
         report.text(view.verdict())
-        if runners_up := view.runners_up():
-            report.text("")
-            report.rows(runners_up.title, runners_up.columns, runners_up.rows)
     for warning in warnings:
         report.warn(warning)
     return 0
@@ -88,6 +85,7 @@ def show_plan(settings: Settings, report: Report, *, hardware_file: Path | None,
 def _log_shown(wanted: bool) -> Iterator[None]:
     """The log on standard error, or nowhere: what no handler takes, Python itself would print there."""
     handler = logging.StreamHandler(sys.stderr) if wanted else logging.NullHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     try:
         yield
