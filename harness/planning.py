@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from flexllmgen.errors import UsageError
+from flexllmgen.errors import OffloadError, UsageError
 from harness.config import Settings
 from harness.models import resolve_model
 from harness.plan_view import PlanView
@@ -26,6 +26,7 @@ from harness.prepare import (
 from harness.report import Report
 from profiling.hardware import check_writable, read_hardware
 from profiling.profile import HardwareProfile
+from strategies.base import Plan
 from strategies.registry import find_strategy
 
 
@@ -38,6 +39,29 @@ def show_plan(settings: Settings, report: Report, *, hardware_file: Path | None,
     Raises:
         OffloadError: what the user can mend: names, sizes, a file that is no profile, a plan that does not fit.
     """
+    try:
+        plan, profile, warnings = _make_plan(settings, report, hardware_file)
+    except OffloadError as error:
+        if as_json:
+            # Whoever reads JSON gets JSON, also where there is nothing else to tell.
+            report.json({"plan": None, "error": str(error)})
+        raise
+    view = PlanView(plan, profile)
+    if as_json:
+        report.json({**view.as_dict(), "warnings": warnings, "error": None})
+    else:
+        report.text(view.head())
+        for table in view.tables():
+            report.figures(table.title, table.columns, table.rows)
+        report.text(view.verdict())
+    for warning in warnings:
+        report.warn(warning)
+    return 0
+
+
+def _make_plan(
+    settings: Settings, report: Report, hardware_file: Path | None
+) -> tuple[Plan, HardwareProfile, list[str]]:
     config = settings.common
     profile = None if hardware_file is None else read_profile(hardware_file)
     # Only its dimensions are needed, so that nothing is downloaded for a published model.
@@ -68,17 +92,7 @@ def show_plan(settings: Settings, report: Report, *, hardware_file: Path | None,
     with _log_shown(report.verbose):
         plan = strategy.plan(replace(request, profile=profile))
     warnings += plan.warnings
-    view = PlanView(plan, profile)
-    if as_json:
-        report.json({**view.as_dict(), "warnings": warnings})
-    else:
-        report.text(view.head())
-        for table in view.tables():
-            report.figures(table.title, table.columns, table.rows)
-        report.text(view.verdict())
-    for warning in warnings:
-        report.warn(warning)
-    return 0
+    return plan, profile, warnings
 
 
 @contextmanager

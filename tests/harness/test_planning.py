@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 from flexllmgen.models.published import published_config
 from flexllmgen.spec import ModelSpec
 from harness.cli import app
+from profiling.profile import SCHEMA_VERSION
 
 sys.path.append(str(Path(__file__).parents[1] / "profiling"))
 from machines import machine
@@ -112,6 +113,9 @@ def test_json_holds_the_numbers(plan: Run, tmp_path: Path) -> None:
 def test_nothing_fits_tells_the_least_change(plan: Run, tmp_path: Path) -> None:
     done = plan("little", "-m", "facebook/opt-175b")
     assert_refused(done, 5, "no policy fits facebook/opt-175b", "more on the GPU", "more in the offload dir")
+    done = plan("little", "-m", "facebook/opt-175b", "--json")
+    assert done.exit_code == 5
+    assert json.loads(done.stdout)["error"].startswith("no policy fits")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -175,7 +179,7 @@ def test_another_number_format_than_the_profiles_is_told_of(plan: Run) -> None:
         ("{", "not JSON"),
         ("[]", "not a hardware profile"),
         ('{"schema_version": 1}', "schema version 1"),
-        ('{"schema_version": 2}', "not a hardware profile"),
+        (json.dumps({"schema_version": SCHEMA_VERSION}), "not a hardware profile"),
         ("\udcff", "not JSON"),
     ],
 )
