@@ -3,14 +3,17 @@
     python benchmarks/planner_case.py --model opt-6.7b --gpu-gib 8 16 --sequences 192 --workloads 512/32 128/128
 
 Random weights and prompts. Of each policy one block is run, after a warm-up of one micro-batch; of long generations only
-`--steps` decode steps, the rest projected from their median. All blocks of a workload being alike, its throughput is that
-of the block (a ragged last one is counted at its predicted share). Prints one JSON line per policy.
+`--steps` decode steps, the rest projected from their median; predictions are of the very same steps, projected alike.
+All blocks of a workload being alike, its throughput is that of the block (a ragged last one counts as predicted). Prints
+one JSON line per policy.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
+import itertools
 import json
 import statistics
 import sys
@@ -26,15 +29,17 @@ from flexllmgen.checkpoint import RandomCheckpoint
 from flexllmgen.engine import FlexEngine
 from flexllmgen.errors import OffloadError
 from flexllmgen.models.published import published_config
-from flexllmgen.placement import GiB, PlacementPlan, check_fits, plan_placement
+from flexllmgen.placement import GiB, PlacementPlan, check_fits, micro_batch_sizes, plan_placement
 from flexllmgen.policy import Placement, Policy
 from flexllmgen.spec import ModelSpec
 from flexllmgen.workload import Workload
 from profiling.calibration import calibrate, corrected
 from profiling.cost_model import Traffic, engine_cost, physical_limit
 from profiling.hardware import available_memory_bytes, free_disk_bytes, read_hardware
+from profiling.layer_times import layer_times_for
 from profiling.profile import HardwareProfile
 from profiling.profiler import take_profile
+from profiling.simulation import simulate_block
 from strategies.flexgen_engine import lookup_bytes
 from strategies.search import Limits, find_policy
 
@@ -239,18 +244,14 @@ class Case:
             times = [time.perf_counter()]
             times += [time.perf_counter() for _ in engine.generate(ids, max_new_tokens=1 + steps)]
             stats = engine.stats()
-        prefill, gaps = times[1] - times[0], [b - a for a, b in zip(times[1:], times[2:], strict=False)]
+        prefill, gaps = times[1] - times[0], [b - a for a, b in itertools.pairwise(times[1:])]
         step = statistics.median(gaps[1:] or gaps)
-        cost = engine_cost(plan, self.profile)
         calibration = calibrate(plan, self.profile, probe)
-        calibrated = engine_cost(plan, corrected(self.profile, calibration))
-        assert cost is not None
-        assert calibrated is not None
+        predicted = self.predicted(plan, block, steps, self.profile)
+        calibrated = self.predicted(plan, block, steps, corrected(self.profile, calibration))
         decode = self.workload.gen_tokens - 1
-        blocks = self.workload.num_sequences / block
-        measured = block * self.workload.gen_tokens / (prefill + decode * step)
-        if blocks != int(blocks):  # The ragged block is slower by as much as predicted.
-            measured *= cost.generation_tok_s / self._full_blocks(policy)
+        tokens = block * self.workload.gen_tokens * self.ragged(policy, plan)
+        measured = tokens / (prefill + decode * step)
         shares = plan.kv_cache.shares
         traffic = Traffic(
             batch_size=block,
@@ -259,17 +260,22 @@ class Case:
             dtype_bytes=plan.dtype_bytes,
             lookup_bytes=lookup_bytes(plan),
         )
-        limit = physical_limit(self.spec, self.workload, traffic, self.profile.best).generation_tok_s
+        run = Workload(num_sequences=block, prompt_tokens=self.workload.prompt_tokens, gen_tokens=1 + steps)
+        best = physical_limit(self.spec, run, traffic, self.profile.best)
+        limit = tokens / (best.prefill_s + decode * best.decode_s / max(1, steps))
+        guess = tokens / (predicted[0] + decode * predicted[1])
+        cost = engine_cost(plan, self.profile)
+        assert cost is not None
         return {
             "tok_s": round(measured, 2),
-            "predicted_tok_s": round(cost.generation_tok_s, 2),
+            "predicted_tok_s": round(guess, 2),
             "error": None,
-            "prediction_error": round(cost.generation_tok_s / measured - 1, 3),
-            "calibrated_error": round(calibrated.generation_tok_s / measured - 1, 3),
+            "prediction_error": round(guess / measured - 1, 3),
+            "calibrated_error": round(tokens / (calibrated[0] + decode * calibrated[1]) / measured - 1, 3),
             "calibration": [round(x, 3) for x in (calibration.compute, calibration.link, calibration.disk)],
             "limit_tok_s": round(limit, 2),
-            "prefill_s": [round(prefill, 3), round(cost.prefill_s / blocks, 3)],
-            "step_s": [round(step, 4), round(cost.decode_s / blocks / max(1, decode), 4)],
+            "prefill_s": [round(prefill, 3), round(predicted[0], 3)],
+            "step_s": [round(step, 4), round(predicted[1], 4)],
             "bound": cost.decode_bound,
             "planned_gpu_gib": round(plan.gpu_bytes / GiB, 3),
             "peak_gpu_gib": round(stats.device_reserved_peak_bytes / GiB, 3),
@@ -278,20 +284,33 @@ class Case:
             "load_s": round(load_s, 1),
         }
 
-    def _full_blocks(self, policy: Policy) -> float:
-        """Predicted throughput of the full blocks alone."""
-        full = Workload(
-            num_sequences=policy.block_size,
-            prompt_tokens=self.workload.prompt_tokens,
-            gen_tokens=self.workload.gen_tokens,
+    def predicted(
+        self, plan: PlacementPlan, block: int, steps: int, profile: HardwareProfile
+    ) -> tuple[float, float]:
+        """Seconds of the prompt's pass and of a step, for the very steps that are measured."""
+        layers = layer_times_for(self.spec, profile.layers)
+        assert layers is not None
+        passes = simulate_block(
+            plan,
+            layers,
+            profile.typical,
+            micro_batches=micro_batch_sizes(block, plan.policy),
+            contexts=[self.workload.prompt_tokens + step for step in range(1, steps + 1)],
         )
-        plan = plan_placement(
-            self.spec, policy, full, self.dtype.itemsize, in_place=self.device == "cpu",
-            gpu_cap_bytes=self.limits.gpu_bytes,
-        )  # fmt: skip
-        cost = engine_cost(plan, self.profile)
-        assert cost is not None
-        return cost.generation_tok_s
+        return passes.seconds[0], statistics.median(passes.seconds[2:] or passes.seconds[1:])
+
+    def ragged(self, policy: Policy, plan: PlacementPlan) -> float:
+        """Throughput of all blocks over that of the full ones, as predicted: 1 where they come out even."""
+        if (
+            self.workload.num_sequences % policy.block_size == 0
+            or policy.block_size > self.workload.num_sequences
+        ):
+            return 1.0
+        full = dataclasses.replace(self.workload, num_sequences=policy.block_size)
+        costs = [engine_cost(each, self.profile) for each in (plan, dataclasses.replace(plan, workload=full))]
+        assert costs[0] is not None
+        assert costs[1] is not None
+        return costs[0].generation_tok_s / costs[1].generation_tok_s
 
 
 if __name__ == "__main__":

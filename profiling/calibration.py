@@ -9,6 +9,7 @@ from profiling.profile import HardwareProfile, Measurement
 
 _MOST = 3.0
 """A factor beyond this is a disturbance, not a correction."""
+_LONG_S = 1e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,8 +28,8 @@ def calibrate(plan: PlacementPlan, profile: HardwareProfile, probe: LayerProbe) 
     compute = link = disk = 1.0
     expected = times.step_s(probe.kind, probe.sequences, probe.context)
     expected += times.issue_s if plan.in_place else 0.0
-    # Where issuing a step takes longer than the step, the probe has timed the issuing.
-    if probe.compute_s is not None and (plan.in_place or expected > times.issue_s):
+    # On an accelerator a few steps time their issuing as much as the device.
+    if probe.compute_s is not None and plan.in_place:
         compute = probe.compute_s / expected
     if probe.load_s:
         parts = [
@@ -39,11 +40,12 @@ def calibrate(plan: PlacementPlan, profile: HardwareProfile, probe: LayerProbe) 
         up = sum(part.cpu + part.disk for part in parts)
         link_s = 0.0 if plan.in_place or not rates.h2d_bytes_per_s else up / rates.h2d_bytes_per_s
         disk_s = from_disk / rates.disk_read_bytes_per_s
-        # The slower of the two is what was seen.
-        if disk_s > link_s:
-            disk = probe.load_s / disk_s
-        elif link_s:
-            link = probe.load_s / link_s
+        # The slower of the two is what was seen; of a short load, mostly how it was started.
+        if max(disk_s, link_s) > _LONG_S:
+            if disk_s > link_s:
+                disk = probe.load_s / disk_s
+            else:
+                link = probe.load_s / link_s
     return Calibration(compute=_within(compute), link=_within(link), disk=_within(disk))
 
 

@@ -74,8 +74,11 @@ class LayerTimes:
     """The times of one shape.
 
     Args:
-        issue_s: host seconds to issue one compute step with its loads; on an accelerator they run beside the
-            device's, on the CPU they come on top.
+        issue_s: host seconds to issue one compute step with its load of weights; on an accelerator they run beside
+            the device's, on the CPU they come on top.
+        kv_issue_s: what a step takes more to issue where its KV is loaded and stored.
+        recorded: points of a decode step that is replayed from a graph: it attends to all positions there is room
+            for, under a mask. Empty on the CPU.
         prompt: points over positions of a chunk of a prompt.
         step: points over sequences of a decode step.
         waits: the host waits for the device within a layer (a mixture of experts does).
@@ -88,6 +91,8 @@ class LayerTimes:
     prompt: tuple[Point, ...]
     step: tuple[Point, ...]
     head: tuple[HeadPoint, ...]
+    kv_issue_s: float = 0.0
+    recorded: tuple[Point, ...] = ()
     spread: float = 0.0
 
     def prompt_s(self, kind: str, rows: int, positions: int) -> float:
@@ -97,6 +102,10 @@ class LayerTimes:
     def step_s(self, kind: str, sequences: int, context: int) -> float:
         """Seconds of one decode step of `sequences` that attend to `context` positions each."""
         return _half(kind, self.step, sequences, context)
+
+    def recorded_s(self, kind: str, sequences: int, room: int) -> float:
+        """Seconds of a recorded decode step of `sequences` that have `room` for so many positions each."""
+        return _half(kind, self.recorded or self.step, sequences, room)
 
     def head_s(self, rows: int) -> float:
         """Seconds of the head for `rows` sequences."""
@@ -125,6 +134,8 @@ class LayerTimes:
         return LayerTimes(
             shape=shape,
             issue_s=self.issue_s,
+            kv_issue_s=self.kv_issue_s,
+            recorded=tuple(scale(point, cached) for point in self.recorded),
             waits=shape.num_experts > 0,
             prompt=tuple(scale(point, heads) for point in self.prompt),
             step=tuple(scale(point, cached) for point in self.step),
@@ -137,7 +148,7 @@ class LayerTimes:
         """The table that `dataclasses.asdict` described."""
         fields = dict(data)
         fields["shape"] = LayerShape(**fields["shape"])
-        for name in ("prompt", "step"):
+        for name in ("prompt", "step", "recorded"):
             fields[name] = tuple(Point(**point) for point in fields[name])
         fields["head"] = tuple(HeadPoint(**point) for point in fields["head"])
         return LayerTimes(**fields)

@@ -18,7 +18,7 @@ from flexllmgen.checkpoint import RandomCheckpoint
 from flexllmgen.engine import FlexEngine
 from flexllmgen.kv_cache import Segment
 from flexllmgen.models.decoder import Decoder, Span
-from flexllmgen.policy import ON_CPU, Policy
+from flexllmgen.policy import ON_CPU, ON_GPU, Placement, Policy
 from flexllmgen.spec import ModelSpec
 from flexllmgen.workload import Workload
 from profiling.compute import timed_runs
@@ -41,14 +41,20 @@ def measure_layer_times(spec: ModelSpec, *, dtype: str, device: str) -> LayerTim
     """Time a layer of this model; takes a few seconds, and memory for some layers."""
     with torch.inference_mode():
         bench = _Bench(spec, torch.device(device), getattr(torch, dtype))
-        step, prompt = bench.points(prompt=False), bench.points(prompt=True)
+        step, prompt = bench.points(), bench.points(prompt=True)
+        # A mixture of experts waits within a layer, which no graph can.
+        recorded = bench.points(recorded=True) if device == "cuda" and not spec.num_experts else ()
         head, spread = bench.head_points(), statistics.median(bench.spreads)
         del bench
     if device == "cuda":
         torch.cuda.empty_cache()
+    issue_s = _issue_seconds(spec, dtype, device, kv_cache=ON_GPU)
+    with_kv_s = _issue_seconds(spec, dtype, device, kv_cache=ON_CPU) if device == "cuda" else issue_s
     return LayerTimes(
         shape=LayerShape.of(spec),
-        issue_s=_issue_seconds(spec, dtype, device),
+        issue_s=issue_s,
+        kv_issue_s=max(0.0, with_kv_s - issue_s),
+        recorded=recorded,
         waits=spec.num_experts > 0,
         prompt=prompt,
         step=step,
@@ -72,14 +78,16 @@ class _Bench:
             self._weights({**spec.attention_tensors(), **spec.mlp_tensors()}) for _ in range(count)
         ]
 
-    def points(self, *, prompt: bool) -> tuple[Point, ...]:
+    def points(self, *, prompt: bool = False, recorded: bool = False) -> tuple[Point, ...]:
         points: list[Point] = []
         for rows in PROMPT_ROWS if prompt else STEP_ROWS:
             # With many rows arithmetic and not memory sets the pace: one layer is then enough.
             layers = self.layers[: 1 if prompt and rows > 256 else len(self.layers)]
             short, long = self._lengths(rows, prompt=prompt)
-            first = self.attention_s(layers, rows, short, prompt=prompt)
-            second = self.attention_s(layers, rows, long, prompt=prompt) if long > short else first
+            first, second = (
+                self.attention_s(layers, rows, length, prompt=prompt, recorded=recorded)
+                for length in (short, long)
+            )
             slope = max(0.0, (second - first) / max(1, long - short))
             mlp_s = self.mlp_s(layers, rows)
             points.append(
@@ -111,7 +119,15 @@ class _Bench:
         room = _KV_BYTES // (2 * self.spec.kv_size * self.dtype.itemsize * rows * len(self.layers))
         return short, max(short, min(long, room))
 
-    def attention_s(self, layers: list[Tensors], rows: int, length: int, *, prompt: bool) -> float:
+    def attention_s(
+        self,
+        layers: list[Tensors],
+        rows: int,
+        length: int,
+        *,
+        prompt: bool = False,
+        recorded: bool = False,
+    ) -> float:
         spec = self.spec
         batch, tokens = (rows // length, length) if prompt else (rows, 1)
         x_BTD = torch.randn(batch, tokens, spec.hidden_size, device=self.device).to(self.dtype)
@@ -119,6 +135,10 @@ class _Bench:
         positions = torch.arange(first, first + tokens, device=self.device).expand(batch, tokens)
         cos, sin = self.decoder.rotations(positions)
         span = Span(first=first, prompt=prompt, positions_BT=positions, cos=cos, sin=sin)
+        if recorded:
+            row = torch.full((1,), first, device=self.device)
+            bias = torch.zeros(batch, 1, 1, length, dtype=self.dtype, device=self.device)
+            span = replace(span, row=row, bias_B11S=bias)
         caches = [
             torch.randn(length, 2, batch, spec.num_kv_heads, spec.head_dim, device=self.device).to(self.dtype)
             for _ in layers
@@ -172,20 +192,20 @@ def _recorded(work: Callable[[], object], stream: torch.cuda.Stream) -> Callable
     return graph.replay
 
 
-def _issue_seconds(spec: ModelSpec, dtype: str, device: str) -> float:
-    """Host seconds of the engine's loop for one layer of one micro-batch.
+def _issue_seconds(spec: ModelSpec, dtype: str, device: str, *, kv_cache: Placement) -> float:
+    """Host seconds of the engine's loop for one layer of one micro-batch, its weights streamed.
 
     The difference between models of ten and two layers that are too small to compute anything. On the CPU the
     layer's own operations are timed apart already, so that they are taken off.
     """
-    many, few = (_tiny_step_s(spec, layers, dtype, device) for layers in (10, 2))
+    many, few = (_tiny_step_s(spec, layers, dtype, device, kv_cache) for layers in (10, 2))
     per_layer = max(0.0, (many - few) / 8)
     if device == "cuda":
         return per_layer
     with torch.inference_mode():
         tiny = _Bench(_tiny(spec, 2), torch.device(device), getattr(torch, dtype))
         layers = tiny.layers[:1]
-        direct = tiny.attention_s(layers, 1, 8, prompt=False) + tiny.mlp_s(layers, 1)
+        direct = tiny.attention_s(layers, 1, 8) + tiny.mlp_s(layers, 1)
     return max(0.0, per_layer - direct)
 
 
@@ -207,10 +227,10 @@ def _tiny(spec: ModelSpec, layers: int) -> ModelSpec:
     )
 
 
-def _tiny_step_s(spec: ModelSpec, layers: int, dtype: str, device: str) -> float:
-    """Median seconds of a decode step of a tiny model whose weights and KV are streamed."""
+def _tiny_step_s(spec: ModelSpec, layers: int, dtype: str, device: str, kv_cache: Placement) -> float:
+    """Median seconds of a decode step of a tiny model whose weights are streamed."""
     workload = Workload(num_sequences=1, prompt_tokens=4, gen_tokens=24)
-    policy = Policy(micro_batch_size=1, weights=ON_CPU, kv_cache=ON_CPU)
+    policy = Policy(micro_batch_size=1, weights=ON_CPU, kv_cache=kv_cache)
     with FlexEngine.load(
         _tiny(spec, layers), RandomCheckpoint(seed=0), policy, workload=workload, device=device, dtype=dtype
     ) as engine:

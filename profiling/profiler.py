@@ -27,6 +27,8 @@ from profiling.sampler import energy_joules
 log = logging.getLogger(__name__)
 
 MAX_AGE_S = 7 * 24 * 3600
+MAX_AGE_BUSY_S = 600
+"""What was measured while others used the machine is measured again when they may have gone."""
 FORCE_VARIABLE = "FORCE_RERUN_PROFILER"
 _ROOM = 4
 """A model's layers are timed where one takes no more than this part of the device's free memory."""
@@ -237,6 +239,8 @@ def _kept(path: Path, fingerprint: str, warnings: list[str]) -> HardwareProfile 
         warnings.append(f"the hardware profile {path} is of another machine or version; measured anew")
         return None
     age_s = time.time() - profile.measured_at
+    if profile.busy and age_s > MAX_AGE_BUSY_S:
+        return None
     if not 0 <= age_s < MAX_AGE_S:
         warnings.append(f"the hardware profile {path} is {age_s / 86400:.0f} days old; measured anew")
         return None

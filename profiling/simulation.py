@@ -256,8 +256,7 @@ class _Simulation:
             self.hidden_ready.get(step.hidden_slot, 0.0) if step.hidden_slot >= 0 else 0.0,
         )
         seconds = self._compute_seconds(step)
-        replayed = self.recorded and step.token > 0
-        issue = 0.0 if replayed else self.times.issue_s
+        issue = self._issue_seconds(step)
         if self.on_cpu:
             seconds, issue = seconds + issue, 0.0
         self.issued += issue
@@ -272,6 +271,16 @@ class _Simulation:
         ):
             if slot >= 0:
                 busy[slot] = end
+
+    def _issue_seconds(self, step: Step) -> float:
+        """Host seconds to issue a compute step; a prompt's are issued for each of its chunks."""
+        times, head = self.times, self.plan.stages[step.stage].kind == "head"
+        if self.recorded and step.token > 0:
+            return times.issue_s if head else 0.0
+        chunks = 1
+        if step.token == 0 and not head:
+            chunks = -(-self.batches[step.micro_batch] // max(1, self.plan.chunk_tokens // self.prompt))
+        return chunks * times.issue_s + (times.kv_issue_s if step.kv_slot >= 0 else 0.0)
 
     def _kv_wait(self, step: Step) -> float:
         if step.kv_slot < 0:
@@ -294,6 +303,8 @@ class _Simulation:
             rows = sequences * (self.prompt if token == 0 else 1)
             return rows * self.plan.spec.hidden_bytes(1, self.plan.dtype_bytes) / self._copy_rate
         window = self._window(layer)
+        if token > 0 and self.recorded:
+            return self.times.recorded_s(kind, sequences, self.plan.max_context)
         if token > 0:
             context = self.contexts[token - 1]
             return self.times.step_s(kind, sequences, min(context, window) if window else context)

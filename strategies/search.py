@@ -39,6 +39,7 @@ _REFINED = 2
 """Of the best so many are tried with deeper prefetch and with attention and MLP apart."""
 _REPAIRS = 24
 _ODD = 0.01
+_HIDDEN_ODD = 0.1
 _WORTH = 0.005
 """A relative gain that is not worth looking for."""
 _CRUMB = 1e-4
@@ -203,13 +204,9 @@ def _with_preference(candidate: Candidate) -> float:
     Of policies that are as good as equal the plainest is taken.
     """
     policy, plan = candidate.policy, candidate.placement
-    odd = (
-        plan.disk_bytes > 0,
-        plan.hidden_slots > 0,
-        policy.sep_layer,
-        policy.overlap > 1,
-    )
-    return candidate.seconds * (1 + _ODD * sum(odd))
+    odd = _ODD * ((plan.disk_bytes > 0) + policy.sep_layer + (policy.overlap > 1))
+    # Hidden states are small and wanted at once: behind the copies of weights they wait longer than predicted.
+    return candidate.seconds * (1 + odd + _HIDDEN_ODD * (plan.hidden_slots > 0))
 
 
 def _cuts(workload: Workload, wanted: int | None) -> Iterator[_Cut]:
@@ -509,9 +506,17 @@ class _Problem:
         size = min(cut.size, workload.num_sequences)
         count = min(cut.size * cut.count, workload.num_sequences) / size
         context = workload.prompt_tokens + workload.gen_tokens // 2
-        every = self.times.head_s(size) + (layers * self.times.issue_s if self.on_cpu else 0.0)
-        step = layers * self.times.step_s("layer", size, context)
-        return count * (self._prompt_s(cut, size) + every), count * (step + every)
+        times, prompt_s = self.times, self._prompt_s(cut, size)
+        step_s = layers * times.step_s("layer", size, context)
+        chunks = -(-size // max(1, cut.chunk // workload.prompt_tokens))
+        issue_s = layers * times.issue_s
+        if self.on_cpu:
+            prompt_s, step_s = prompt_s + chunks * issue_s, step_s + issue_s
+        else:
+            # Issued beside the device's work. A step may be recorded, and then costs nothing to issue.
+            prompt_s = max(prompt_s, chunks * issue_s)
+        head_s = times.head_s(size)
+        return count * (prompt_s + head_s), count * (step_s + head_s)
 
     def _prompt_s(self, cut: _Cut, size: int) -> float:
         prompt = self.workload.prompt_tokens
