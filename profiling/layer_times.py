@@ -74,8 +74,10 @@ class LayerTimes:
     """The times of one shape.
 
     Args:
-        issue_s: host seconds to issue one compute step with its load of weights; on an accelerator they run beside
-            the device's, on the CPU they come on top.
+        issue_s: host seconds of the engine's loop for one compute step with its load of weights; on an accelerator
+            they run beside the device's, on the CPU they come on top.
+        chunk_issue_s: host seconds to issue the operations of a chunk of a prompt, or of a step; 0 on the CPU, where it is the
+            layer's own time, and where the host waits within a layer anyhow.
         kv_issue_s: what a step takes more to issue where its KV is loaded and stored.
         recorded: points of a decode step that is replayed from a graph: it attends to all positions there is room
             for, under a mask. Empty on the CPU.
@@ -91,6 +93,7 @@ class LayerTimes:
     prompt: tuple[Point, ...]
     step: tuple[Point, ...]
     head: tuple[HeadPoint, ...]
+    chunk_issue_s: float = 0.0
     kv_issue_s: float = 0.0
     recorded: tuple[Point, ...] = ()
     spread: float = 0.0
@@ -134,6 +137,7 @@ class LayerTimes:
         return LayerTimes(
             shape=shape,
             issue_s=self.issue_s,
+            chunk_issue_s=self.chunk_issue_s,
             kv_issue_s=self.kv_issue_s,
             recorded=tuple(scale(point, cached) for point in self.recorded),
             waits=shape.num_experts > 0,

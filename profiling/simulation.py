@@ -276,11 +276,11 @@ class _Simulation:
         """Host seconds to issue a compute step; a prompt's are issued for each of its chunks."""
         times, head = self.times, self.plan.stages[step.stage].kind == "head"
         if self.recorded and step.token > 0:
-            return times.issue_s if head else 0.0
+            return times.issue_s + times.chunk_issue_s if head else 0.0
         chunks = 1
         if step.token == 0 and not head:
             chunks = -(-self.batches[step.micro_batch] // max(1, self.plan.chunk_tokens // self.prompt))
-        return chunks * times.issue_s + (times.kv_issue_s if step.kv_slot >= 0 else 0.0)
+        return times.issue_s + chunks * times.chunk_issue_s + (times.kv_issue_s if step.kv_slot >= 0 else 0.0)
 
     def _kv_wait(self, step: Step) -> float:
         if step.kv_slot < 0:

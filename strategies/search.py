@@ -44,9 +44,10 @@ _WORTH = 0.005
 """A relative gain that is not worth looking for."""
 _CRUMB = 1e-4
 """Relative price of a share off the device, so that of equal solutions the nearest to it is taken."""
-# Where each share stands among the program's variables; the seconds of a prompt's pass and of a step come last.
+# Where each share stands among the program's variables. Last come the seconds of a prompt's pass and of a step, of a full
+# block and of the ragged one at the end.
 _W, _K, _A = (0, 1, 2), (3, 4, 5), (6, 7, 8)
-_PREFILL, _STEP, _SIZE = 9, 10, 11
+_FULL, _RAGGED, _SIZE = (9, 10), (11, 12), 13
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,14 +189,32 @@ def find_policy(
             if (candidate := problem.evaluate(policy)) is not None:
                 found.append(candidate)
     best = min(found, key=_with_preference)
-    others = sorted((each for each in found if each is not best), key=lambda each: each.seconds)
+    others = _distinct(sorted((each for each in found if each is not best), key=lambda each: each.seconds))
     return Found(
         best=best,
-        runners_up=tuple(others[:5]),
+        runners_up=tuple(others)[:5],
         bound_s=min(bound_s, best.seconds),
         cuts=len(cuts),
         simulated=simulated,
     )
+
+
+def _distinct(candidates: Sequence[Candidate]) -> Iterator[Candidate]:
+    """One of each cut and kind: neighbours of a policy say nothing new."""
+    seen = set()
+    for each in candidates:
+        policy, plan = each.policy, each.placement
+        key = (
+            policy.micro_batch_size,
+            policy.num_micro_batches,
+            policy.overlap,
+            policy.sep_layer,
+            plan.disk_bytes > 0,
+            plan.hidden_slots > 0,
+        )
+        if key not in seen:
+            seen.add(key)
+            yield each
 
 
 def _with_preference(candidate: Candidate) -> float:
@@ -255,24 +274,28 @@ class _Problem:
     def cheap_bound(self, cut: _Cut) -> float:
         """Seconds that this cut takes at least, without solving anything: compute, and what no memory can hold."""
         if cut not in self._cheap:
-            workload, limits = self.workload, self.limits
-            block = min(cut.size * cut.count, workload.num_sequences)
-            weights = self.weights - self.rest
-            context = workload.prompt_tokens + workload.gen_tokens // 2
-            # A step reads all weights and the KV of its block; what a memory cannot hold must come in.
-            needed = weights + block * self.spec.kv_bytes(context, self.size)
-            prompt_s = step_s = 0.0
-            held = limits.cpu_bytes + (0 if limits.shared else limits.gpu_bytes or 0)
-            sources = [(self.rates.disk_read_bytes_per_s, held)]
-            if not self.on_cpu and self.rates.h2d_bytes_per_s and limits.gpu_bytes is not None:
-                sources.append((self.rates.h2d_bytes_per_s, limits.gpu_bytes))
-            for rate, memory in sources:
-                prompt_s = max(prompt_s, (weights - memory) / rate)
-                step_s = max(step_s, (needed - memory) / rate)
-            compute = self._compute(cut)
-            blocks, steps = self.workload.num_sequences / block, self.workload.gen_tokens - 1
-            self._cheap[cut] = blocks * (max(compute[0], prompt_s) + steps * max(compute[1], step_s))
+            steps = self.workload.gen_tokens - 1
+            self._cheap[cut] = 0.0
+            for count, block, _ in self._blocks(cut):
+                compute, fetched = self._compute(cut, block), self._fetched(block)
+                prompt_s, step_s = (max(pair) for pair in zip(compute, fetched, strict=True))
+                self._cheap[cut] += count * (prompt_s + steps * step_s)
         return self._cheap[cut]
+
+    def _fetched(self, block: int) -> tuple[float, float]:
+        """Seconds to bring in what a memory cannot hold: a pass reads all weights, and a step the KV of its block."""
+        workload, limits = self.workload, self.limits
+        weights = self.weights - self.rest
+        context = workload.prompt_tokens + workload.gen_tokens // 2
+        needed = weights + block * self.spec.kv_bytes(context, self.size)
+        held = limits.cpu_bytes + (0 if limits.shared else limits.gpu_bytes or 0)
+        sources = [(self.rates.disk_read_bytes_per_s, held)]
+        if not self.on_cpu and self.rates.h2d_bytes_per_s and limits.gpu_bytes is not None:
+            sources.append((self.rates.h2d_bytes_per_s, limits.gpu_bytes))
+        return (
+            max(0.0, *((weights - memory) / rate for rate, memory in sources)),
+            max(0.0, *((needed - memory) / rate for rate, memory in sources)),
+        )
 
     def solve(self, cut: _Cut, kind: _Kind) -> _Solved | None:
         """The best shares for a cut, as if nothing ever waited; None if it cannot fit."""
@@ -281,10 +304,9 @@ class _Problem:
             rows.append(row)
             bounds.append(bound)
         objective = np.zeros(_SIZE)
-        block = min(cut.size * cut.count, self.workload.num_sequences)
-        blocks = self.workload.num_sequences / block
-        objective[_PREFILL] = blocks
-        objective[_STEP] = blocks * (self.workload.gen_tokens - 1)
+        for count, _, (prefill, step) in self._blocks(cut):
+            objective[prefill] = count
+            objective[step] = count * (self.workload.gen_tokens - 1)
         crumb = _CRUMB * self.cheap_bound(cut)
         for index in (_W[1], _K[1], _A[1]):
             objective[index] = crumb
@@ -307,7 +329,7 @@ class _Problem:
             b_ub=limit / scale,
             A_eq=equal,
             b_eq=np.ones(3),
-            bounds=[(0.0, each) for each in most] + [(0.0, None)] * 2,
+            bounds=[(0.0, each) for each in most] + [(0.0, None)] * (_SIZE - 9),
             method="highs",
         )
         if result.status != 0:
@@ -463,17 +485,31 @@ class _Problem:
         bounds.append(self.limits.disk_bytes)
         return rows, [float(bound) for bound in bounds]
 
+    def _blocks(self, cut: _Cut) -> Iterator[tuple[int, int, tuple[int, int]]]:
+        """How many blocks there are, of how many sequences, and the variables of their two passes."""
+        full, ragged = divmod(self.workload.num_sequences, cut.size * cut.count)
+        if full:
+            yield full, cut.size * cut.count, _FULL
+        if ragged:
+            yield 1, ragged, _RAGGED
+
     def _time(self, cut: _Cut) -> Iterator[tuple[np.ndarray, float]]:
         """Each resource's seconds, at most those of its pass."""
+        for _, block, variables in self._blocks(cut):
+            yield from self._block_time(cut, block, variables)
+
+    def _block_time(
+        self, cut: _Cut, block: int, variables: tuple[int, int]
+    ) -> Iterator[tuple[np.ndarray, float]]:
         workload, spec, rates = self.workload, self.spec, self.rates
-        block = min(cut.size * cut.count, workload.num_sequences)
-        compute = self._compute(cut)
+        compute = self._compute(cut, block)
         prompt = workload.prompt_tokens
         context = prompt + workload.gen_tokens / 2
         token_kv = block * spec.kv_bytes(1, self.size)
-        for variable, read, written, columns in ((_PREFILL, 0.0, prompt, prompt), (_STEP, context - 1, 1, 1)):
+        passes = ((0.0, prompt, prompt), (context - 1, 1, 1))
+        for variable, busy, (read, written, columns) in zip(variables, compute, passes, strict=True):
             hidden = 2 * (spec.num_layers + 1) * block * spec.hidden_bytes(columns, self.size)
-            yield self._at_most(variable, {}, compute[variable - _PREFILL])
+            yield self._at_most(variable, {}, busy)
             if not self.on_cpu and rates.h2d_bytes_per_s and rates.d2h_bytes_per_s:
                 up = 1 / rates.h2d_bytes_per_s
                 loads = {}
@@ -500,23 +536,22 @@ class _Problem:
                 0.0,
             )
 
-    def _compute(self, cut: _Cut) -> tuple[float, float]:
+    def _compute(self, cut: _Cut, block: int) -> tuple[float, float]:
         """Seconds that the compute device needs for a block's prompts, and for a step in the middle."""
-        workload, layers = self.workload, self.spec.num_layers
-        size = min(cut.size, workload.num_sequences)
-        count = min(cut.size * cut.count, workload.num_sequences) / size
+        workload, layers, times = self.workload, self.spec.num_layers, self.times
         context = workload.prompt_tokens + workload.gen_tokens // 2
-        times, prompt_s = self.times, self._prompt_s(cut, size)
-        step_s = layers * times.step_s("layer", size, context)
-        chunks = -(-size // max(1, cut.chunk // workload.prompt_tokens))
-        issue_s = layers * times.issue_s
-        if self.on_cpu:
-            prompt_s, step_s = prompt_s + chunks * issue_s, step_s + issue_s
-        else:
-            # Issued beside the device's work. A step may be recorded, and then costs nothing to issue.
-            prompt_s = max(prompt_s, chunks * issue_s)
-        head_s = times.head_s(size)
-        return count * (prompt_s + head_s), count * (step_s + head_s)
+        prompt_s = step_s = 0.0
+        whole, rest = divmod(block, cut.size)
+        for count, size in ((whole, cut.size), (1, rest)):
+            if not count or not size:
+                continue
+            head_s, chunks = times.head_s(size), -(-size // max(1, cut.chunk // workload.prompt_tokens))
+            mine, issue_s = self._prompt_s(cut, size), layers * (times.issue_s + chunks * times.chunk_issue_s)
+            # On an accelerator issued beside the device's work. A step may be recorded, and then costs nothing.
+            mine = mine + issue_s if self.on_cpu else max(mine, issue_s)
+            step = layers * (times.step_s("layer", size, context) + (times.issue_s if self.on_cpu else 0.0))
+            prompt_s, step_s = prompt_s + count * (mine + head_s), step_s + count * (step + head_s)
+        return prompt_s, step_s
 
     def _prompt_s(self, cut: _Cut, size: int) -> float:
         prompt = self.workload.prompt_tokens

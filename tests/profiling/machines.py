@@ -32,7 +32,9 @@ CPU_RATES = {
 }
 
 
-def layer_times(spec: ModelSpec, *, flops_per_s: float, bytes_per_s: float, issue_s: float) -> LayerTimes:
+def layer_times(
+    spec: ModelSpec, *, flops_per_s: float, bytes_per_s: float, issue_s: float, chunk_issue_s: float
+) -> LayerTimes:
     """A roofline's layer: the slower of reading its weights and multiplying by them."""
     shape = LayerShape.of(spec)
 
@@ -48,6 +50,7 @@ def layer_times(spec: ModelSpec, *, flops_per_s: float, bytes_per_s: float, issu
     return LayerTimes(
         shape=shape,
         issue_s=issue_s,
+        chunk_issue_s=chunk_issue_s,
         waits=spec.num_experts > 0,
         prompt=tuple(point(rows, rows * scores) for rows in (64, 256, 1024, 4096)),
         step=tuple(point(rows, rows * kv) for rows in (1, 4, 16, 64, 256)),
@@ -69,7 +72,8 @@ def machine(spec: ModelSpec, device: str = "cuda", **rates: float) -> HardwarePr
         spec,
         flops_per_s=values["compute_flops_per_s"],
         bytes_per_s=values["device_bytes_per_s"],
-        issue_s=2e-4 if gpu else 2e-5,
+        issue_s=1e-4 if gpu else 2e-5,
+        chunk_issue_s=2e-4 if gpu else 0.0,
     )
     facts: dict[str, Any] = {
         "fingerprint": "made up",
