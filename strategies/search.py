@@ -174,12 +174,15 @@ def find_policy(
             solved = [each for each in (problem.solve(cut, kind) for cut in hopeful) if each is not None]
             solved.sort(key=lambda each: each.bound_s)
             bound_s = min([bound_s, *(each.bound_s for each in solved)])
-            for each in solved[:_MAX_SIMULATED]:
-                if each.bound_s * (1 + _WORTH) >= min((c.seconds for c in found), default=float("inf")):
+            priced = 0
+            for each in solved:
+                best_s = min((other.seconds for other in found), default=float("inf"))
+                if priced == _MAX_SIMULATED or each.bound_s * (1 + _WORTH) >= best_s:
                     break
-                simulated += 1
                 if (candidate := problem.realise(each, pin_weight=pin_weight)) is not None:
+                    priced += 1
                     found.append(candidate)
+            simulated += priced
     if not found:
         raise PlanInfeasible(problem.least_change())
     found.sort(key=lambda each: each.seconds)

@@ -79,7 +79,9 @@ def test_the_largest_model_is_planned_for_a_machine_elsewhere(plan: Run, tmp_pat
     assert "decode by disk" in row(done, "bound ")
     assert "no policy takes less than" in row(done, "search ")
     runners_up = done.stdout[done.stdout.index("runners-up ") :].splitlines()
-    assert len(runners_up) == 1 + 2 * 5
+    # A line on how fast and why, and one on the policy.
+    assert len(runners_up) % 2 == 1
+    assert 1 + 2 * 2 <= len(runners_up) <= 1 + 2 * 5
     assert all("more " in line or "less plain" in line for line in runners_up[1::2])
     assert done.stderr.count("warning:") == 1
     assert "scaled from a layer of opt, width 7168" in done.stderr

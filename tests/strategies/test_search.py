@@ -121,7 +121,7 @@ def test_without_a_gpu_memory_is_one_and_the_rest_is_disk() -> None:
     ("limits", "way"),
     [
         ({"gpu": 0.05, "cpu": 16.0}, "more on the GPU"),
-        ({"gpu": 1.0, "cpu": 0.01, "disk": 0.01}, "more of host memory"),
+        ({"gpu": 0.6, "cpu": 0.01, "disk": 0.01}, "more of host memory"),
     ],
 )
 def test_nothing_fits_names_the_least_change_that_would(limits: dict[str, float], way: str) -> None:
