@@ -248,7 +248,7 @@ class Case:
         step = statistics.median(gaps[1:] or gaps)
         calibration = calibrate(plan, self.profile, probe)
         predicted = self.predicted(plan, block, steps, self.profile)
-        calibrated = self.predicted(plan, block, steps, corrected(self.profile, calibration))
+        calibrated = self.predicted(plan, block, steps, corrected(self.profile, calibration, plan))
         decode = self.workload.gen_tokens - 1
         tokens = block * self.workload.gen_tokens * self.ragged(policy, plan)
         measured = tokens / (prefill + decode * step)
@@ -272,7 +272,7 @@ class Case:
             "error": None,
             "prediction_error": round(guess / measured - 1, 3),
             "calibrated_error": round(tokens / (calibrated[0] + decode * calibrated[1]) / measured - 1, 3),
-            "calibration": [round(x, 3) for x in (calibration.compute, calibration.link, calibration.disk)],
+            "calibration": [round(x, 3) for x in (calibration.pace, calibration.link, calibration.disk)],
             "limit_tok_s": round(limit, 2),
             "prefill_s": [round(prefill, 3), round(predicted[0], 3)],
             "step_s": [round(step, 4), round(predicted[1], 4)],

@@ -1,85 +1,125 @@
-"""Corrects a profile by what a loaded engine measures on one of its layers. Pure."""
+"""Corrects a profile by what a loaded engine measures of itself in a few seconds. Pure."""
 
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from flexllmgen.executor import LayerProbe
+from flexllmgen.engine import Probe
 from flexllmgen.placement import PlacementPlan, streamed_parts
 from profiling.layer_times import LayerTimes, Point, layer_times_for
 from profiling.profile import HardwareProfile, Measurement
+from profiling.simulation import simulate_block
 
 _MOST = 3.0
 """A factor beyond this is a disturbance, not a correction."""
 _LONG_S = 1e-3
+_ENOUGH = 0.02
+_HALVINGS = 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """By what a machine was slower than its profile said, where a probe could tell; 1 is as predicted."""
+    """By what the machine was slower than its profile said; 1 is as predicted.
 
-    compute: float = 1.0
+    `pace` is of what computes: the layers on a CPU; on an accelerator the host that issues its work.
+    """
+
+    pace: float = 1.0
     link: float = 1.0
     disk: float = 1.0
 
 
-def calibrate(plan: PlacementPlan, profile: HardwareProfile, probe: LayerProbe) -> Calibration:
-    """What the probe says about the profile: seconds measured over seconds predicted, per resource."""
-    times, rates = layer_times_for(plan.spec, profile.layers), profile.typical
-    assert times is not None
-    compute = link = disk = 1.0
-    expected = times.step_s(probe.kind, probe.sequences, probe.context)
-    expected += times.issue_s if plan.in_place else 0.0
-    # On an accelerator a few steps time their issuing as much as the device.
-    if probe.compute_s is not None and plan.in_place:
-        compute = probe.compute_s / expected
-    if probe.load_s:
-        parts = [
-            streamed_parts(plan.images[index], in_place=plan.in_place, embedding=False)
-            for index in plan.stages[probe.stage].images
-        ]
-        from_disk = sum(part.disk for part in parts)
-        up = sum(part.cpu + part.disk for part in parts)
-        link_s = 0.0 if plan.in_place or not rates.h2d_bytes_per_s else up / rates.h2d_bytes_per_s
-        disk_s = from_disk / rates.disk_read_bytes_per_s
-        # The slower of the two is what was seen; of a short load, mostly how it was started.
-        if max(disk_s, link_s) > _LONG_S:
-            if disk_s > link_s:
-                disk = probe.load_s / disk_s
-            else:
-                link = probe.load_s / link_s
-    return Calibration(compute=_within(compute), link=_within(link), disk=_within(disk))
+def calibrate(plan: PlacementPlan, profile: HardwareProfile, probe: Probe) -> Calibration:
+    """What the probe says about the profile: how loads compare, then what pace explains the steps."""
+    link, disk = _loads(plan, profile, probe)
+    found = Calibration(link=_within(link), disk=_within(disk))
+    if probe.step_s is None:
+        return found
+    step_s = probe.step_s
+
+    def predicted(pace: float) -> float:
+        return _step_s(plan, corrected(profile, replace(found, pace=pace), plan), probe.context)
+
+    as_profiled = predicted(1.0)
+    low, high = (1.0, _MOST) if step_s > as_profiled else (1 / _MOST, 1.0)
+    # What binds may be a link that was corrected already: then no pace makes up for the rest.
+    explained = predicted(low) - step_s <= _ENOUGH * step_s and step_s - predicted(high) <= _ENOUGH * step_s
+    if abs(as_profiled / step_s - 1) <= _ENOUGH or not explained:
+        return found
+    for _ in range(_HALVINGS):
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if predicted(middle) < step_s else (low, middle)
+    return replace(found, pace=(low * high) ** 0.5)
 
 
-def corrected(profile: HardwareProfile, calibration: Calibration) -> HardwareProfile:
-    """The profile as the calibration found the machine."""
-    factors = {
-        "h2d_bytes_per_s": calibration.link,
-        "disk_read_bytes_per_s": calibration.disk,
-    }
+def corrected(profile: HardwareProfile, calibration: Calibration, plan: PlacementPlan) -> HardwareProfile:
+    """The profile as the calibration found the machine, running `plan`'s model."""
+    factors = {"h2d_bytes_per_s": calibration.link, "disk_read_bytes_per_s": calibration.disk}
     measurements = {
         name: _slower(each, factors[name]) if name in factors else each
         for name, each in profile.measurements.items()
     }
-    layers = tuple(_slower_layers(table, calibration.compute) for table in profile.layers)
+    pace, computes = calibration.pace, calibration.pace if plan.in_place else 1.0
+    layers = tuple(_slower_layers(table, computes, pace) for table in profile.layers)
     return replace(profile, measurements=measurements, layers=layers)
+
+
+def _loads(plan: PlacementPlan, profile: HardwareProfile, probe: Probe) -> tuple[float, float]:
+    """How much longer than profiled the load took: the link, the disk."""
+    if not probe.load_s:
+        return 1.0, 1.0
+    rates = profile.typical
+    parts = [
+        streamed_parts(plan.images[index], in_place=plan.in_place, embedding=False)
+        for index in plan.stages[probe.stage].images
+    ]
+    up = sum(part.cpu + part.disk for part in parts)
+    link_s = 0.0 if plan.in_place or not rates.h2d_bytes_per_s else up / rates.h2d_bytes_per_s
+    disk_s = sum(part.disk for part in parts) / rates.disk_read_bytes_per_s
+    # The slower of the two is what was seen; of a short load, mostly how it was started.
+    if max(disk_s, link_s) <= _LONG_S:
+        return 1.0, 1.0
+    return (1.0, probe.load_s / disk_s) if disk_s > link_s else (probe.load_s / link_s, 1.0)
+
+
+def _step_s(plan: PlacementPlan, profile: HardwareProfile, context: int) -> float:
+    """Seconds of a step of a full block, as simulated."""
+    times = layer_times_for(plan.spec, profile.layers)
+    assert times is not None
+    passes = simulate_block(
+        plan,
+        times,
+        profile.typical,
+        micro_batches=plan.micro_batches,
+        contexts=(context, context, context),
+    )
+    return statistics.median(passes.seconds[2:])
 
 
 def _slower(measurement: Measurement, factor: float) -> Measurement:
     return replace(measurement, median=measurement.median / factor)
 
 
-def _slower_layers(table: LayerTimes, factor: float) -> LayerTimes:
-    def slower(point: Point) -> Point:
-        return replace(
-            point,
-            attention_s=point.attention_s * factor,
-            per_position_s=point.per_position_s * factor,
-            mlp_s=point.mlp_s * factor,
+def _slower_layers(table: LayerTimes, computes: float, issues: float) -> LayerTimes:
+    def slower(points: Sequence[Point]) -> tuple[Point, ...]:
+        return tuple(
+            replace(
+                point,
+                attention_s=point.attention_s * computes,
+                per_position_s=point.per_position_s * computes,
+                mlp_s=point.mlp_s * computes,
+            )
+            for point in points
         )
 
     return replace(
         table,
-        prompt=tuple(map(slower, table.prompt)),
-        step=tuple(map(slower, table.step)),
+        issue_s=table.issue_s * issues,
+        chunk_issue_s=table.chunk_issue_s * issues,
+        kv_issue_s=table.kv_issue_s * issues,
+        prompt=slower(table.prompt),
+        step=slower(table.step),
+        head=tuple(replace(point, head_s=point.head_s * computes) for point in table.head),
     )
 
 

@@ -1,7 +1,8 @@
 """Strategy `autoflex`: the policy that the cost model finds fastest on this machine, on our own engine.
 
-Searches before anything is loaded. Then, unless told not to, it times one layer on the loaded engine, corrects the
-machine's rates by that, and loads another policy if that one is now better by a margin that is worth it.
+Searches before anything is loaded. Then, unless told not to, it times the load of a layer and a few steps on the loaded
+engine, corrects the machine's rates by that, and loads another policy if that one is now better by a margin that is
+worth it.
 """
 
 import logging
@@ -32,6 +33,8 @@ from strategies.search import Candidate, Found, Limits, find_policy
 
 log = logging.getLogger(__name__)
 
+_LONG_STEP_S = 2.0
+"""Steps that take longer are not tried out for a calibration."""
 REPLAN_GAIN = 1.05
 """Another policy must be this much faster before the engine is loaded anew."""
 
@@ -111,8 +114,9 @@ class AutoflexStrategy:
         """The plan at the rates that the loaded engine shows; another one if it is worth loading anew."""
         profile, placement = plan.request.profile, engine.engine.placement
         assert profile is not None
-        calibration = calibrate(placement, profile, engine.engine.probe())
-        profile = corrected(profile, calibration)
+        steps = 0 < _step_s(plan) < _LONG_STEP_S
+        calibration = calibrate(placement, profile, engine.engine.probe(steps=steps))
+        profile = corrected(profile, calibration, placement)
         cost = engine_cost(placement, profile)
         assert cost is not None
         found = self._search(plan.request, profile)
@@ -129,7 +133,7 @@ class AutoflexStrategy:
             return replace(plan, predicted=cost, details={**plan.details, "calibration": noted})
         log.warning("calibration: another policy is %.0f %% faster; loading it", 100 * (gain - 1))
         warning = (
-            f"one layer measured {_slowest(calibration)} than profiled: planned again, "
+            f"the machine's {_slowest(calibration)} than profiled: planned again, "
             f"{100 * (gain - 1):.0f} % faster"
         )
         other = self._plan(replace(plan.request, profile=profile), found)
@@ -140,6 +144,13 @@ class AutoflexStrategy:
             details={**other.details, "calibration": noted},
             warnings=(*plan.warnings, warning),
         )
+
+
+def _step_s(plan: Plan) -> float:
+    """Predicted seconds of a decode step of a block; 0 if there is none."""
+    workload, predicted = plan.request.workload, plan.predicted
+    steps = -(-workload.num_sequences // plan.batch_size) * (workload.gen_tokens - 1)
+    return predicted.decode_s / steps if predicted is not None and steps else 0.0
 
 
 def policy_of(plan: Plan) -> Policy:

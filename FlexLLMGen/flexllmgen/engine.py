@@ -4,14 +4,17 @@
         for column in engine.generate(ids, mask, sampling=Greedy(), max_new_tokens=32):
             ...
 
-An engine serves one block of requests at a time and holds no timer: it yields one column of tokens per step,
-and whoever measures holds the clock.
+An engine serves one block of requests at a time and holds no timer while it does: it yields one column of tokens
+per step, and whoever measures holds the clock.
 """
 
 # B sequences of the block  T prompt positions  V vocabulary
 
+import itertools
 import logging
 import shutil
+import statistics
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +25,7 @@ import torch
 from flexllmgen.activations import ActivationStore
 from flexllmgen.checkpoint import Checkpoint
 from flexllmgen.errors import PolicyError, UsageError
-from flexllmgen.executor import Executor, LayerProbe
+from flexllmgen.executor import Executor
 from flexllmgen.kv_cache import KVCache
 from flexllmgen.memory.arena import HostArena
 from flexllmgen.memory.disk import DiskPool
@@ -56,6 +59,22 @@ class EngineStats:
     disk_write_bytes: int
     device_allocated_peak_bytes: int
     device_reserved_peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """A few seconds' measurements of a loaded engine.
+
+    Args:
+        stage: the layer whose load was timed.
+        load_s: seconds to bring in its streamed weights; None if all are resident.
+        step_s: seconds of a decode step of a full block that attends to `context` positions; None if not tried.
+    """
+
+    stage: int
+    load_s: float | None
+    step_s: float | None
+    context: int
 
 
 class FlexEngine:
@@ -244,11 +263,25 @@ class FlexEngine:
             scores = scores * (known[:, 1:] & known[:, :-1])
         return scores
 
-    def probe(self, trials: int = 3) -> LayerProbe:
-        """Times one layer in the middle, alone: what a plan's rates can be corrected by. Call it between blocks."""
-        workload = self.placement.workload
+    def probe(self, *, steps: bool = True, trials: int = 3) -> Probe:
+        """Times what a plan's rates can be corrected by: loading one layer, and a few decode steps of a whole block.
+
+        The steps follow a prompt of one token, so that they take the least. Call it between blocks.
+
+        Args:
+            steps: false where a step takes too long for a try.
+        """
         with torch.inference_mode():
-            return self._executor.probe(workload.prompt_tokens + workload.gen_tokens // 2, trials)
+            stage, load_s = self._executor.probe_load(trials)
+        moments = []
+        if steps and self.placement.max_context > trials + 1:
+            ids = torch.zeros(self.block_size, 1, dtype=torch.int64)
+            for _ in self.generate(ids, max_new_tokens=trials + 2):
+                moments.append(time.perf_counter())  # noqa: PERF401 - the moment it comes, not after
+        # The first step still finds loads that ran while the prompt did.
+        gaps = [after - before for before, after in itertools.pairwise(moments[1:])]
+        step_s = statistics.median(gaps) if gaps else None
+        return Probe(stage=stage, load_s=load_s, step_s=step_s, context=3)
 
     def stats(self) -> EngineStats:
         """What is held and was moved until now."""
@@ -386,4 +419,4 @@ def _free_bytes(directory: Path) -> int:
     return shutil.disk_usage(there).free
 
 
-__all__ = ["DTYPES", "EngineStats", "FlexEngine", "GiB", "resolve_device", "resolve_dtype"]
+__all__ = ["DTYPES", "EngineStats", "FlexEngine", "GiB", "Probe", "resolve_device", "resolve_dtype"]

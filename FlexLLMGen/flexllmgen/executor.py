@@ -22,29 +22,7 @@ Head = Callable[[Weights, torch.Tensor, int, int], torch.Tensor]
 """(weights, hidden [B, T, D], first sequence, token) -> what a micro-batch's pass comes to, [B, ...]."""
 
 
-_PROBED_LAYERS = 16
 _PROBED_LOADS = 4
-_CACHE_BYTES = 64 << 20
-"""A layer of more is not held by a cache, so that it alone may be timed again and again."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerProbe:
-    """Seconds of one layer on the engine's own memory.
-
-    Args:
-        kind: of the stage: layer, or attention where the two halves are apart.
-        load_s: to bring in its streamed weights; None if all are resident.
-        compute_s: of one decode step of `sequences` that attend to `context` positions; None if no layer could be
-            timed as it runs in a pass.
-    """
-
-    kind: str
-    stage: int
-    sequences: int
-    context: int
-    load_s: float | None
-    compute_s: float | None
 
 
 @dataclass(slots=True)
@@ -118,59 +96,24 @@ class Executor:
             finally:
                 self._hidden.reset()
 
-    def probe(self, context: int, trials: int) -> LayerProbe:
-        """Times one layer in the middle, alone: bringing its weights in, and a decode step of one micro-batch.
+    def probe_load(self, trials: int) -> tuple[int, float | None]:
+        """A layer in the middle, and the seconds to bring its streamed weights in; None if all are resident.
 
-        Steps go round the layers whose weights are resident, as in a pass: one alone would stay in the caches.
-        Between blocks only: it writes over the slots, and over the KV of the first micro-batch.
+        Between blocks only: it writes over a slot.
         """
         layers = [index for index, stage in enumerate(self._plan.stages) if stage.has_kv]
         middle = layers[len(layers) // 2]
-        load_s = []
-        if self._weights.streams(middle):
-            for _ in range(trials):
-                started = time.perf_counter()
-                # Several at once: what it takes to start one and to hear of its end is no part of the rate.
-                loads = [self._weights.load(middle, 0, 0, 1) for _ in range(_PROBED_LOADS)]
-                loads[-1].synchronize()
-                load_s.append((time.perf_counter() - started) / _PROBED_LOADS)
-        resident = [index for index in layers if not self._weights.streams(index)]
-        large = self._plan.images[self._plan.stages[middle].images[0]].num_bytes > _CACHE_BYTES
-        probed = resident[:_PROBED_LAYERS] or ([middle] if large else [])
-        compute_s = [self._probe_steps(probed, context) for _ in range(trials if probed else 0)]
+        if not self._weights.streams(middle):
+            return middle, None
+        seconds = []
+        for _ in range(trials):
+            started = time.perf_counter()
+            # Several at once: what it takes to start one and to hear of its end is no part of the rate.
+            loads = [self._weights.load(middle, 0, 0, 1) for _ in range(_PROBED_LOADS)]
+            loads[-1].synchronize()
+            seconds.append((time.perf_counter() - started) / _PROBED_LOADS)
         self._weights.drain()
-        return LayerProbe(
-            kind=self._plan.stages[middle].kind,
-            stage=middle,
-            sequences=self._plan.micro_batches[0],
-            context=context,
-            load_s=statistics.median(load_s) if load_s else None,
-            compute_s=statistics.median(compute_s) if compute_s else None,
-        )
-
-    def _probe_steps(self, stages: Sequence[int], context: int) -> float:
-        """Seconds of a decode step of the first micro-batch through a stage, over some of them."""
-        batch = self._plan.micro_batches[0]
-        ids_BT = torch.zeros(batch, 1, dtype=torch.int64, device=self._device)
-        positions = torch.full_like(ids_BT, context - 1)
-        cos, sin = self._decoder.rotations(positions)
-        span = Span(first=context - 1, prompt=False, positions_BT=positions, cos=cos, sin=sin)
-        hidden_slot = 0 if self._hidden.streams else -1
-        self._hidden.begin(1)
-        self._hidden.hidden(0, hidden_slot, batch).normal_()
-        self._wait()
-        started = time.perf_counter()
-        for index in stages:
-            slot = 0 if self._weights.streams(index) else -1
-            kv_slot = 0 if self._kv.streams(self._plan.stages[index].layer) else -1
-            step = Step(Action.COMPUTE, 1, index, slot=slot, kv_slot=kv_slot, hidden_slot=hidden_slot)
-            self._work(step, _MicroBatch(0, ids_BT, span), lambda *_: ids_BT)
-        self._wait()
-        return (time.perf_counter() - started) / len(stages)
-
-    def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        return middle, statistics.median(seconds)
 
     def _shape(self, num_tokens: int, num_micro_batches: int) -> Shape:
         stages = self._plan.stages
