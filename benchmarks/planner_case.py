@@ -41,7 +41,8 @@ from profiling.profile import HardwareProfile
 from profiling.profiler import take_profile
 from profiling.simulation import simulate_block
 from strategies.flexgen_engine import lookup_bytes
-from strategies.search import Limits, find_policy
+from strategies.placement_program import Limits
+from strategies.search import find_policy
 
 # FlexGen's percentages (weights on GPU, CPU; KV on GPU, CPU), micro-batch, number of micro-batches. The first three are
 # from its paper and scripts for these sizes; the others are what one would try by hand.

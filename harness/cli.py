@@ -42,7 +42,7 @@ _RunOptions = {
     "config": (Optional[Path], typer.Option(None, "--config", metavar="FILE", help="TOML file with options and the strategy's keys.", rich_help_panel="Model and strategy")),  # noqa: UP045, E501
     "assignments": (list[str], typer.Option([], "--set", metavar="KEY=VALUE", help="Change one key of the strategy; may be repeated.", rich_help_panel="Model and strategy")),  # noqa: E501
     "objective": (Optional[str], typer.Option(None, "--objective", metavar="throughput|latency", help="What the policy should be best at; short for --set objective=...", rich_help_panel="Model and strategy")),  # noqa: UP045, E501
-    "no_calibrate": (bool, typer.Option(False, "--no-calibrate", metavar=_FLAG, help="Run the policy as searched, without timing a layer first; short for --set calibrate=false.", rich_help_panel="Model and strategy")),  # noqa: E501
+    "no_calibrate": (bool, typer.Option(False, "--no-calibrate", metavar=_FLAG, help="Run the policy as searched, without timing a few steps first; short for --set calibrate=false.", rich_help_panel="Model and strategy")),  # noqa: E501
     "verbose": (bool, typer.Option(False, "--verbose", "-v", metavar=_FLAG, help="Show the log and, for errors, the traceback.", rich_help_panel="Output")),  # noqa: E501
     "quiet": (bool, typer.Option(False, "--quiet", "-q", metavar=_FLAG, help="No progress: results, warnings and errors only.", rich_help_panel="Output")),  # noqa: E501
 }  # fmt: skip

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_GPU_RESERVE_BYTES = 512 << 20
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
@@ -211,15 +213,20 @@ def cap_machine(
     """What the user's caps leave of a machine, and a warning for each cap that is more than it has."""
     warnings: list[str] = []
     gpu_bytes = config.gpu_mem
+    # A tenth is left to the system and to the process itself.
+    available = host_available_bytes * 9 // 10
     if device == "cuda":
-        gpu_bytes = min(config.gpu_mem or gpu_free_bytes, gpu_free_bytes)
+        # Without a cap, some is left to kernels that are loaded later, past the allocator.
+        gpu_bytes = min(config.gpu_mem or gpu_free_bytes - _GPU_RESERVE_BYTES, gpu_free_bytes)
         if config.gpu_mem and config.gpu_mem > gpu_free_bytes:
             warnings.append(
                 f"--gpu-mem is more than the {gpu_free_bytes / 2**30:.1f} GiB free of {gpu_total_bytes / 2**30:.1f}; "
                 "the free memory counts"
             )
-    # A tenth is left to the system and to the process itself.
-    available = host_available_bytes * 9 // 10
+    elif gpu_bytes is not None:
+        # What stands in for a GPU's memory is this machine's own.
+        gpu_bytes = min(gpu_bytes, available)
+        available -= gpu_bytes
     if config.cpu_mem and config.cpu_mem > available:
         warnings.append(f"--cpu-mem is more than the {gib(available)} that can be had, which count")
     machine = Machine(

@@ -25,6 +25,9 @@ _TITLES = {
     "cpu_attention_under_copies_bytes_per_s": "CPU attention under copies",
     "disk_read_bytes_per_s": "disk, read",
     "disk_write_bytes_per_s": "disk, write",
+    "disk_read_alone_bytes_per_s": "disk, read, one piece at a time",
+    "disk_reads_per_s": "disk, reads of a page a second",
+    "disk_writes_per_s": "disk, writes of a page a second",
     "cached_file_bytes_per_s": "file in the page cache",
 }
 
@@ -73,6 +76,8 @@ def _rate_row(name: str, measured: Measurement) -> tuple[str, ...]:
     def reading(rate: float) -> str:
         if name == "compute_flops_per_s":
             return f"{rate / 1e12:,.2f} TFLOP/s"
+        if name in ("disk_reads_per_s", "disk_writes_per_s"):
+            return f"{rate:,.0f} /s"
         return f"{rate / 1e9:,.2f} GB/s"
 
     return (

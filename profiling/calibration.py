@@ -11,7 +11,7 @@ from profiling.profile import HardwareProfile, Measurement
 from profiling.simulation import simulate_block
 
 _MOST = 3.0
-"""A factor beyond this is a disturbance, not a correction."""
+"""More than this is not believed: a disturbance rather than the machine."""
 _LONG_S = 1e-3
 _ENOUGH = 0.02
 _HALVINGS = 12

@@ -72,7 +72,9 @@ def physical_limit(spec: "ModelSpec", workload: Workload, traffic: Traffic, rate
     """The least time that the machine's measured rates allow for this plan."""
 
     def times(block: int, new_tokens: int, cached: int) -> Times:
-        return _phase_times(spec, traffic, rates, block, new_tokens=new_tokens, cached=cached)
+        # KV that no step will read need not be stored.
+        stored = workload.gen_tokens > 1
+        return _phase_times(spec, traffic, rates, block, new_tokens=new_tokens, cached=cached, stored=stored)
 
     return over_blocks(workload, traffic.batch_size, times, max)
 
@@ -179,13 +181,23 @@ def over_blocks(
 
 
 def _phase_times(
-    spec: "ModelSpec", traffic: Traffic, rates: "Rates", batch: int, *, new_tokens: int, cached: int
+    spec: "ModelSpec",
+    traffic: Traffic,
+    rates: "Rates",
+    batch: int,
+    *,
+    new_tokens: int,
+    cached: int,
+    stored: bool,
 ) -> Times:
     """Seconds that each resource is busy for one forward pass of a batch, by the resource's name."""
     whole = {tier: size - traffic.lookup_bytes.get(tier, 0) for tier, size in traffic.weight_bytes.items()}
     weights = sum(whole.values())
+    # Of a mixture of experts a pass may read no more than the experts of one token.
+    read_weights = weights * spec.active_parameters / spec.num_parameters
     read_kv = batch * spec.kv_bytes(cached, traffic.dtype_bytes)
-    new_kv = batch * spec.kv_bytes(new_tokens, traffic.dtype_bytes)
+    new_kv = batch * spec.kv_bytes(new_tokens, traffic.dtype_bytes) if stored else 0
+    attended_kv = read_kv * spec.attended_share(cached)
     disk_weights = whole.get("disk", 0)
     disk_kv_share = traffic.kv_shares.get("disk", 0.0)
     flops = batch * (spec.decode_flops(cached) if cached else spec.prefill_flops(new_tokens))
@@ -197,7 +209,7 @@ def _phase_times(
         to_disk = new_kv * disk_kv_share
         times["disk"] = from_disk / rates.disk_read_bytes_per_s + to_disk / rates.disk_write_bytes_per_s
     if rates.h2d_bytes_per_s is None or rates.d2h_bytes_per_s is None:
-        times["host memory"] = (weights + read_kv + new_kv) / rates.host_bytes_per_s
+        times["host memory"] = (read_weights + attended_kv + new_kv) / rates.host_bytes_per_s
         return times
     host_kv_share = traffic.kv_shares.get("cpu", 0.0) + disk_kv_share
     host_weights = whole.get("cpu", 0) + disk_weights
@@ -205,7 +217,7 @@ def _phase_times(
     down = new_kv * host_kv_share
     times["host to device link"] = up / rates.h2d_bytes_per_s
     times["device to host link"] = down / rates.d2h_bytes_per_s
-    times["device memory"] = (weights + read_kv + new_kv) / rates.device_bytes_per_s
+    times["device memory"] = (read_weights + attended_kv + new_kv) / rates.device_bytes_per_s
     times["host memory"] = (up + down) / rates.host_bytes_per_s
     return times
 

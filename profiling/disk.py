@@ -7,25 +7,31 @@ not be refused for this.
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+
+import torch
 
 from flexllmgen.errors import OffloadDirError
 from flexllmgen.memory.arena import HostArena
-from flexllmgen.memory.disk import DirectFile, DiskPool, wait_all
+from flexllmgen.memory.disk import READ_BYTES, DirectFile, DiskPool, wait_all
 from flexllmgen.memory.transfer import Traffic
+from flexllmgen.placement import PAGE
 from profiling.compute import timed_runs
 from profiling.hardware import free_disk_bytes
 from profiling.memory import MIB
 from profiling.profile import Measurement
 
+PoolAction = Callable[[DirectFile, torch.Tensor, int], list[tuple[int, int, Future[None]]]]
 _TRIALS = 5
 _ENOUGH_S = 1.5
 
 
-def measure_disk(folder: Path, num_bytes: int = 256 * MIB) -> tuple[Measurement, Measurement]:
-    """Sequential read and write rate of the disk that holds `folder`.
+def measure_disk(folder: Path, num_bytes: int = 256 * MIB) -> dict[str, Measurement]:
+    """What the disk that holds `folder` does, by the names of Rates: read and write, and how it starts with little.
 
     Direct I/O of random content by the engine's own threads in its own pieces; a write ends when the disk has it.
+    `..._alone_...` has one piece under way at a time, `disk_reads_per_s` and `disk_writes_per_s` one page.
 
     Raises:
         OffloadDirError: the folder cannot be written, or is full.
@@ -53,13 +59,28 @@ def measure_disk(folder: Path, num_bytes: int = 256 * MIB) -> tuple[Measurement,
             write()
             writes = _trials(write)
             reads = _trials(lambda: wait_all(pool.read(file, memory, 0)))
+            offsets = range(0, num_bytes, READ_BYTES)
+
+            def one_by_one(action: PoolAction, size: int) -> None:
+                for offset in offsets:
+                    wait_all(action(file, memory[offset : offset + size], offset))
+
+            alone = _trials(lambda: one_by_one(pool.read, READ_BYTES))
+            page_reads = _trials(lambda: one_by_one(pool.read, PAGE))
+            page_writes = _trials(lambda: one_by_one(pool.write, PAGE))
         finally:
             file.close()
     finally:
         pool.close()
         path.unlink(missing_ok=True)
         arena.close()
-    return Measurement.of(num_bytes, reads), Measurement.of(num_bytes, writes)
+    return {
+        "disk_read_bytes_per_s": Measurement.of(num_bytes, reads),
+        "disk_write_bytes_per_s": Measurement.of(num_bytes, writes),
+        "disk_read_alone_bytes_per_s": Measurement.of(num_bytes, alone),
+        "disk_reads_per_s": Measurement.of(len(offsets), page_reads),
+        "disk_writes_per_s": Measurement.of(len(offsets), page_writes),
+    }
 
 
 def measure_cached_file(folder: Path, num_bytes: int = 128 * MIB) -> Measurement:

@@ -89,7 +89,7 @@ class _Bench:
                 self.attention_s(layers, rows, length, prompt=prompt, recorded=recorded)
                 for length in (short, long)
             )
-            slope = max(0.0, (second - first) / max(1, long - short))
+            slope = max(0.0, (second - first) / (long - short)) if long > short else 0.0
             mlp_s = self.mlp_s(layers, rows)
             points.append(
                 Point(

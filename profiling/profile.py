@@ -15,7 +15,7 @@ from flexllmgen.errors import UsageError
 from profiling.hardware import Disk, Gpu, Hardware
 from profiling.layer_times import LayerTimes
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 NOISY = 0.15
 """Relative spread from which a measurement is flagged."""
 
@@ -70,7 +70,8 @@ class Rates:
 
     `compute_flops_per_s` and `device_*` are of the compute device; `h2d` and `d2h` are its links to and from
     page-locked host memory: alone, `_both_ways` while the other direction runs too, `_under_reads` while the CPU
-    reads memory. Disk rates bypass the page cache; `cached_file_bytes_per_s` is reading a file that lies in it.
+    reads memory. Disk rates bypass the page cache, `_alone` with one piece under way; reads and writes per second are of
+    single pages; `cached_file_bytes_per_s` is reading a file that lies in it.
     """
 
     compute_flops_per_s: float
@@ -89,6 +90,9 @@ class Rates:
     cpu_attention_under_copies_bytes_per_s: float | None = None
     disk_read_bytes_per_s: float
     disk_write_bytes_per_s: float
+    disk_read_alone_bytes_per_s: float | None = None
+    disk_reads_per_s: float | None = None
+    disk_writes_per_s: float | None = None
     cached_file_bytes_per_s: float
 
     def as_dict(self) -> dict[str, float]:

@@ -68,8 +68,7 @@ def _common(device: str, dtype: torch.dtype) -> Iterator[Part]:
 
 def _disk(folder: Path) -> Iterator[Part]:
     def direct() -> Rated:
-        read, write = measure_disk(folder)
-        return {"disk_read_bytes_per_s": read, "disk_write_bytes_per_s": write}
+        return measure_disk(folder)
 
     yield "disk", direct
     yield "page cache", lambda: {"cached_file_bytes_per_s": measure_cached_file(folder)}

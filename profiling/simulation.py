@@ -9,6 +9,7 @@ and overlap need no formula of their own. Pure: measures nothing, allocates noth
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from flexllmgen.memory.disk import READ_BYTES, THREADS
 from flexllmgen.placement import PlacementPlan, row_bytes, streamed_parts
 from flexllmgen.schedule import Action, Shape, Step, zigzag
 from profiling.layer_times import LayerTimes
@@ -23,8 +24,6 @@ COMPUTE, UP, DOWN, DISK, COPY = (
 )
 H2D, D2H, DISK_READ, DISK_WRITE = LINKS = ("h2d", "d2h", "disk_read", "disk_write")
 """Ways that bytes move on between tiers."""
-_READ_BYTES = 8 << 20
-"""A disk read in flight: the last one must still be copied on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,11 +169,18 @@ class _Simulation:
         ready = max(free, self.issued)
         end = ready
         if disk:
-            end = self._disk("weights disk", ready, disk, step.token)
+            # Reads are started for all parts of a stage, and with overlap for the next stage too.
+            under_way = disk * len(self.batches) * (2 if self.plan.policy.overlap else 1)
+            end = self._disk("weights disk", ready, disk, step.token, under_way=under_way)
         if not self.on_cpu and (host or disk):
-            copied = self._up("weights-kv up", ready, host + disk, step.token)
+            copied = ready
+            if host:
+                paged = 0.0 if self.plan.policy.pin_weight else self.rates.h2d_pageable_bytes_per_s
+                copied = self._up("weights-kv up", ready, host, step.token, rate=paged or None)
+            if disk:
+                copied = self._up("weights-kv up", copied, disk, step.token)
             if disk:  # Copies follow their reads, and the lane waits for the last one.
-                copied = max(copied, end + min(disk, _READ_BYTES) / self._up_rate)
+                copied = max(copied, end + min(disk, READ_BYTES) / self._up_rate)
                 self.clocks.free["weights-kv up"] = copied
             end = copied
         if resident:
@@ -234,18 +240,41 @@ class _Simulation:
         self.hidden_stored[step.micro_batch] = end
         self.hidden_busy[step.slot] = end
 
-    def _up(self, lane: str, ready: float, num_bytes: float, token: int) -> float:
+    def _up(
+        self, lane: str, ready: float, num_bytes: float, token: int, *, rate: float | None = None
+    ) -> float:
         self.clocks.moved[token][H2D] += num_bytes
-        return self.clocks.run(UP, lane, ready, num_bytes / self._up_rate, token)
+        return self.clocks.run(UP, lane, ready, num_bytes / (rate or self._up_rate), token)
 
     def _down(self, lane: str, ready: float, num_bytes: float, token: int) -> float:
         self.clocks.moved[token][D2H] += num_bytes
         return self.clocks.run(DOWN, lane, ready, num_bytes / self._down_rate, token)
 
-    def _disk(self, lane: str, ready: float, num_bytes: float, token: int, *, write: bool = False) -> float:
+    def _disk(
+        self,
+        lane: str,
+        ready: float,
+        num_bytes: float,
+        token: int,
+        *,
+        write: bool = False,
+        under_way: float | None = None,
+    ) -> float:
+        """Reads or writes; `under_way` bytes are asked for at about the same time, else only these."""
         self.clocks.moved[token][DISK_WRITE if write else DISK_READ] += num_bytes
-        rate = self.rates.disk_write_bytes_per_s if write else self.rates.disk_read_bytes_per_s
-        return self.clocks.run(DISK, lane, ready, num_bytes / rate, token)
+        rates = self.rates
+        if write:
+            rate, per_s = rates.disk_write_bytes_per_s, rates.disk_writes_per_s
+        else:
+            rate, per_s = self._read_rate(under_way or num_bytes), rates.disk_reads_per_s
+        return self.clocks.run(DISK, lane, ready, num_bytes / rate + (1 / per_s if per_s else 0.0), token)
+
+    def _read_rate(self, num_bytes: float) -> float:
+        """The disk's full rate needs as many pieces under way as there are threads."""
+        full = self.rates.disk_read_bytes_per_s
+        alone = min(full, self.rates.disk_read_alone_bytes_per_s or full)
+        pieces = min(THREADS, max(1.0, num_bytes / READ_BYTES))
+        return alone + (full - alone) * (pieces - 1) / (THREADS - 1)
 
     # Compute
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 
 from flexllmgen.errors import PlanInfeasible
+from flexllmgen.memory.pack import packed_bytes
 from flexllmgen.policy import Placement, Policy
 from profiling.calibration import Calibration, calibrate, corrected
 from profiling.cost_model import engine_cost
@@ -29,7 +30,8 @@ from strategies.flexgen_engine import (
     policy_details,
     spec_of,
 )
-from strategies.search import Candidate, Found, Limits, find_policy
+from strategies.placement_program import Limits
+from strategies.search import Candidate, Found, find_policy
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +47,7 @@ def create(config: Config) -> "AutoflexStrategy":
 
 
 class AutoflexStrategy:
-    """Searches, loads what it found, checks itself on one layer."""
+    """Searches, loads what it found, checks itself on a few steps."""
 
     name = "autoflex"
 
@@ -65,10 +67,7 @@ class AutoflexStrategy:
             make_checkpoint(request).validate(spec)
         if request.profile is None:
             raise PlanInfeasible("autoflex needs a hardware profile; measure one with `harness profile`")
-        found = self._search(request, request.profile)
-        folder = offload_folder(request, self.config.path)
-        disk_room(request, found.best.placement, folder, self.config.path)
-        return self._plan(request, found)
+        return self._plan(request, self._found(request, request.profile))
 
     @contextmanager
     def build(self, plan: Plan) -> Iterator[FlexgenEngine]:
@@ -87,28 +86,45 @@ class AutoflexStrategy:
         with load_policy(better, policy_of(better), folder) as engine:
             yield engine
 
-    def _search(self, request: PlanRequest, profile: HardwareProfile) -> Found:
+    def _search(self, request: PlanRequest, profile: HardwareProfile, disk_bytes: int) -> Found:
         return find_policy(
             spec_of(request),
             profile,
             request.workload,
-            self._limits(request),
+            limits_of(request.machine, disk_bytes),
             dtype_bytes=dtype_bytes(request),
             batch_size=request.batch_size,
             objective=self.config.objective,
             pin_weight=self.config.pin_weight,
         )
 
-    def _limits(self, request: PlanRequest) -> Limits:
-        machine, disk_bytes = request.machine, request.machine.disk_bytes
-        if disk_bytes is None:
-            disk_bytes = free_disk_bytes(offload_folder(request, self.config.path))
-        return limits_of(machine, disk_bytes)
+    def _found(self, request: PlanRequest, profile: HardwareProfile) -> Found:
+        """The best policy. What an earlier run has packed takes no room again, if it is the same policy's."""
+        folder, path = offload_folder(request, self.config.path), self.config.path
+        if request.machine.disk_bytes is not None:
+            return self._search(request, profile, request.machine.disk_bytes)
+        free = free_disk_bytes(folder)
+        if packed := packed_bytes(folder):
+            found = self._search(request, profile, free + packed)
+            placement = found.best.placement
+            if placement.disk_bytes <= disk_room(request, placement, folder, path):
+                return found
+        found = self._search(request, profile, free)
+        disk_room(request, found.best.placement, folder, path)
+        return found
 
     def _plan(self, request: PlanRequest, found: Found) -> Plan:
         return plan_of(
             request, found.best.placement, strategy=self.name, details={"search": search_details(found)}
         )
+
+    def _search_again(self, plan: Plan, profile: HardwareProfile, engine: FlexgenEngine) -> Found | None:
+        """The best policy at other rates. What this engine holds on disk would be free for another one."""
+        free = free_disk_bytes(offload_folder(plan.request, self.config.path))
+        try:
+            return self._search(plan.request, profile, free + engine.engine.stats().disk_bytes)
+        except PlanInfeasible:  # The disk has filled meanwhile: what is loaded is what there is.
+            return None
 
     def _calibrated(self, plan: Plan, engine: FlexgenEngine) -> Plan:
         """The plan at the rates that the loaded engine shows; another one if it is worth loading anew."""
@@ -119,9 +135,8 @@ class AutoflexStrategy:
         profile = corrected(profile, calibration, placement)
         cost = engine_cost(placement, profile)
         assert cost is not None
-        found = self._search(plan.request, profile)
-        seconds = cost.prefill_s + cost.decode_s
-        gain = seconds / found.best.seconds
+        found = self._search_again(plan, profile, engine)
+        gain = (cost.prefill_s + cost.decode_s) / found.best.seconds if found is not None else 1.0
         log.info("calibration: %s; the best other policy takes %.2f of the time", calibration, 1 / gain)
         noted = {
             **asdict(calibration),
@@ -129,7 +144,7 @@ class AutoflexStrategy:
             "gain_of_best": gain,
             "replanned": gain > REPLAN_GAIN,
         }
-        if gain <= REPLAN_GAIN:
+        if found is None or gain <= REPLAN_GAIN:
             return replace(plan, predicted=cost, details={**plan.details, "calibration": noted})
         log.warning("calibration: another policy is %.0f %% faster; loading it", 100 * (gain - 1))
         warning = (

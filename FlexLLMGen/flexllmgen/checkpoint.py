@@ -46,7 +46,7 @@ class RandomCheckpoint:
 
     @property
     def fingerprint(self) -> str:
-        return f"random-{self.seed}-{self.std}"
+        return f"random-{self.seed}-{self.std}-{PIECE_NUMBERS}"
 
     def validate(self, spec: ModelSpec) -> None:
         """Random weights fit every model."""

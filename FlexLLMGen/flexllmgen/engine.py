@@ -275,7 +275,9 @@ class FlexEngine:
             stage, load_s = self._executor.probe_load(trials)
         moments = []
         if steps and self.placement.max_context > trials + 1:
-            ids = torch.zeros(self.block_size, 1, dtype=torch.int64)
+            # Different tokens, so that experts are chosen as they are in a run.
+            generator = torch.Generator().manual_seed(0)
+            ids = torch.randint(self.spec.vocab_size, (self.block_size, 1), generator=generator)
             for _ in self.generate(ids, max_new_tokens=trials + 2):
                 moments.append(time.perf_counter())  # noqa: PERF401 - the moment it comes, not after
         # The first step still finds loads that ran while the prompt did.
@@ -330,6 +332,8 @@ class FlexEngine:
         ):
             lane.close()
         self._lanes.disk.close()
+        if hasattr(self, "_executor"):
+            self._executor.forget()
         for part in ("_weights", "_kv", "_hidden"):
             if hasattr(self, part):
                 getattr(self, part).close()

@@ -115,6 +115,10 @@ class Executor:
         self._weights.drain()
         return middle, statistics.median(seconds)
 
+    def forget(self) -> None:
+        """Gives back the memory of recorded steps."""
+        self._records.clear()
+
     def _shape(self, num_tokens: int, num_micro_batches: int) -> Shape:
         stages = self._plan.stages
         return Shape(

@@ -20,6 +20,8 @@ ALIGNMENT = 256
 """Where tensors start in an image, and the grain of every cut: what wide loads and copies like."""
 PAGE = 4096
 """What direct disk I/O must be aligned to, in memory and in the file."""
+CHUNK_TOKENS = (8192, 4096, 2048, 1024, 1)
+"""Positions that prefill may compute at once: the first that fits is taken, whole sequences at the least."""
 GiB = 1 << 30
 
 
@@ -477,7 +479,7 @@ def plan_placement(
     # A decode step recorded as a graph has memory of its own; only where nothing is streamed is there one.
     recorded = 0 if weight_slots + kv_slots + hidden_slots else 256 << 20
     plan = None
-    for chunk_tokens in (8192, 4096, 2048, 1024, 1):
+    for chunk_tokens in CHUNK_TOKENS:
         plan = PlacementPlan(
             spec=spec,
             policy=policy,

@@ -233,6 +233,13 @@ class ModelSpec:
         """
         return self.num_layers * 2 * self.kv_size * tokens * dtype_bytes
 
+    def attended_share(self, context: int) -> float:
+        """Share of the KV of `context` positions that a step attends to: less than 1 where layers have a window."""
+        if not context or not self.sliding_windows:
+            return 1.0
+        attended = (min(window or context, context) for window in self.sliding_windows)
+        return sum(attended) / (context * self.num_layers)
+
     def hidden_bytes(self, tokens: int, dtype_bytes: int = 2) -> int:
         """Bytes of the hidden states of `tokens` positions.
 

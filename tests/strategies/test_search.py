@@ -17,7 +17,8 @@ from flexllmgen.policy import Placement, Policy
 from flexllmgen.spec import ModelSpec
 from flexllmgen.workload import Workload
 from profiling.cost_model import engine_cost
-from strategies.search import Found, Limits, find_policy
+from strategies.placement_program import Limits
+from strategies.search import Found, find_policy
 
 sys.path.append(str(Path(__file__).parents[1] / "profiling"))
 from machines import machine

@@ -45,6 +45,11 @@ def pack_key(fingerprint: str, dtype: torch.dtype, images: Sequence[Image]) -> s
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
+def packed_bytes(directory: Path) -> int:
+    """Bytes of all packs under a directory."""
+    return sum(path.stat().st_size for path in directory.glob("weights-*/*.bin"))
+
+
 class WeightPack:
     """The packed files of one model and layout under `directory`."""
 

@@ -1,0 +1,331 @@
+"""The linear program of a placement: for a fixed cut into micro-batches, the shares that take the least time.
+
+Every resource's seconds and every tier's bytes are linear in the shares of weights, KV cache and activations on each
+tier (FlexGen, Sheng et al. 2023, section 4.3); HiGHS solves it. It takes every resource to work without ever waiting
+and every tier to be filled to the byte, so that its optimum bounds what any placement of that cut can take. Pure.
+"""
+
+# W bytes of weights  K bytes of KV of a block  A bytes of hidden states of a block
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import linprog
+
+from flexllmgen.placement import PlacementPlan, pack, round_up, workspace_bytes
+from flexllmgen.policy import Policy
+from flexllmgen.spec import ModelSpec
+from flexllmgen.workload import Workload
+from profiling.layer_times import LayerTimes
+from profiling.profile import HardwareProfile
+
+# Where each share stands among the program's variables. Last come the seconds of a prompt's pass and of a step, of a full
+# block and of the ragged one at the end.
+W, K, A = (0, 1, 2), (3, 4, 5), (6, 7, 8)
+_FULL, _RAGGED, _SIZE = (9, 10), (11, 12), 13
+_CRUMB = 1e-4
+"""Relative price of a share off the device, so that of equal solutions the nearest to it is taken."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Bytes that a policy may take. With `shared` the first two tiers lie in the same memory of `cpu_bytes`.
+
+    `gpu_bytes` is None where only that memory sets a limit.
+    """
+
+    gpu_bytes: int | None
+    cpu_bytes: int
+    disk_bytes: int
+    shared: bool = False
+
+    def fits(self, plan: PlacementPlan) -> bool:
+        """Whether the engine would load this placement."""
+        host = plan.cpu_bytes + (plan.gpu_bytes if self.shared else 0)
+        return (
+            (self.gpu_bytes is None or plan.gpu_bytes <= self.gpu_bytes)
+            and host <= self.cpu_bytes
+            and plan.disk_bytes <= self.disk_bytes
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """The integer choices."""
+
+    size: int
+    count: int
+    chunk: int
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a program may use beside the two memories."""
+
+    disk: bool
+    hidden_elsewhere: bool
+
+
+# The plain kinds first: what they come to rules most of the others out.
+KINDS = (Kind(False, False), Kind(False, True), Kind(True, False), Kind(True, True))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Solved:
+    cut: Cut
+    bound_s: float
+    shares: tuple[float, ...]
+
+
+class PlacementProgram:
+    """Everything about a search but the cut.
+
+    Args:
+        times: how long the model's layers take on the machine.
+        depth: loads that run ahead.
+        sep_layer: attention and MLP are loaded as two steps.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        profile: HardwareProfile,
+        times: LayerTimes,
+        workload: Workload,
+        limits: Limits,
+        dtype_bytes: int,
+        *,
+        pin_weight: bool = True,
+        depth: int = 1,
+        sep_layer: bool = False,
+    ) -> None:
+        self.spec, self.profile, self.times = spec, profile, times
+        self.workload, self.limits, self.size = workload, limits, dtype_bytes
+        self.pin_weight, self.depth, self.sep_layer = pin_weight, depth, sep_layer
+        self.rates = profile.typical
+        self.on_cpu = profile.device == "cpu"
+        self.weights = spec.weight_bytes(dtype_bytes)
+        # The head is streamed like a layer; an embedding of its own is read by rows where it lies.
+        streamable = spec.layer_weight_bytes(dtype_bytes) * spec.num_layers
+        streamable += spec.vocab_size * spec.embed_size * dtype_bytes
+        self.rest = max(0, self.weights - streamable)
+        images, stages = pack(spec, self.policy(1, 1), dtype_bytes)
+        # Slots hold the largest stage that is streamed; a head that is may be kept on the device instead.
+        self.slot = max(
+            images[index].num_bytes for stage in stages if stage.layer >= 0 for index in stage.images
+        )
+        self._cheap: dict[Cut, float] = {}
+
+    def policy(self, size: int, count: int) -> Policy:
+        """A policy of this program with everything on the device."""
+        return Policy(
+            micro_batch_size=size,
+            num_micro_batches=count,
+            overlap=self.depth,
+            sep_layer=self.sep_layer,
+            pin_weight=self.pin_weight,
+        )
+
+    def cheap_bound(self, cut: Cut) -> float:
+        """Seconds that this cut takes at least, without solving anything: compute, and what no memory can hold."""
+        if cut not in self._cheap:
+            steps = self.workload.gen_tokens - 1
+            self._cheap[cut] = 0.0
+            for count, block, _ in self._blocks(cut):
+                compute, fetched = self._compute(cut, block), self._fetched(block)
+                prompt_s, step_s = (max(pair) for pair in zip(compute, fetched, strict=True))
+                self._cheap[cut] += count * (prompt_s + steps * step_s)
+        return self._cheap[cut]
+
+    def _fetched(self, block: int) -> tuple[float, float]:
+        """Seconds to bring in what a memory cannot hold: a pass reads all weights, and a step the KV of its block."""
+        workload, limits = self.workload, self.limits
+        weights = self.weights - self.rest
+        context = workload.prompt_tokens + (workload.gen_tokens - 1) // 2
+        needed = weights + block * self.spec.kv_bytes(context, self.size)
+        held = limits.cpu_bytes + (0 if limits.shared else limits.gpu_bytes or 0)
+        sources = [(self.rates.disk_read_bytes_per_s, held)]
+        if not self.on_cpu and self.rates.h2d_bytes_per_s and limits.gpu_bytes is not None:
+            sources.append((self.rates.h2d_bytes_per_s, limits.gpu_bytes))
+        return (
+            max(0.0, *((weights - memory) / rate for rate, memory in sources)),
+            max(0.0, *((needed - memory) / rate for rate, memory in sources)),
+        )
+
+    def solve(self, cut: Cut, kind: Kind) -> Solved | None:
+        """The best shares for a cut, as if nothing ever waited; None if it cannot fit."""
+        rows, bounds = self._memory(cut)
+        for row, bound in self._time(cut):
+            rows.append(row)
+            bounds.append(bound)
+        objective = np.zeros(_SIZE)
+        for count, _, (prefill, step) in self._blocks(cut):
+            objective[prefill] = count
+            objective[step] = count * (self.workload.gen_tokens - 1)
+        crumb = _CRUMB * self.cheap_bound(cut)
+        for index in (W[1], K[1], A[1]):
+            objective[index] = crumb
+        for index in (W[2], K[2], A[2]):
+            objective[index] = 2 * crumb
+        equal = np.zeros((3, _SIZE))
+        for index, variables in enumerate((W, K, A)):
+            equal[index, list(variables)] = 1.0
+        matrix, limit = np.array(rows), np.array(bounds)
+        # Bytes beside seconds would be badly scaled.
+        scale = np.maximum(np.abs(matrix).max(axis=1), 1e-30)
+        most = [1.0] * 9
+        if not kind.disk:
+            most[W[2]] = most[K[2]] = most[A[2]] = 0.0
+        if not kind.hidden_elsewhere:
+            most[A[1]] = most[A[2]] = 0.0
+        result = linprog(
+            objective,
+            A_ub=matrix / scale[:, None],
+            b_ub=limit / scale,
+            A_eq=equal,
+            b_eq=np.ones(3),
+            bounds=[(0.0, each) for each in most] + [(0.0, None)] * (_SIZE - 9),
+            method="highs",
+        )
+        if result.status != 0:
+            return None
+        return Solved(
+            cut=cut,
+            bound_s=max(float(result.fun) - 6 * crumb, self.cheap_bound(cut)),
+            shares=tuple(float(share) for share in result.x[:9]),
+        )
+
+    # The program
+
+    def _memory(self, cut: Cut) -> tuple[list[np.ndarray], list[float]]:
+        """Bytes of each tier, at most its limit. Less than the engine takes, never more: this bounds."""
+        workload = self.workload
+        block = min(cut.size * cut.count, workload.num_sequences)
+        size = min(cut.size, workload.num_sequences)
+        context = round_up(workload.max_context, 8)
+        kv = block * self.spec.kv_bytes(context, self.size)
+        kv_unit = size * self.spec.kv_bytes(context, self.size) / self.spec.num_layers
+        hidden = block * self.spec.hidden_bytes(workload.prompt_tokens, self.size)
+        policy = self.policy(cut.size, cut.count)
+        work = workspace_bytes(
+            self.spec, policy, workload, self.size, chunk_tokens=cut.chunk, accelerated=not self.on_cpu
+        )
+        slots = self.depth + 1
+        gpu, cpu, disk = (np.zeros(_SIZE) for _ in range(3))
+        for row, tier in ((gpu, 0), (cpu, 1), (disk, 2)):
+            row[W[tier]], row[K[tier]], row[A[tier]] = self.weights, kv, hidden
+        rows, bounds = [], []
+        if self.on_cpu:
+            cpu[W[2]] += slots * self.slot
+            cpu[K[2]] += slots * kv_unit
+        else:
+            for tier in (1, 2):
+                gpu[W[tier]] += slots * self.slot
+                gpu[K[tier]] += slots * kv_unit
+            cpu[W[2]] += slots * self.slot
+            cpu[K[2]] += slots * kv_unit
+        if self.limits.gpu_bytes is not None:
+            rows.append(gpu)
+            bounds.append(self.limits.gpu_bytes - work)
+        rows.append(cpu + gpu if self.limits.shared else cpu)
+        bounds.append(self.limits.cpu_bytes - (work if self.limits.shared else 0))
+        rows.append(disk)
+        bounds.append(self.limits.disk_bytes)
+        return rows, [float(bound) for bound in bounds]
+
+    def _blocks(self, cut: Cut) -> Iterator[tuple[int, int, tuple[int, int]]]:
+        """How many blocks there are, of how many sequences, and the variables of their two passes."""
+        full, ragged = divmod(self.workload.num_sequences, cut.size * cut.count)
+        if full:
+            yield full, cut.size * cut.count, _FULL
+        if ragged:
+            yield 1, ragged, _RAGGED
+
+    def _time(self, cut: Cut) -> Iterator[tuple[np.ndarray, float]]:
+        """Each resource's seconds, at most those of its pass."""
+        for _, block, variables in self._blocks(cut):
+            yield from self._block_time(cut, block, variables)
+
+    def _block_time(
+        self, cut: Cut, block: int, variables: tuple[int, int]
+    ) -> Iterator[tuple[np.ndarray, float]]:
+        workload, spec, rates = self.workload, self.spec, self.rates
+        compute = self._compute(cut, block)
+        prompt = workload.prompt_tokens
+        context = prompt + workload.gen_tokens / 2
+        token_kv = block * spec.kv_bytes(1, self.size)
+        # KV that no step will read is not stored.
+        kept = prompt if workload.gen_tokens > 1 else 0
+        passes = ((0.0, kept, prompt), (context - 1, 1, 1))
+        for variable, busy, (read, written, columns) in zip(variables, compute, passes, strict=True):
+            hidden = 2 * (spec.num_layers + 1) * block * spec.hidden_bytes(columns, self.size)
+            yield self._at_most(variable, {}, busy)
+            if not self.on_cpu and rates.h2d_bytes_per_s and rates.d2h_bytes_per_s:
+                up = 1 / rates.h2d_bytes_per_s
+                paged = not self.pin_weight and rates.h2d_pageable_bytes_per_s
+                loads = {W[1]: self.weights * (1 / paged if paged else up), W[2]: self.weights * up}
+                for tier in (1, 2):
+                    loads[K[tier]] = token_kv * read * up
+                    loads[A[tier]] = hidden / 2 * up
+                # What of the weights is never streamed takes host memory first.
+                yield self._at_most(variable, loads, -self.rest * up)
+                down = 1 / rates.d2h_bytes_per_s
+                stores = {}
+                for tier in (1, 2):
+                    stores[K[tier]] = token_kv * written * down
+                    stores[A[tier]] = hidden / 2 * down
+                yield self._at_most(variable, stores, 0.0)
+            from_disk, to_disk = 1 / rates.disk_read_bytes_per_s, 1 / rates.disk_write_bytes_per_s
+            yield self._at_most(
+                variable,
+                {
+                    W[2]: self.weights * from_disk,
+                    K[2]: token_kv * (read * from_disk + written * to_disk),
+                    A[2]: hidden / 2 * (from_disk + to_disk),
+                },
+                0.0,
+            )
+
+    def _compute(self, cut: Cut, block: int) -> tuple[float, float]:
+        """Seconds that the compute device needs for a block's prompts, and for a step in the middle."""
+        workload, layers, times = self.workload, self.spec.num_layers, self.times
+        context = workload.prompt_tokens + workload.gen_tokens // 2
+        prompt_s = step_s = 0.0
+        whole, rest = divmod(block, cut.size)
+        for count, size in ((whole, cut.size), (1, rest)):
+            if not count or not size:
+                continue
+            head_s, chunks = times.head_s(size), -(-size // max(1, cut.chunk // workload.prompt_tokens))
+            mine, issue_s = self._prompt_s(cut, size), layers * (times.issue_s + chunks * times.chunk_issue_s)
+            # On an accelerator issued beside the device's work. A step may be recorded, and then costs nothing.
+            mine = mine + issue_s if self.on_cpu else max(mine, issue_s)
+            step = self._layers_s(size, context) + (layers * times.issue_s if self.on_cpu else 0.0)
+            prompt_s, step_s = prompt_s + count * (mine + head_s), step_s + count * (step + head_s)
+        return prompt_s, step_s
+
+    def _layers_s(self, size: int, context: int) -> float:
+        """Seconds of a step of all layers; one with a window attends to no more than that."""
+        windows = Counter(self.spec.sliding_window(layer) for layer in range(self.spec.num_layers))
+        return sum(
+            count * self.times.step_s("layer", size, min(context, window or context))
+            for window, count in windows.items()
+        )
+
+    def _prompt_s(self, cut: Cut, size: int) -> float:
+        prompt = self.workload.prompt_tokens
+        at_once = max(1, cut.chunk // prompt)
+        seconds = 0.0
+        for start in range(0, size, at_once):
+            rows = min(at_once, size - start) * prompt
+            seconds += self.times.prompt_s("layer", rows, prompt)
+        return seconds * self.spec.num_layers
+
+    def _at_most(self, variable: int, shares: dict[int, float], constant: float) -> tuple[np.ndarray, float]:
+        """constant + sum of shares' seconds <= the pass's seconds, as a row of the program."""
+        row = np.zeros(_SIZE)
+        for index, seconds in shares.items():
+            row[index] = seconds
+        row[variable] = -1.0
+        return row, -constant

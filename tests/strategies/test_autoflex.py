@@ -1,0 +1,165 @@
+"""Strategy autoflex: what it plans is loaded, its tokens are those of flexgen, and it plans again where that pays."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flexllmgen.errors import PlanInfeasible
+from flexllmgen.models.published import published_config
+from flexllmgen.spec import ModelSpec
+from flexllmgen.workload import Workload
+from profiling.calibration import Calibration
+from strategies.autoflex import AutoflexStrategy, create, policy_of
+from strategies.autoflex_config import Config
+from strategies.base import Machine, ModelSource, PlanRequest
+from strategies.registry import find_strategy
+
+sys.path.append(str(Path(__file__).parents[1] / "profiling"))
+from machines import machine
+
+CONFIG = {**published_config("opt-125m"), "num_hidden_layers": 6}
+SPEC = ModelSpec.from_hf_config(CONFIG, "opt, 6 layers")
+MiB = 1 << 20
+
+
+def strategy(**changes: Any) -> AutoflexStrategy:
+    _, defaults = find_strategy("autoflex").load_config()
+    return create(Config(**{**defaults, **changes}))
+
+
+def request_for(folder: Path, *, cpu_mib: int = 4096, **rates: float) -> PlanRequest:
+    return PlanRequest(
+        model=ModelSource(name="opt", path=None, config=CONFIG, weights="random"),
+        workload=Workload(num_sequences=6, prompt_tokens=12, gen_tokens=6),
+        batch_size=3,
+        dtype="float32",
+        machine=Machine(
+            device="cpu",
+            gpu_bytes=None,
+            cpu_bytes=cpu_mib * MiB,
+            gpu_capped=False,
+            cpu_capped=True,
+            offload_dir=folder / "offload",
+        ),
+        seed=0,
+        spec=SPEC,
+        profile=machine(SPEC, "cpu", **rates),
+    )
+
+
+def tokens_of(strategy: AutoflexStrategy, request: PlanRequest, plan: Any) -> torch.Tensor:
+    ids = torch.randint(3, 1000, (6, 12), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    with strategy.build(plan) as engine:
+        size = engine.plan.batch_size
+        blocks = [
+            torch.stack(
+                list(engine.generate(ids[start : start + size], mask[start : start + size], 6)), dim=1
+            )
+            for start in range(0, len(ids), size)
+        ]
+    return torch.cat(blocks)
+
+
+def test_the_shipped_defaults_are_the_keys_of_the_model() -> None:
+    config_type, defaults = find_strategy("autoflex").load_config()
+    assert set(config_type.model_fields) == set(defaults)
+
+
+def test_the_plan_shows_the_policy_and_how_it_was_found(tmp_path: Path) -> None:
+    plan = strategy().plan(request_for(tmp_path))
+    assert plan.predicted is not None
+    assert plan.limit is not None
+    assert plan.batch_size == policy_of(plan).block_size == 6
+    search = plan.details["search"]
+    assert search["bound_s"] > 0
+    assert search["gap"] >= 0
+    assert all({"why", "generation_tok_s", "micro_batch_size"} <= set(each) for each in search["runners_up"])
+
+
+def test_memory_that_is_short_sends_weights_to_disk_and_the_tokens_stay(tmp_path: Path) -> None:
+    roomy, short = request_for(tmp_path), request_for(tmp_path, cpu_mib=290)
+    mine = strategy(calibrate=False)
+    plan = mine.plan(short)
+    assert plan.weight_bytes["disk"] > 0
+    assert sum(plan.details["planned_peak_bytes"][tier] for tier in ("gpu", "cpu")) <= 290 * MiB
+    assert torch.equal(tokens_of(mine, short, plan), tokens_of(mine, roomy, mine.plan(roomy)))
+
+
+def test_latency_serves_exactly_a_batch(tmp_path: Path) -> None:
+    assert strategy(objective="latency").plan(request_for(tmp_path)).batch_size == 3
+
+
+def test_without_a_profile_it_says_so(tmp_path: Path) -> None:
+    with pytest.raises(PlanInfeasible, match="profile"):
+        strategy().plan(dataclasses.replace(request_for(tmp_path), profile=None))
+
+
+def test_a_calibration_corrects_the_prediction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("strategies.autoflex.calibrate", lambda *_: Calibration(pace=2.0))
+    mine, request = strategy(), request_for(tmp_path)
+    plan = mine.plan(request)
+    assert plan.predicted is not None
+    with mine.build(plan) as engine:
+        assert engine.plan.predicted is not None
+        assert engine.plan.predicted.decode_s == pytest.approx(2 * plan.predicted.decode_s, rel=0.05)
+        noted = engine.plan.details["calibration"]
+        assert noted["pace"] == 2.0
+        assert noted["replanned"] is False
+        assert noted["predicted_before_tok_s"] == plan.predicted.generation_tok_s
+        assert policy_of(engine.plan) == policy_of(plan)
+
+
+def replanning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[AutoflexStrategy, PlanRequest, Any]:
+    """A disk that was profiled as fast as memory, and turns out a thousand times as slow.
+
+    The KV cache, which a fast disk made room for a larger block with, then makes for smaller ones.
+    """
+    monkeypatch.setattr("strategies.autoflex.calibrate", lambda *_: Calibration(disk=1000.0))
+    mine = strategy()
+    request = request_for(tmp_path, cpu_mib=290, disk_read_bytes_per_s=1e12, disk_write_bytes_per_s=1e12)
+    return mine, request, mine.plan(request)
+
+
+def test_it_plans_again_where_another_policy_is_better_and_the_tokens_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roomy = request_for(tmp_path)
+    want = tokens_of(strategy(calibrate=False), roomy, strategy().plan(roomy))
+    mine, request, plan = replanning(tmp_path, monkeypatch)
+    with mine.build(plan) as engine:
+        changed = engine.plan
+    assert changed.details["calibration"]["replanned"] is True
+    assert policy_of(changed) != policy_of(plan)
+    assert any("planned again" in warning for warning in changed.warnings)
+    assert changed.predicted is not None
+    assert torch.equal(tokens_of(mine, request, plan), want)
+
+
+def test_what_the_first_engine_holds_on_disk_counts_as_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, _request, plan = replanning(tmp_path, monkeypatch)
+    held = plan.details["planned_peak_bytes"]["disk"]
+    # Once it is loaded there is nothing left.
+    monkeypatch.setattr("strategies.autoflex.free_disk_bytes", lambda _: 0)
+    with mine.build(plan) as engine:
+        assert engine.plan.details["planned_peak_bytes"]["disk"] <= 1.2 * held
+
+
+def test_what_is_packed_already_takes_no_room_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, request = strategy(calibrate=False), request_for(tmp_path, cpu_mib=290)
+    first = mine.plan(request)
+    with mine.build(first):
+        pass
+    # Room for the KV cache and no more: the weights are there already.
+    full = 8 * MiB
+    for where in ("strategies.autoflex", "strategies.flexgen_engine"):
+        monkeypatch.setattr(f"{where}.free_disk_bytes", lambda _: full)
+    assert policy_of(mine.plan(request)) == policy_of(first)
