@@ -102,6 +102,14 @@ class LayerTimes:
         """Seconds of a chunk of `rows` positions in prompts of `positions`; `kind` is layer, attention or mlp."""
         return _half(kind, self.prompt, rows, positions)
 
+    def chunked_prompt_s(self, kind: str, sequences: int, positions: int, chunk_tokens: int) -> float:
+        """Seconds of the prompts of `sequences`, computed in chunks of whole sequences as the engine does."""
+        at_once = max(1, chunk_tokens // positions)
+        return sum(
+            self.prompt_s(kind, min(at_once, sequences - start) * positions, positions)
+            for start in range(0, sequences, at_once)
+        )
+
     def step_s(self, kind: str, sequences: int, context: int) -> float:
         """Seconds of one decode step of `sequences` that attend to `context` positions each."""
         return _half(kind, self.step, sequences, context)
@@ -176,7 +184,7 @@ def nearest_table(spec: ModelSpec, tables: Sequence[LayerTimes]) -> LayerTimes |
             return table
 
     def distance(table: LayerTimes) -> float:
-        size = abs(math.log((shape.mlp_weights + shape.attention_weights) / _layer_weights(table.shape)))
+        size = abs(math.log(_layer_weights(shape) / _layer_weights(table.shape)))
         return size + 2 * ((table.shape.num_experts > 0) != (shape.num_experts > 0))
 
     return min(tables, key=distance, default=None)

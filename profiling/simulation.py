@@ -94,16 +94,16 @@ class _Simulation:
         self.prompt = plan.workload.prompt_tokens
         self.on_cpu = plan.in_place
         spec = plan.spec
-        self.weights = [
+        streamed = (
             [
                 streamed_parts(plan.images[index], in_place=plan.in_place, embedding=stage.kind == "embed")
                 for index in stage.images
             ]
             for stage in plan.stages
-        ]
+        )
         self.weight_bytes = [
             tuple(sum(getattr(part, tier) for part in parts) for tier in ("gpu", "cpu", "disk"))
-            for parts in self.weights
+            for parts in streamed
         ]
         streamed_kv = [
             stage.has_kv
@@ -179,7 +179,7 @@ class _Simulation:
                 copied = self._up("weights-kv up", ready, host, step.token, rate=paged or None)
             if disk:
                 copied = self._up("weights-kv up", copied, disk, step.token)
-            if disk:  # Copies follow their reads, and the lane waits for the last one.
+                # Copies follow their reads, and the lane waits for the last one.
                 copied = max(copied, end + min(disk, READ_BYTES) / self._up_rate)
                 self.clocks.free["weights-kv up"] = copied
             end = copied
@@ -337,12 +337,7 @@ class _Simulation:
         if token > 0:
             context = self.contexts[token - 1]
             return self.times.step_s(kind, sequences, min(context, window) if window else context)
-        at_once = max(1, self.plan.chunk_tokens // self.prompt)
-        seconds = 0.0
-        for start in range(0, sequences, at_once):
-            rows = min(at_once, sequences - start) * self.prompt
-            seconds += self.times.prompt_s(kind, rows, self.prompt)
-        return seconds
+        return self.times.chunked_prompt_s(kind, sequences, self.prompt, self.plan.chunk_tokens)
 
     def _window(self, layer: int) -> int:
         return self.plan.spec.sliding_window(layer) if layer >= 0 else 0

@@ -180,12 +180,12 @@ def policy_of(plan: Plan) -> Policy:
 
 
 def limits_of(machine: Machine, disk_bytes: int) -> Limits:
-    """What a policy may take of a machine. Without a GPU, and no cap that emulates one, memory is one."""
+    """What a policy may take of a machine."""
     return Limits(
         gpu_bytes=machine.gpu_bytes,
         cpu_bytes=machine.cpu_bytes,
         disk_bytes=disk_bytes,
-        shared=machine.device == "cpu" and machine.gpu_bytes is None,
+        shared=machine.shares_memory,
     )
 
 

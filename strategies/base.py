@@ -57,6 +57,11 @@ class Machine:
     offload_dir: Path
     disk_bytes: int | None = None
 
+    @property
+    def shares_memory(self) -> bool:
+        """Without a GPU, and without --gpu-mem to emulate one, both memory tiers lie in the same memory."""
+        return self.device == "cpu" and self.gpu_bytes is None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanRequest:

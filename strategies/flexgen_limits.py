@@ -28,7 +28,7 @@ def check_limits(
     Raises:
         PlanInfeasible: naming what is short, its need and limit, and the keys and options that help.
     """
-    shared = _is_shared(machine)
+    shared = machine.shares_memory
     shortages = find_shortages(
         placement,
         gpu_bytes=machine.gpu_bytes,
@@ -45,11 +45,6 @@ def check_limits(
             for each in shortages
         )
         raise PlanInfeasible("; also ".join(texts))
-
-
-def _is_shared(machine: Machine) -> bool:
-    """Without a GPU, and without --gpu-mem to emulate one, both tiers lie in the same memory."""
-    return machine.device == "cpu" and machine.gpu_bytes is None
 
 
 def _shared_shortage(placement: PlacementPlan, limit_bytes: int) -> Shortage:
@@ -77,7 +72,7 @@ def _memory_text(shortage: Shortage, placement: PlacementPlan, machine: Machine,
         where = "on the compute device" if machine.device == "cpu" else "on the GPU"
         cap = "--gpu-mem" if machine.gpu_capped else ""
     else:
-        where = "of memory" if _is_shared(machine) else "of host memory"
+        where = "of memory" if machine.shares_memory else "of host memory"
         cap = "--cpu-mem" if machine.cpu_capped else ""
     ways = []
     if lower := _to_lower(shortage, machine, config):
@@ -95,7 +90,7 @@ def _memory_text(shortage: Shortage, placement: PlacementPlan, machine: Machine,
 
 def _to_lower(shortage: Shortage, machine: Machine, config: Config) -> list[str]:
     """What lowers the need, the largest part's first."""
-    tiers = ("gpu", "cpu") if _is_shared(machine) else (shortage.tier,)
+    tiers = ("gpu", "cpu") if machine.shares_memory else (shortage.tier,)
     batch = "--set micro_batch_size" if config.micro_batch_size else "--batch-size"
     names: list[str] = []
     for part in _notable(shortage):

@@ -315,12 +315,7 @@ class PlacementProgram:
 
     def _prompt_s(self, cut: Cut, size: int) -> float:
         prompt = self.workload.prompt_tokens
-        at_once = max(1, cut.chunk // prompt)
-        seconds = 0.0
-        for start in range(0, size, at_once):
-            rows = min(at_once, size - start) * prompt
-            seconds += self.times.prompt_s("layer", rows, prompt)
-        return seconds * self.spec.num_layers
+        return self.spec.num_layers * self.times.chunked_prompt_s("layer", size, prompt, cut.chunk)
 
     def _at_most(self, variable: int, shares: dict[int, float], constant: float) -> tuple[np.ndarray, float]:
         """constant + sum of shares' seconds <= the pass's seconds, as a row of the program."""
