@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flexllmgen.errors import UsageError
 
-SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_VERSION: Literal[2] = 2
 
 Scalar = str | int | float | bool | None
 
@@ -96,9 +96,10 @@ class RunError(_Record):
 
 
 class Repeat(_Record):
-    """The metrics of one timed pass over all prompts."""
+    """The metrics of one timed pass over all prompts; `launch` counts the processes that a cell was measured in."""
 
     index: int
+    launch: int = 0
     ended_at_ms: int
     metrics: dict[str, float]
 
@@ -117,6 +118,14 @@ class Timeline(_Record):
     phases: list[tuple[str, float, float]] = Field(default_factory=list)
 
 
+class CellLink(_Record):
+    """Where a run stands in a benchmark: which one, which cell, and the processes it was measured in."""
+
+    benchmark_uuid: str
+    cell: str
+    launches: list[str] = Field(default_factory=list, description="uuid of each launch's own result")
+
+
 class RunResult(_Record):
     """Everything about one run but its bulk; a number carries its cause.
 
@@ -124,7 +133,7 @@ class RunResult(_Record):
     `spread` is (max - min) / median over the repeats. `cold` is the first, unwarmed pass.
     """
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1, 2] = SCHEMA_VERSION
     run_uuid: str
     status: RunStatus
     experiment: str
@@ -148,6 +157,7 @@ class RunResult(_Record):
     provenance: Provenance = Field(default_factory=Provenance)
     hardware_fingerprint: str = ""
     workload_key: str = ""
+    cell: CellLink | None = None
     plan: dict[str, Any] = Field(default_factory=dict)
     warnings: list[str] = Field(default_factory=list)
     error: RunError | None = None

@@ -1,0 +1,63 @@
+"""Verbs about the machine: profile."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from harness.cli.app import FLAG, MACHINE, app, run_verb
+from harness.cli.options import settings_of
+
+if TYPE_CHECKING:
+    from harness.report import Report
+
+
+@app.command("profile", rich_help_panel=MACHINE)
+def profile_command(
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="NAME",
+            help="Time the layers of this model. [dim]\\[default: a small one][/dim]",
+        ),
+    ] = None,
+    device: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--device", metavar="auto|cuda|cpu", help="The device that computes."),
+    ] = None,
+    dtype: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--dtype", metavar="auto|float32|float16|bfloat16", help="Number format, as of `eval`."),
+    ] = None,
+    offload_dir: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--offload-dir", metavar="DIR", help="Folder whose disk is measured."),
+    ] = None,
+    refresh: Annotated[
+        bool, typer.Option("--refresh", metavar=FLAG, help="Measure anew, whatever is kept.")
+    ] = False,
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--output", metavar="FILE", help="Write the profile to a file, as JSON."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", metavar=FLAG, help="Print the profile as JSON.")] = False,
+) -> None:
+    """Measure what this machine can do, or show what was measured; every prediction rests on it."""
+
+    def run(report: "Report") -> int:
+        from harness.machine_profile import show_profile
+
+        options = {"model": model, "device": device, "dtype": dtype, "offload_dir": offload_dir}
+        settings = settings_of(options, None, [], report)
+        return show_profile(
+            settings.common,
+            report,
+            model_named=settings.sources["model"] != "default",
+            refresh=refresh,
+            output=output,
+            as_json=as_json,
+        )
+
+    run_verb(run)
