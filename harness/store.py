@@ -75,10 +75,10 @@ class Store:
         return Path(_sqlite_file(self.tracking_uri))
 
 
-def resolve_store(tracking_uri: str | None, base: Path) -> Store:
+def resolve_store(tracking_uri: str | None, base: Path, *, create: bool = True) -> Store:
     """Find the store: the option, else MLFLOW_TRACKING_URI, else `base`/mlruns/mlflow.db.
 
-    A sqlite store keeps its artifacts beside the database file; its folders are created.
+    A sqlite store keeps its artifacts beside the database file; its folders are created, unless it is only to be read.
 
     Raises:
         UsageError: a bare path or file: address, which MLflow no longer writes to; an unknown scheme; a
@@ -106,7 +106,8 @@ def resolve_store(tracking_uri: str | None, base: Path) -> Store:
     # A database that is not behind a server has nobody to decide where files go.
     artifacts = folder / "artifacts"
     try:
-        artifacts.mkdir(parents=True, exist_ok=True)
+        if create:
+            artifacts.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(
             f"cannot create {artifacts}: {error.strerror}; name another store with --tracking-uri"
