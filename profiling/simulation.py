@@ -93,7 +93,6 @@ class _Simulation:
         self.batches, self.contexts = micro_batches, contexts
         self.prompt = plan.workload.prompt_tokens
         self.on_cpu = plan.in_place
-        spec = plan.spec
         streamed = (
             [
                 streamed_parts(plan.images[index], in_place=plan.in_place, embedding=stage.kind == "embed")
@@ -118,10 +117,6 @@ class _Simulation:
             streamed_hidden=plan.hidden_slots > 0,
             depth=plan.policy.overlap,
         )
-        elsewhere = plan.weights.cpu + plan.kv_cache.cpu + plan.disk_bytes > 0
-        streams = any(self.shape.streamed_weights) or any(streamed_kv) or self.shape.streamed_hidden
-        windowed = any(0 < window < plan.max_context for window in spec.sliding_windows)
-        self.recorded = not (streams or elsewhere or windowed or spec.num_experts or plan.in_place)
         self.clocks = _Clocks(together=plan.policy.overlap == 0, passes=1 + len(contexts))
         self.issued = 0.0
         self.weight_ready: dict[int, float] = {}
@@ -303,11 +298,15 @@ class _Simulation:
 
     def _issue_seconds(self, step: Step) -> float:
         """Host seconds to issue a compute step; a prompt's are issued for each of its chunks."""
-        times, head = self.times, self.plan.stages[step.stage].kind == "head"
-        if self.recorded and step.token > 0:
-            return times.issue_s + times.chunk_issue_s if head else 0.0
+        times, kind = self.times, self.plan.stages[step.stage].kind
         chunks = 1
-        if step.token == 0 and not head:
+        if step.token > 0:
+            recording = self.plan.recording
+            if recording == "step" and kind != "head":
+                return 0.0
+            if recording == "layers" and kind not in ("embed", "head"):
+                chunks = 0  # Its operations are replayed; starting that is a part of `issue_s`.
+        elif kind != "head":
             chunks = -(-self.batches[step.micro_batch] // max(1, self.plan.chunk_tokens // self.prompt))
         return times.issue_s + chunks * times.chunk_issue_s + (times.kv_issue_s if step.kv_slot >= 0 else 0.0)
 
@@ -332,7 +331,7 @@ class _Simulation:
             rows = sequences * (self.prompt if token == 0 else 1)
             return rows * self.plan.spec.hidden_bytes(1, self.plan.dtype_bytes) / self._copy_rate
         window = self._window(layer)
-        if token > 0 and self.recorded:
+        if token > 0 and self.plan.recording != "none":
             return self.times.recorded_s(kind, sequences, self.plan.max_context)
         if token > 0:
             context = self.contexts[token - 1]

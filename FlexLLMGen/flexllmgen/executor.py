@@ -59,7 +59,7 @@ class Executor:
     ) -> None:
         self._plan, self._decoder, self._device, self._dtype = plan, decoder, device, dtype
         self._weights, self._kv, self._hidden = weights, kv, hidden
-        self._records_steps = device.type == "cuda"
+        self._recording = plan.recording if device.type == "cuda" else "none"
         self._records: dict[tuple[int, ...], RecordedDecode] = {}
 
     def run(
@@ -75,13 +75,11 @@ class Executor:
         prompt = ids_BT.shape[1]
         batches = self._begin(ids_BT, mask_BT)
         shape = self._shape(num_tokens, len(batches))
-        record = self._record(shape, [batch.count for batch in batches])
+        record = self._record([batch.count for batch in batches])
         try:
             for step in zigzag(shape):
-                if step.action is Action.COMPUTE and record is not None and step.token > 0:
-                    self._replay(step, batches, record, head)
-                elif step.action is Action.COMPUTE:
-                    self._compute(step, batches[step.micro_batch], head)
+                if step.action is Action.COMPUTE:
+                    self._compute(step, batches, record, head)
                 elif step.action is Action.EMIT:
                     yield self._emit(batches)
                     if step.token + 1 < num_tokens:
@@ -159,32 +157,15 @@ class Executor:
             return None, None
         return cos.expand(count, -1, -1, -1), sin.expand(count, -1, -1, -1)
 
-    def _record(self, shape: Shape, counts: Sequence[int]) -> RecordedDecode | None:
-        """The recorded decode step, where there can be one: all on the device, and no wait inside."""
-        spec, context = self._plan.spec, self._plan.max_context
-        streams = any(shape.streamed_weights) or any(shape.streamed_kv) or shape.streamed_hidden
-        elsewhere = self._plan.weights.cpu + self._plan.kv_cache.cpu + self._plan.disk_bytes > 0
-        windowed = any(0 < window < context for window in spec.sliding_windows)
-        if streams or elsewhere or windowed or spec.num_experts or not self._records_steps:
+    def _record(self, counts: Sequence[int]) -> RecordedDecode | None:
+        """Where decode steps of such micro-batches are recorded; None where they cannot be."""
+        if self._recording == "none":
             return None
         key = tuple(counts)
         if key not in self._records:
+            context = self._plan.max_context
             self._records[key] = RecordedDecode(counts, context, self._decoder, self._device, self._dtype)
         return self._records[key]
-
-    def _replay(self, step: Step, batches: Sequence[_MicroBatch], record: RecordedDecode, head: Head) -> None:
-        """A decode step's computes at once, when the first of them comes; the head's each in its turn."""
-        if self._plan.stages[step.stage].kind == "head":
-            self._compute(step, batches[step.micro_batch], head)
-        elif step.stage == 0 and step.micro_batch == 0:
-
-            def work(micro_batch: int, span: Span) -> None:
-                batch = batches[micro_batch]
-                batch.ids_BT, batch.span = record.buffers[micro_batch].ids_B1, span
-                for stage in range(len(self._plan.stages) - 1):
-                    self._work(Step(Action.COMPUTE, step.token, stage, micro_batch), batch, head)
-
-            record.run(work)
 
     def _advance(self, batches: Sequence[_MicroBatch], position: int, record: RecordedDecode | None) -> None:
         """Turns each micro-batch to its next position: the token just chosen, at cache index `position`."""
@@ -194,10 +175,10 @@ class Executor:
                 record.begin([batch.span for batch in batches], position)
             else:
                 record.advance()
-            for batch, buffers in zip(batches, record.buffers, strict=True):
+            for batch, ids_B1, span in zip(batches, record.ids_B1, record.spans, strict=True):
                 assert batch.result is not None
-                buffers.ids_B1.copy_(batch.result[:, None])
-                batch.span = Span(first=position, prompt=False, positions_BT=buffers.positions_B1)
+                ids_B1.copy_(batch.result[:, None])
+                batch.ids_BT, batch.span = ids_B1, span
             return
         for batch in batches:
             assert batch.result is not None
@@ -231,7 +212,9 @@ class Executor:
         else:
             self._hidden.store(step.micro_batch, step.slot, self._computed)
 
-    def _compute(self, step: Step, batch: _MicroBatch, head: Head) -> None:
+    def _compute(
+        self, step: Step, batches: Sequence[_MicroBatch], record: RecordedDecode | None, head: Head
+    ) -> None:
         needs = [
             *self._weights.ready(step.slot),
             *self._kv.ready(step.kv_slot, prompt=step.token == 0),
@@ -241,12 +224,36 @@ class Executor:
             stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
             for event in needs:
                 event.order(stream)
-        self._work(step, batch, head)
+        if record is None or step.token == 0:
+            self._work(step, batches[step.micro_batch], head)
+        else:
+            self._replay(step, batches, record, head)
         if max(step.slot, step.kv_slot, step.hidden_slot) >= 0:
             self._computed: Event = mark(self._device)
             self._weights.release(step.slot, self._computed)
             self._kv.release(step.kv_slot, self._computed)
             self._hidden.release(step.hidden_slot, self._computed)
+
+    def _replay(self, step: Step, batches: Sequence[_MicroBatch], record: RecordedDecode, head: Head) -> None:
+        """A recorded decode step's work: a layer's, or all at once when the first of it comes."""
+        batch, kind = batches[step.micro_batch], self._plan.stages[step.stage].kind
+        if self._recording == "layers":
+            if kind in ("embed", "head"):
+                self._work(step, batch, head)
+            else:
+                # Views differ with the slots; all else of a stage and a micro-batch stays where it is.
+                key = (step.stage, step.micro_batch, step.slot, step.kv_slot, step.hidden_slot)
+                record.run(key, lambda: self._work(step, batch, head))
+        elif kind == "head":
+            self._work(step, batch, head)
+        elif step.stage == 0 and step.micro_batch == 0:
+
+            def whole_step() -> None:
+                for index, each in enumerate(batches):
+                    for stage in range(len(self._plan.stages) - 1):
+                        self._work(Step(Action.COMPUTE, step.token, stage, index), each, head)
+
+            record.run("step", whole_step)
 
     def _work(self, step: Step, batch: _MicroBatch, head: Head) -> None:
         """The arithmetic of a compute step."""

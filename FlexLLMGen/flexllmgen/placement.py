@@ -10,6 +10,7 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from flexllmgen.errors import PlanInfeasible, PolicyError
 from flexllmgen.policy import Placement, Policy, Tier
@@ -169,6 +170,19 @@ class PlacementPlan:
     def disk_bytes(self) -> int:
         """Bytes on disk."""
         return self.weights.disk + self.kv_cache.disk + self.activations.disk
+
+    @property
+    def recording(self) -> Literal["none", "layers", "step"]:
+        """What of a decode step a CUDA device replays from a graph: all of it, or each layer's work for a micro-batch.
+
+        A graph cannot wait within itself, as a mixture of experts does, nor attend to a window that moves.
+        """
+        spec = self.spec
+        windowed = any(0 < window < self.max_context for window in spec.sliding_windows)
+        if windowed or spec.num_experts or self.in_place:
+            return "none"
+        elsewhere = self.weights.cpu + self.kv_cache.cpu + self.activations.cpu + self.disk_bytes
+        return "layers" if elsewhere else "step"
 
     def describe(self) -> str:
         """Achieved shares and bytes on one line, for the log."""

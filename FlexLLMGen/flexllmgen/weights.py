@@ -104,6 +104,7 @@ class WeightStore:
         self._one_at_a_time = threading.Lock()
         self._busy: list[list[Event]] = [[] for _ in range(slots)]
         self._loads: list[list[Event]] = [[] for _ in range(slots)]
+        self._earlier: list[list[Event]] = [[] for _ in range(slots)]
 
     @property
     def disk_bytes(self) -> int:
@@ -149,19 +150,26 @@ class WeightStore:
         """Starts loading the `part`-th of `parts` parts of a stage's streamed bytes into a slot."""
         pieces = self._pieces[stage]
         mine = pieces[len(pieces) * part // parts : len(pieces) * (part + 1) // parts]
-        after: list[Event] = []
         if part == 0:
+            self._earlier[slot], self._loads[slot] = self._loads[slot], []
+        if not mine:  # Fewer pieces than parts.
+            nothing = Event()
+            nothing.set()
+            return nothing
+        first = not self._loads[slot]
+        if first:
             after, self._busy[slot] = self._busy[slot], []
-        elif self._loads[slot]:
+        else:
             after = [self._loads[slot][0]]
         reads: list[tuple[_Piece, Future[None]]] = []
         from_disk = [piece for piece in mine if piece.source == "disk"]
         started: Event | None = None
         if from_disk:
             # Direct from disk into the slot: it must be free. Through staging: only staging must be, which is
-            # so
-            # once the slot's last load has been copied on.
-            needs = after if not self._staging else self._staging_free(slot, part)
+            # so once the slot's last load has been copied on.
+            needs = after
+            if self._staging:
+                needs = self._earlier[slot] if first else []
 
             def start_reads() -> None:
                 for need in needs:
@@ -182,8 +190,6 @@ class WeightStore:
                     self._copy_staged(piece, slot)
 
         event = self._lanes.up.submit(copy, [started, *after])
-        if part == 0:
-            self._loads[slot] = []
         self._loads[slot].append(event)
         return event
 
@@ -278,9 +284,6 @@ class WeightStore:
         return views
 
     # Copies
-
-    def _staging_free(self, slot: int, part: int) -> list[Event]:
-        return list(self._loads[slot]) if part == 0 else []
 
     def _start_read(self, piece: _Piece, slot: int) -> list[tuple[_Piece, Future[None]]]:
         image, size = self._plan.images[piece.image], round_up(piece.num_bytes, PAGE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from flexllmgen.checkpoint import RandomCheckpoint
 from flexllmgen.engine import FlexEngine
 from flexllmgen.errors import PlanInfeasible, PolicyError, UsageError
 from flexllmgen.graph import RecordedDecode
-from flexllmgen.policy import ON_CPU, ON_DISK, Placement, Policy
+from flexllmgen.policy import ON_CPU, ON_DISK, ON_GPU, Placement, Policy
 from flexllmgen.sampling import Greedy, SamplingParams
 from flexllmgen.spec import OPT_125M
 from flexllmgen.workload import Workload
@@ -155,22 +156,38 @@ def test_shorter_prompts_and_generations_than_planned_are_served(tiny: Any, tmp_
         assert torch.equal(columns(engine, ids, mask, max_new_tokens=4), want)
 
 
+@pytest.mark.parametrize("placement", ["device", "host", "mixed"])
 @pytest.mark.parametrize("name", ["opt-350m", "llama3", "qwen3"])
 @pytest.mark.parametrize("micro_batches", [1, 3])
 def test_a_recordable_step_computes_the_same(
-    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, micro_batches: int
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, micro_batches: int, placement: str
 ) -> None:
-    """What a CUDA graph would replay, run as it is: fixed shapes, everything else in buffers."""
-    monkeypatch.setattr(RecordedDecode, "run", RecordedDecode._work)
+    """What CUDA graphs would replay, run as it is: fixed shapes, everything else in buffers."""
+    recorded: set[Hashable] = set()
+
+    def run(_: RecordedDecode, key: Hashable, work: Callable[[], None]) -> None:
+        recorded.add(key)
+        work()
+
+    monkeypatch.setattr(RecordedDecode, "run", run)
     model = tiny(name)
-    policy = Policy(micro_batch_size=6 // micro_batches, num_micro_batches=micro_batches)
-    with load(model, policy, tmp_path) as engine:
-        engine._executor._records_steps = True
+    place = {"device": ON_GPU, "host": ON_CPU, "mixed": MIXED}[placement]
+    policy = Policy(
+        micro_batch_size=6 // micro_batches, num_micro_batches=micro_batches, weights=place, kv_cache=place
+    )
+    with load(model, policy, tmp_path, in_place=False) as engine:
+        engine._executor._recording = engine.placement.recording
         for count, length, padded in ((6, PROMPT, False), (6, 7, True), (5, PROMPT, True)):
             ids, mask = prompts(count, length, padded=padded, seed=length)
             want, _ = model.greedy(ids, mask, TOKENS)
             assert torch.equal(columns(engine, ids, mask), want)
-        assert engine._executor._records
+    if placement == "device":
+        assert recorded == {"advance", "step"}
+    else:
+        layers = {key[:2] for key in recorded if isinstance(key, tuple)}
+        assert layers == {
+            (stage, batch) for stage in range(1, 1 + model.spec.num_layers) for batch in range(micro_batches)
+        }
 
 
 def test_what_is_placed_is_what_is_held(tiny: Any, tmp_path: Path) -> None:

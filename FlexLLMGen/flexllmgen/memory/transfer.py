@@ -15,26 +15,38 @@ import torch
 
 
 class Event:
-    """The end of some work. On an accelerator, work counts as issued before it has ended there."""
+    """The end of some work. On an accelerator, work counts as issued before it has ended there.
 
-    __slots__ = ("_cuda", "_issued")
+    Args:
+        elsewhere: another thread issues the work, so that waiting for this may have to wait for that.
+    """
 
-    def __init__(self) -> None:
-        self._issued: Future[None] = Future()
+    __slots__ = ("_cuda", "_error", "_issued")
+
+    def __init__(self, *, elsewhere: bool = False) -> None:
+        # Without a thread there is nothing to wait for, and a lock costs as much as starting a copy.
+        self._issued: Future[None] | None = Future() if elsewhere else None
         self._cuda: torch.cuda.Event | None = None
+        self._error: BaseException | None = None
 
     def set(self, cuda: torch.cuda.Event | None = None) -> None:
         """Marks the work as issued; `cuda` fires when the accelerator has done it."""
         self._cuda = cuda
-        self._issued.set_result(None)
+        if self._issued is not None:
+            self._issued.set_result(None)
 
     def fail(self, error: BaseException) -> None:
         """Marks the work as failed; whoever waits gets the error."""
-        self._issued.set_exception(error)
+        self._error = error
+        if self._issued is not None:
+            self._issued.set_result(None)
 
     def order(self, stream: torch.cuda.Stream | None) -> None:
         """Later work of `stream` runs after this; without a stream, waits here. Raises the work's error."""
-        self._issued.result()
+        if self._issued is not None:
+            self._issued.result()
+        if self._error is not None:
+            raise self._error
         if self._cuda is not None:
             if stream is None:
                 self._cuda.synchronize()
@@ -66,7 +78,8 @@ class Lane:
 
     def submit(self, work: Callable[[], None], after: Iterable[Event | None] = ()) -> Event:
         """Queues `work`, to run after the events and all earlier work of this lane."""
-        event, needs = Event(), tuple(each for each in after if each is not None)
+        event = Event(elsewhere=self._thread is not None)
+        needs = tuple(each for each in after if each is not None)
         if self._thread is None:
             self._run(work, needs, event)
         else:
@@ -80,13 +93,13 @@ class Lane:
             self._thread.join()
             self._thread = None
 
+    @torch.inference_mode()  # The mode is a thread's own, and lanes write what engines made in it.
     def _serve(self) -> None:
         if self.stream is not None:
             torch.cuda.set_device(self.stream.device)
         while (item := self._work.get()) is not None:
             self._run(*item)
 
-    @torch.inference_mode()  # The mode is a thread's own, and lanes write what engines made in it.
     def _run(self, work: Callable[[], None], needs: tuple[Event, ...], event: Event) -> None:
         try:
             for need in needs:
