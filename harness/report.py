@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -27,6 +27,9 @@ from rich.table import Table
 
 from flexllmgen.units import gib
 from harness.results import RunResult, RunStatus
+
+if TYPE_CHECKING:
+    from harness.benchmark.table import Row as BenchmarkRow
 
 # The rows of the result table: title, metric, how it reads.
 _ROWS: tuple[tuple[str, str, str], ...] = (
@@ -238,6 +241,25 @@ class Report:
             table.add_row(label, _reading(value, unit), "" if spread is None else f"{spread:.1%}")
         self._table(table)
         self._where(folder, how_to_see)
+
+    def benchmark_rows(self, title: str, rows: "Sequence[BenchmarkRow]") -> None:
+        """The table that a benchmark ends with, folded to the terminal's width, and why cells failed."""
+        from harness.benchmark.table_text import blocks_of, columns_of, failures, name_limit
+
+        if title:
+            self.out.print(title, style="bold", markup=False)
+        for block in blocks_of(columns_of(rows), self.out.width):
+            table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+            # A long name wraps rather than push a column out of sight.
+            table.add_column(block[0].title, overflow="fold", max_width=name_limit(self.out.width))
+            for column in block[1:]:
+                table.add_column(column.title, justify="right", no_wrap=True)
+            for cells in zip(*(column.cells for column in block), strict=True):
+                table.add_row(*(escape(cell) for cell in cells))
+            self._table(table)
+            self.text("")
+        for name, why in failures(rows):
+            self.out.print(f"failed  {name}: {why}", markup=False)
 
     def _table(self, table: Table) -> None:
         if self.out.is_terminal:
