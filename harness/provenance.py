@@ -5,6 +5,7 @@ fields empty and never fails a run. Knows nothing of MLflow.
 """
 
 import getpass
+import hashlib
 import logging
 import os
 import platform
@@ -47,7 +48,8 @@ def collect_provenance(cwd: Path, argv: Sequence[str]) -> Provenance:
     """Say which code runs in `cwd` under the command `argv`, who runs it and where.
 
     A detached HEAD has a commit and no branch. Untracked files count as dirty: they may be imported.
-    Credentials in addresses, the remote's and the command's, are left out.
+    Credentials in addresses, the remote's and the command's, are left out. `patch_digest` tells two dirty states of
+    one commit apart, `versions_digest` two sets of installed packages.
     """
     commit = _git(cwd, "rev-parse", "--verify", "HEAD")
     inside = _git(cwd, "rev-parse", "--is-inside-work-tree") == "true"
@@ -57,12 +59,23 @@ def collect_provenance(cwd: Path, argv: Sequence[str]) -> Provenance:
         git_commit=commit,
         git_branch=_git(cwd, "symbolic-ref", "--short", "-q", "HEAD") if inside else None,
         git_dirty=None if status is None else bool(status),
+        patch_digest=short_digest(git_diff(cwd) or status) if status else None,
         git_remote=without_credentials(remote) if remote else None,
         command=shlex.join(map(without_credentials, argv)),
         host=socket.gethostname(),
         user=_user(),
         versions=_versions(),
+        versions_digest=short_digest(f"python=={platform.python_version()}\n{environment_freeze()}"),
     )
+
+
+def short_digest(text: str) -> str:
+    """16 hexadecimal digits that stand for a text.
+
+    >>> short_digest("a patch")
+    '36d65898ac88d593'
+    """
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def without_credentials(text: str) -> str:

@@ -74,16 +74,22 @@ class DatasetRecord(_Record):
 
 
 class Provenance(_Record):
-    """Which code ran: the commit of the working directory and the versions of what matters."""
+    """Which code ran: the commit of the working directory and the versions of what matters.
+
+    `patch_digest` is that of the uncommitted changes (`git.diff`), None for a clean tree; `versions_digest` that of Python
+    and all installed packages (`environment.txt`).
+    """
 
     git_commit: str | None = None
     git_branch: str | None = None
     git_dirty: bool | None = None
     git_remote: str | None = None
+    patch_digest: str | None = None
     command: str = ""
     host: str = ""
     user: str = ""
     versions: dict[str, str] = Field(default_factory=dict)
+    versions_digest: str | None = None
 
 
 class RunError(_Record):

@@ -66,6 +66,20 @@ def test_changes_make_the_tree_dirty_and_show_in_the_diff(repository: Path) -> N
     assert "secret" not in diff
 
 
+def test_digests_tell_two_dirty_states_apart_and_name_the_packages(repository: Path) -> None:
+    clean = collect_provenance(repository, [])
+    (repository / "code.py").write_text("one = 2\n")
+    two, again = collect_provenance(repository, []), collect_provenance(repository, [])
+    (repository / "code.py").write_text("one = 3\n")
+    three = collect_provenance(repository, [])
+    assert clean.patch_digest is None
+    assert two.patch_digest == again.patch_digest
+    assert None not in (two.patch_digest, three.patch_digest)
+    assert two.patch_digest != three.patch_digest
+    assert clean.versions_digest == three.versions_digest
+    assert len(clean.versions_digest or "") == 16
+
+
 def test_diff_from_a_folder_inside_covers_the_whole_repository(repository: Path) -> None:
     (repository / "code.py").write_text("one = 2\n")
     (repository / "inside").mkdir()
