@@ -51,13 +51,13 @@ def collect_provenance(cwd: Path, argv: Sequence[str]) -> Provenance:
     Credentials in addresses, the remote's and the command's, are left out. `patch_digest` tells two dirty states of
     one commit apart, `versions_digest` two sets of installed packages.
     """
-    commit = _git(cwd, "rev-parse", "--verify", "HEAD")
-    inside = _git(cwd, "rev-parse", "--is-inside-work-tree") == "true"
-    status = _git(cwd, "status", "--porcelain") if inside else None
-    remote = _git(cwd, "remote", "get-url", "origin") if inside else None
+    commit = git_output(cwd, "rev-parse", "--verify", "HEAD")
+    inside = git_output(cwd, "rev-parse", "--is-inside-work-tree") == "true"
+    status = git_output(cwd, "status", "--porcelain") if inside else None
+    remote = git_output(cwd, "remote", "get-url", "origin") if inside else None
     return Provenance(
         git_commit=commit,
-        git_branch=_git(cwd, "symbolic-ref", "--short", "-q", "HEAD") if inside else None,
+        git_branch=git_output(cwd, "symbolic-ref", "--short", "-q", "HEAD") if inside else None,
         git_dirty=None if status is None else bool(status),
         patch_digest=short_digest(git_diff(cwd) or status) if status else None,
         git_remote=without_credentials(remote) if remote else None,
@@ -93,11 +93,11 @@ def git_diff(cwd: Path) -> str | None:
 
     Cut at `DIFF_LIMIT_BYTES` with a note that says so. None when the tree is clean or there is no git.
     """
-    status = _git(cwd, "status", "--porcelain")
+    status = git_output(cwd, "status", "--porcelain")
     if not status:
         return None
     # Before the first commit there is no HEAD to compare with; the index is then all there is.
-    base = ["HEAD"] if _git(cwd, "rev-parse", "--verify", "HEAD") else ["--cached"]
+    base = ["HEAD"] if git_output(cwd, "rev-parse", "--verify", "HEAD") else ["--cached"]
     diff = _git_bounded(cwd, "diff", "--no-color", "--no-ext-diff", "--no-textconv", *base)
     untracked = [line[3:] for line in status.splitlines() if line.startswith("??")]
     if untracked:
@@ -146,7 +146,7 @@ def process_is_alive(process: Mapping[str, Scalar]) -> bool | None:
         return True
 
 
-def _git(cwd: Path, *arguments: str) -> str | None:
+def git_output(cwd: Path, *arguments: str) -> str | None:
     """Output of a git command, or None where it fails or git is missing."""
     try:
         done = subprocess.run(
