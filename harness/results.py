@@ -24,7 +24,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from flexllmgen.errors import UsageError
 
@@ -177,15 +177,28 @@ class RunResult(_Record):
         """
         path = folder / "result.json"
         try:
-            return cls.model_validate_json(path.read_bytes())
+            content = path.read_bytes()
         except FileNotFoundError:
             raise UsageError(
                 f"{folder} holds no result.json; name a folder results/<uuid> that `harness eval` wrote"
             ) from None
-        except (OSError, ValidationError, ValueError) as error:
+        except OSError as error:
+            raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+        return cls.parse(content, str(path))
+
+    @classmethod
+    def parse(cls, content: bytes, source: str) -> Self:
+        """Read the content of a result file; `source` is what a message calls it.
+
+        Raises:
+            UsageError: it is damaged, or of another schema version.
+        """
+        try:
+            return cls.model_validate_json(content)
+        except ValueError as error:
             reason = str(error).splitlines()[0]
             raise UsageError(
-                f"{path} is not a result of schema version {SCHEMA_VERSION}: {reason}"
+                f"{source} is not a result of schema version {SCHEMA_VERSION}: {reason}"
             ) from error
 
     def write(self, folder: Path) -> Path:

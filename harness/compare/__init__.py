@@ -1,0 +1,1 @@
+"""Results held side by side: of commits, of strategies, and over many commits."""

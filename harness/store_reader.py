@@ -1,0 +1,182 @@
+"""Reads whole results back out of an MLflow store, for comparing: each run's own result.json, as it was delivered.
+
+Writes nothing and creates nothing. Knows MLflow through `store.py` only, and the tags that `summary.py` gives a run.
+"""
+
+import contextlib
+import json
+import logging
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from flexllmgen.errors import UsageError
+from harness.compare.measured import Measured, hardware_of_profile
+from harness.results import RunResult, RunStatus
+from harness.store import BULK_TIMEOUT_S, Connection, Store
+from harness.store_runs import pages
+
+log = logging.getLogger(__name__)
+
+_UUID_TAG, _PARENT_TAG = "harness.run_uuid", "mlflow.parentRunId"
+_COMMIT_TAG = "mlflow.source.git.commit"
+_PAGE = 200
+
+Value = TypeVar("Value")
+
+
+class StoreReader:
+    """The results in one store. What cannot be read costs a warning."""
+
+    def __init__(self, store: Store, warn: Callable[[str], None]) -> None:
+        self.store = store
+        self._warn = warn
+        self._connection = Connection(store)
+
+    def of_commit(self, commit: str) -> list[Measured]:
+        """Results of a commit, clean or not; `commit` may be the beginning of one.
+
+        Raises:
+            DeliveryError: the store is unreachable.
+        """
+        return self._find(f"tags.`{_COMMIT_TAG}` LIKE '{commit}%'")
+
+    def of_run(self, name: str) -> list[Measured]:
+        """The result of a run by MLflow's id or ours; of a benchmark's parent those of its cells.
+
+        Raises:
+            DeliveryError: the store is unreachable.
+        """
+        found = self._call(lambda client: _run_of(client, name))
+        if found is None:
+            return []
+        children = self._find(f"tags.`{_PARENT_TAG}` = '{found.info.run_id}'")
+        return children or self._call(partial(self._read_all, run=found))
+
+    def newest(self) -> Iterator[Measured]:
+        """All results, newest first, each read when it is asked for.
+
+        Raises:
+            DeliveryError: the store is unreachable.
+        """
+        for run in self._call(lambda client: list(_search(client, ""))):
+            yield from self._call(partial(self._read_all, run=run))
+
+    def all(self) -> list[Measured]:
+        """All results, oldest first.
+
+        Raises:
+            DeliveryError: the store is unreachable.
+        """
+        return [*self.newest()][::-1]
+
+    def commits(self) -> dict[str, int]:
+        """Commits that have runs, to how many; without reading a result.
+
+        Raises:
+            DeliveryError: the store is unreachable.
+        """
+        found: dict[str, int] = {}
+        for run in self._call(lambda client: list(_search(client, ""))):
+            if commit := run.data.tags.get(_COMMIT_TAG):
+                found[commit] = found.get(commit, 0) + 1
+        return found
+
+    def _find(self, query: str) -> list[Measured]:
+        def read(client: Any) -> list[Measured]:
+            return [one for run in _search(client, query) for one in self._read(client, run)][::-1]
+
+        return self._call(read)
+
+    def _call(self, action: Callable[[Any], Value]) -> Value:
+        return self._connection.call(action, timeout_s=BULK_TIMEOUT_S)
+
+    def _read_all(self, client: Any, run: Any) -> list[Measured]:
+        return [*self._read(client, run)]
+
+    def _read(self, client: Any, run: Any) -> Iterator[Measured]:
+        """The run's result; nothing for a parent, or for one that has not delivered its result."""
+        run_id, parent = run.info.run_id, run.data.tags.get(_PARENT_TAG, "")
+        try:
+            result = _result(client, run_id, "result.json")
+        except UsageError as error:
+            self._warn(f"left out: run {run_id}: {error}")
+            return
+        if result is None:
+            return
+        launches = []
+        for uuid in result.cell.launches if result.cell else ():
+            with contextlib.suppress(UsageError):
+                launch = _result(client, run_id, f"launches/{uuid}/result.json")
+                if launch is not None and launch.status is RunStatus.FINISHED:
+                    launches.append(launch)
+        with contextlib.suppress(ValueError):
+            profile = _artifact(client, run_id, "hardware_profile.json")
+            if profile is None and result.cell and result.cell.launches:
+                name = f"launches/{result.cell.launches[0]}/hardware_profile.json"
+                profile = _artifact(client, run_id, name)
+            yield Measured(
+                result=result,
+                launches=tuple(launches) or (result,),
+                hardware=hardware_of_profile(profile) if profile else {},
+                group=result.cell.benchmark_uuid if result.cell else result.run_uuid,
+                baseline=self._baseline(client, parent),
+                run_ids=tuple(filter(None, (run_id, parent))),
+                source=f"run {run_id}",
+                patch=result.provenance.patch_digest or "",
+            )
+
+    def _baseline(self, client: Any, parent: str) -> str:
+        content = _artifact(client, parent, "benchmark.json") if parent else None
+        if content is None:
+            return ""
+        with contextlib.suppress(ValueError):
+            return str(json.loads(content).get("baseline", ""))
+        return ""
+
+
+def _search(client: Any, query: str) -> Iterator[Any]:
+    """Runs of ours that match, newest first."""
+    experiments = [one.experiment_id for one in pages(client.search_experiments)]
+    if not experiments:
+        return
+    order = ["attributes.start_time DESC"]
+    for run in pages(
+        client.search_runs,
+        experiment_ids=experiments,
+        filter_string=query,
+        order_by=order,
+        max_results=_PAGE,
+    ):
+        if _UUID_TAG in run.data.tags:
+            yield run
+
+
+def _run_of(client: Any, name: str) -> Any:
+    for query in (f"tags.`{_UUID_TAG}` = '{name}'", f"attributes.run_id = '{name}'"):
+        if (found := next(_search(client, query), None)) is not None:
+            return found
+    return None
+
+
+def _result(client: Any, run_id: str, path: str) -> RunResult | None:
+    """A result among the run's artifacts; None where there is none.
+
+    Raises:
+        UsageError: it is damaged or of a newer schema.
+    """
+    content = _artifact(client, run_id, path)
+    if content is None:
+        return None
+    return RunResult.parse(content, path)
+
+
+def _artifact(client: Any, run_id: str, path: str) -> bytes | None:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            return Path(client.download_artifacts(run_id, path, folder)).read_bytes()
+        except Exception as error:  # noqa: BLE001 - the artifact stores share no base class
+            log.debug("run %s has no %s: %s", run_id, path, error)
+            return None
