@@ -1,0 +1,65 @@
+"use strict";
+// Draws the figures in the colours of the page's scheme, each when it comes into view.
+(function () {
+  const text = document.getElementById("figures").textContent;
+  const scheme = window.matchMedia("(prefers-color-scheme: dark)");
+
+  function colours() {
+    const style = getComputedStyle(document.documentElement);
+    const read = (name) => style.getPropertyValue("--" + name).trim();
+    return { ink: read("ink"), muted: read("muted"), shade: read("shade"), grid: read("grid"), line: read("line"), card: read("card") };
+  }
+
+  function figures() {
+    const { ink, muted, shade } = colours();
+    const known = { "$ink": ink, "$muted": muted, "$shade": shade };
+    return JSON.parse(text, (_, value) => (typeof value === "string" && Object.hasOwn(known, value) ? known[value] : value));
+  }
+
+  function styled(layout) {
+    const { ink, grid, line, card } = colours();
+    const axis = { automargin: true, gridcolor: grid, zerolinecolor: line, linecolor: line, title: { standoff: 10 } };
+    const base = {
+      template: {
+        layout: { xaxis: axis, yaxis: axis, hoverlabel: { bgcolor: card, bordercolor: line, font: { color: ink }, align: "left", namelength: -1 } },
+      },
+      font: { family: getComputedStyle(document.body).fontFamily, size: 13, color: ink },
+      paper_bgcolor: "rgba(0,0,0,0)",
+      plot_bgcolor: "rgba(0,0,0,0)",
+      autosize: true,
+      showlegend: true,
+      legend: { orientation: "h", x: 0, y: 1, yanchor: "bottom", xanchor: "left" },
+    };
+    const out = Object.assign(base, layout);
+    out.margin = Object.assign({ l: 8, r: 16, t: 48, b: 48 }, layout.margin);
+    return out;
+  }
+
+  let all = figures();
+  const drawn = new Set();
+
+  function draw(place) {
+    const figure = all[place.dataset.figure];
+    drawn.add(place);
+    Plotly.react(place, figure.data, styled(figure.layout), { responsive: true, displayModeBar: false });
+  }
+
+  const places = [...document.querySelectorAll("[data-figure]")].filter((place) => place.dataset.figure in all);
+  const watcher = new IntersectionObserver(
+    (entries) => {
+      for (const entry of entries) {
+        if (entry.isIntersecting) {
+          watcher.unobserve(entry.target);
+          draw(entry.target);
+        }
+      }
+    },
+    { rootMargin: "600px" },
+  );
+  for (const place of places) watcher.observe(place);
+  window.addEventListener("beforeprint", () => places.filter((place) => !drawn.has(place)).forEach(draw));
+  scheme.addEventListener("change", () => {
+    all = figures();
+    drawn.forEach(draw);
+  });
+})();
