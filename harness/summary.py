@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 
-from harness.results import RunError, RunResult, Scalar, Timeline
+from harness.results import Provenance, RunError, RunResult, Scalar, Timeline
 
 PARAM_LIMIT, TAG_LIMIT, NAME_LIMIT = 6000, 8000, 250
 SAMPLE_INTERVAL_S = 1.0
@@ -35,9 +35,6 @@ _SYSTEM: dict[str, tuple[str, float, Callable[[Sequence[float]], float]]] = {
 }
 # Counters: shown since the start of the run, as MLflow shows network traffic, and as a rate.
 _COUNTERS = {"disk_read_bytes": "disk_read_megabytes", "disk_write_bytes": "disk_write_megabytes"}
-
-_VIEW_PARAMS = ("strategy", "model", "dtype", "batch_size", "gpu_mem", "cpu_mem")
-_VIEW_METRICS = ("generation_tok_s", "predicted_tok_s", "limit_tok_s", "attainment", "ttft_s", "tpot_s")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +69,7 @@ def params_of(result: RunResult) -> dict[str, str]:
     params = dict(result.params)
     if data := result.dataset:
         params |= {"prompts_unique": data.prompts_unique, "prompts_truncated": data.prompts_truncated}
-    return {clean_name(name): shorten(_text(value), PARAM_LIMIT) for name, value in params.items()}
+    return {clean_name(name): shorten(param_text(value), PARAM_LIMIT) for name, value in params.items()}
 
 
 def metric_rows(result: RunResult) -> list[MetricRow]:
@@ -85,8 +82,9 @@ def metric_rows(result: RunResult) -> list[MetricRow]:
     """
     ended_ms = result.ended_at_ms or max([result.started_at_ms, *(one.ended_at_ms for one in result.repeats)])
     rows = [
-        MetricRow(key=name, value=value, timestamp_ms=one.ended_at_ms, step=one.index)
-        for one in result.repeats
+        # By position: the repeats of a cell come from several processes, each of which counts its own.
+        MetricRow(key=name, value=value, timestamp_ms=one.ended_at_ms, step=step)
+        for step, one in enumerate(result.repeats)
         for name, value in one.metrics.items()
     ]
     repeated = {row.key for row in rows}
@@ -141,22 +139,39 @@ def system_rows(timeline: Timeline) -> list[MetricRow]:
 
 def tags_of(result: RunResult, error: RunError | None) -> dict[str, str]:
     """Tags of the run: the user's, then ours and MLflow's own, which the user's may not replace."""
-    origin = result.provenance
-    words = shlex.split(origin.command) if origin.command else ["harness"]
-    # `/a/long/path/harness eval` shows as `harness eval`; the options are params.
-    source = " ".join([Path(words[0]).name, *(word for word in words[1:2] if not word.startswith("-"))])
+    cell = result.cell
     ours: dict[str, Scalar] = {
+        "harness.kind": "cell" if cell else "eval",
         "harness.run_uuid": result.run_uuid,
+        "harness.benchmark_uuid": cell.benchmark_uuid if cell else None,
+        "harness.cell": cell.cell if cell else None,
         "harness.strategy": result.strategy,
         "harness.model": result.model,
         "harness.hardware_fingerprint": result.hardware_fingerprint,
         "harness.workload_key": result.workload_key,
         "harness.prompts_digest": result.dataset.digest if result.dataset else None,
+    }
+    return origin_tags(result.tags, ours, result.process, result.provenance, error)
+
+
+def origin_tags(
+    given: Mapping[str, str],
+    ours: Mapping[str, Scalar],
+    process: Mapping[str, Scalar],
+    origin: Provenance,
+    error: RunError | None,
+) -> dict[str, str]:
+    """`given` by the user, then `ours`, then where a run comes from and how it failed; later ones win."""
+    words = shlex.split(origin.command) if origin.command else ["harness"]
+    # `/a/long/path/harness eval` shows as `harness eval`; the options are params.
+    source = " ".join([Path(words[0]).name, *(word for word in words[1:2] if not word.startswith("-"))])
+    known: dict[str, Scalar] = {
+        **ours,
         "harness.versions_digest": origin.versions_digest,
         "harness.patch_digest": origin.patch_digest,
-        "harness.host": result.process.get("host") or origin.host,
-        "harness.pid": result.process.get("pid"),
-        "harness.pid_started": result.process.get("pid_started"),
+        "harness.host": process.get("host") or origin.host,
+        "harness.pid": process.get("pid"),
+        "harness.pid_started": process.get("pid_started"),
         "harness.error": f"{error.type}: {error.message}" if error else None,
         "harness.exit_code": error.exit_code if error else None,
         "mlflow.user": origin.user,
@@ -167,9 +182,9 @@ def tags_of(result: RunResult, error: RunError | None) -> dict[str, str]:
         "mlflow.source.git.dirty": origin.git_dirty,
         "mlflow.source.git.repoURL": origin.git_remote,
     }
-    given = {clean_name(name): value for name, value in result.tags.items()}
-    known = {name: _text(value) for name, value in ours.items() if value not in (None, "")}
-    return {name: shorten(value, TAG_LIMIT) for name, value in {**given, **known}.items()}
+    texts = {name: param_text(value) for name, value in known.items() if value not in (None, "")}
+    cleaned = {clean_name(name): value for name, value in given.items()}
+    return {name: shorten(value, TAG_LIMIT) for name, value in {**cleaned, **texts}.items()}
 
 
 def describe(result: RunResult, error: RunError | None, pictures: Mapping[str, str] | None = None) -> str:
@@ -192,31 +207,11 @@ def describe(result: RunResult, error: RunError | None, pictures: Mapping[str, s
     return "\n".join(f"- {line}" for line in lines)
 
 
-def table_view() -> str:
-    """State of the UI's table of runs that shows what tells runs apart and what came out, as JSON.
-
-    >>> "metrics.`generation_tok_s`" in json.loads(table_view())["selectedColumns"]
-    True
-    """
-    metrics = [f"metrics.`{name}`" for name in _VIEW_METRICS]
-    params = [f"params.`{name}`" for name in _VIEW_PARAMS]
-    # In the UI's words the fixed columns are: the check boxes, the name, when, how long.
-    fixed = {"1": 70, "attributes.`Run Name`": 280, "runDateAndNestInfo": 140, "duration": 80}
-    # Wide enough for the names, which the UI would cut at its own default width.
-    widths = {column: max(120, 40 + 7 * len(column.split(".", 1)[1])) for column in (*metrics, *params)}
-    state = {
-        "selectedColumns": [*metrics, *params, "attributes.`Source`"],
-        "columnOrder": [*fixed, *widths, "attributes.`Source`"],
-        "columnWidths": {**fixed, **widths, "attributes.`Source`": 140},
-    }
-    return json.dumps(state)
-
-
 def _what(result: RunResult) -> str:
     model = result.model.rstrip("/")
     line = f"**{result.strategy}** on **{model if model.count('/') <= 1 else model.rsplit('/', 1)[-1]}**"
     details = [
-        f"{name} {_text(result.params[name])}" for name in ("dtype", "weights") if name in result.params
+        f"{name} {param_text(result.params[name])}" for name in ("dtype", "weights") if name in result.params
     ]
     if (batch := result.params.get("batch_size")) is not None:
         details.append(f"batch {batch}")
@@ -287,7 +282,12 @@ def _bytes(size: float) -> str:
     return f"{gib:.3g} GiB" if gib >= 1 else f"{gib * 1024:.0f} MiB"
 
 
-def _text(value: Scalar) -> str:
+def param_text(value: Scalar) -> str:
+    """A value as params and tags show it.
+
+    >>> param_text(None), param_text(True), param_text(0.5)
+    ('none', 'true', '0.5')
+    """
     if value is None:
         return "none"
     return json.dumps(value) if isinstance(value, bool) else str(value)

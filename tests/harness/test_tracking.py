@@ -15,6 +15,7 @@ import pytest
 from records import START_MS, UUID, make_folder, make_result
 
 from flexllmgen.errors import UsageError
+from harness.folders import find_result_folders
 from harness.provenance import process_identity
 from harness.results import (
     RunError,
@@ -24,10 +25,7 @@ from harness.results import (
 )
 from harness.store import DeliveryError, Store, resolve_store
 from harness.summary import describe
-from harness.tracking import (
-    Tracker,
-    find_result_folders,
-)
+from harness.tracking import Tracker
 
 
 def everything(client: Any) -> dict[str, Any]:
