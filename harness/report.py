@@ -113,6 +113,16 @@ class Report:
         """Plain text on standard output."""
         self.out.print(text, markup=False)
 
+    def finding(self, level: str, check: str, found: str, way_out: str) -> None:
+        """One line of `harness doctor`, and the way out below it."""
+        style = {"ok": "green", "note": "yellow", "problem": "bold red"}[level]
+        self.out.print(
+            f"[{style}]{level:<8}[/{style}] {escape(check):<15} {escape(found)}",
+            soft_wrap=True,
+        )
+        if way_out:
+            self.out.print(f"{'':<8} {'':<15} -> {way_out}", markup=False, soft_wrap=True)
+
     def rows(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """A table on standard output; the first column never wraps."""
         table = Table(

@@ -51,13 +51,13 @@ def store_rows(store: Store, experiments: Sequence[str] = ()) -> list[dict[str, 
 
 
 def _rows(client: Any, experiments: Sequence[str], path: Path | None) -> list[dict[str, Any]]:
-    known = {one.name: one.experiment_id for one in _pages(client.search_experiments)}
+    known = {one.name: one.experiment_id for one in pages(client.search_experiments)}
     if missing := [name for name in experiments if name not in known]:
         where = f" in {path}" if path is not None else ""
         raise UsageError(f"no experiment {missing[0]!r}{where}; there are: {', '.join(sorted(known))}")
     names = {known[name]: name for name in experiments or known}
     order = ["attributes.start_time ASC"]
-    runs = list(_pages(client.search_runs, experiment_ids=[*names], order_by=order, max_results=_PAGE))
+    runs = list(pages(client.search_runs, experiment_ids=[*names], order_by=order, max_results=_PAGE))
     uuids = {run.info.run_id: run.data.tags.get("harness.run_uuid") for run in runs}
     uuids |= {run.info.run_id: run.data.tags[_BENCHMARK] for run in runs if _BENCHMARK in run.data.tags}
     return [_row(run, names[run.info.experiment_id], uuids) for run in runs]
@@ -89,7 +89,8 @@ def _row(run: Any, experiment: str, uuids: Mapping[str, str | None]) -> dict[str
     return row | {f"metrics.{name}": value for name, value in data.metrics.items()}
 
 
-def _pages(search: Any, **arguments: Any) -> Iterator[Any]:
+def pages(search: Any, **arguments: Any) -> Iterator[Any]:
+    """All that one of the client's searches finds, page after page."""
     token: str | None = None
     while True:
         page = search(**arguments, page_token=token)

@@ -24,7 +24,6 @@ app = typer.Typer(
     "what the hardware allows.",
     epilog="Start with: harness eval --model builtin -n 8",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

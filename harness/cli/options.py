@@ -85,9 +85,39 @@ def _parameter(name: str, default: Any = None) -> inspect.Parameter:
         annotation = list[str]
     else:
         # Every value is taken as text: EvalConfig checks it, wherever it came from.
-        option = typer.Option(None, *flags, metavar=extra["metavar"] or _metavar(field.annotation), **common)
+        metavar = extra["metavar"] or _metavar(field.annotation)
+        option = typer.Option(None, *flags, metavar=metavar, autocompletion=_completion(name), **common)
         annotation = Optional[str]  # noqa: UP045
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=annotation)
+
+
+def _completion(name: str) -> Callable[[str], list[str]] | None:
+    """What a shell may offer for the value of an option; None: files, which the shell offers itself."""
+
+    def matching(incomplete: str) -> list[str]:
+        return [value for value in values() if value.startswith(incomplete)]
+
+    def values() -> list[str]:
+        if name == "strategy":
+            from strategies.registry import strategy_names
+
+            return list(strategy_names())
+        if name == "model":
+            from harness.models import list_models
+
+            return [model.name for model in list_models()]
+        if name == "dataset":
+            from harness.prompts import registered_datasets
+
+            return list(registered_datasets())
+        return choices
+
+    choices = [
+        str(choice)
+        for choice in get_args(EvalConfig.model_fields[name].annotation)
+        if isinstance(choice, str)
+    ]
+    return matching if choices or name in ("strategy", "model", "dataset") else None
 
 
 def _metavar(annotation: Any) -> str:

@@ -92,6 +92,8 @@ class WeightPack:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
                 with suppress(FileNotFoundError):
                     if os.path.samestat(os.fstat(descriptor), path.stat()):
+                        # Its time says when the pack was last used.
+                        os.utime(descriptor)
                         return descriptor
             except BaseException:
                 os.close(descriptor)
