@@ -40,7 +40,7 @@ from harness.results import (
     write_text,
 )
 from profiling.sampler import Sampler, device_peaks, energy_joules, peak_rss_bytes
-from strategies.base import Engine, Placed, Plan
+from strategies.base import CountsTraffic, Engine, Placed, Plan
 
 log = logging.getLogger(__name__)
 
@@ -164,6 +164,8 @@ class _Run:
                 # What goes wrong later is for the strategy to see too: it knows what ran out.
                 engine = stack.enter_context(self.prepared.strategy.build(self.prepared.plan))
             self.once["load_s"] = time.perf_counter() - started
+            if isinstance(engine, CountsTraffic):
+                sampler.watch(engine.moved_bytes)
             self._note_plan(engine.plan)
             self._note_placed(engine)
             batches = make_batches(self.prepared.prompts, self.plan.batch_size)

@@ -8,7 +8,7 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +50,7 @@ class Sampler:
         self._thread = threading.Thread(target=self._run, name="sampler", daemon=True)
         self._resources = ExitStack()
         self._nvml: Any = None
+        self._counters: Callable[[], Mapping[str, float]] | None = None
 
     def __enter__(self) -> "Sampler":
         self._nvml = self._resources.enter_context(nvml())
@@ -72,6 +73,10 @@ class Sampler:
             yield
         finally:
             self._phases.append((name, begin, self._now()))
+
+    def watch(self, counters: Callable[[], Mapping[str, float]]) -> None:
+        """Sample these figures too from now on, each a series by its name; they are read from the sampler's thread."""
+        self._counters = counters
 
     def samples(self) -> Samples:
         """Everything sampled so far."""
@@ -104,6 +109,8 @@ class Sampler:
             values["disk_read_bytes"] = disk.read_bytes
             values["disk_write_bytes"] = disk.write_bytes
         values.update(self._take_gpus())
+        if self._counters is not None:
+            values.update(self._counters())
         self._rows.append((self._now(), values))
 
     def _take_gpus(self) -> dict[str, float]:

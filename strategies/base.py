@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from flexllmgen.workload import Workload
 from profiling.cost_model import CostEstimate
@@ -172,6 +172,15 @@ class Engine(Protocol):
 
     def placed(self) -> Placed:
         """What lies where now, read back from the model."""
+        ...
+
+
+@runtime_checkable
+class CountsTraffic(Protocol):
+    """An engine that counts what it moves; not every one can."""
+
+    def moved_bytes(self) -> Mapping[str, int]:
+        """Bytes over each link since loading began, as moved_h2d_bytes and the like; from any thread, at any time."""
         ...
 
 

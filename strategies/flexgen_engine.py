@@ -40,6 +40,10 @@ class FlexgenEngine:
         mask = None if bool(mask_BT.all()) else mask_BT
         yield from self.engine.generate(ids_BT, mask, sampling=Greedy(), max_new_tokens=gen_tokens)
 
+    def moved_bytes(self) -> dict[str, int]:
+        """Bytes over each link since loading began."""
+        return {f"moved_{link}_bytes": count for link, count in self.engine.moved_bytes().items()}
+
     def placed(self) -> Placed:
         """Bytes by tier as placed, and what has been moved since loading."""
         stats = self.engine.stats()

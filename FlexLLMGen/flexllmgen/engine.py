@@ -301,6 +301,10 @@ class FlexEngine:
             device_reserved_peak_bytes=torch.cuda.max_memory_reserved(self.device) if cuda else 0,
         )
 
+    def moved_bytes(self) -> dict[str, int]:
+        """Bytes moved until now: h2d, d2h, disk_read, disk_write; cheap, and safe to ask from any thread."""
+        return dict(self._traffic.bytes)
+
     def close(self) -> None:
         """Ends threads and gives memory and scratch files back; packed weights stay for the next run."""
         if not self._closed:

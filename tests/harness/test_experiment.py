@@ -119,6 +119,17 @@ def test_the_peaks_that_were_planned_are_metrics(run: Run, strategy: str) -> Non
     assert planned[2] == metrics["offload_disk_bytes"] == 0
 
 
+@pytest.mark.parametrize("strategy", ["accelerate", "flexgen"])
+def test_what_the_links_carry_is_sampled_where_the_engine_counts_it(run: Run, strategy: str) -> None:
+    code, folder = run(repeats=1, strategy=strategy)
+    assert code == 0
+    series = json.loads((folder / "timeline.json").read_text())["series"]
+    counted = {name: values[-1] for name, values in series.items() if name.startswith("moved_")}
+    metrics = RunResult.read(folder).metrics
+    assert counted == {name: value for name, value in metrics.items() if name.startswith("moved_")}
+    assert bool(counted) == (strategy == "flexgen")
+
+
 def test_a_damaged_profile_is_measured_anew_and_the_user_is_told(
     run: Run, events: Any, laptop_profile: HardwareProfile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

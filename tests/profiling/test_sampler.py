@@ -119,3 +119,13 @@ def test_without_a_gpu_there_are_no_device_peaks(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert device_peaks() == {}
+
+
+def test_what_an_engine_counts_is_sampled_from_then_on() -> None:
+    with Sampler(interval_s=0.01) as sampler:
+        time.sleep(0.02)
+        sampler.watch(lambda: {"moved_h2d_bytes": 7.0})
+        time.sleep(0.05)
+    counted = sampler.samples().series["moved_h2d_bytes"]
+    assert counted[0] is None
+    assert counted[-1] == 7.0
