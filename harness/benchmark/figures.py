@@ -101,7 +101,7 @@ def latency(rows: Sequence[Row], results: Mapping[str, RunResult]) -> Figure | N
             if result
             else []
         )
-        points = [(1, row.ttft_s)] if row.ttft_s else []
+        points: list[tuple[float, float]] = [(1, row.ttft_s)] if row.ttft_s else []
         points += thinned([(token, gap) for token, gap in enumerate(gaps_s, start=2) if gap > 0])
         if not points:
             continue
@@ -163,6 +163,7 @@ def policies(rows: Sequence[Row], results: Mapping[str, RunResult]) -> Figure | 
         start, stop = column / len(kinds) + 0.02 * (column > 0), (column + 1) / len(kinds) - 0.04
         layout[f"xaxis{axis}"] = {"domain": [start, stop], "range": [0, 1], "tickformat": ".0%", "nticks": 4}
         layout["annotations"].append(_subtitle(title, (start + stop) / 2))
+        layout["annotations"] += [_unknown(at, f"x{axis}") for at, one in enumerate(shares) if one is None]
         for tier, name, colour, pattern in TIERS:
             values = [one.get(tier, 0.0) if one else None for one in shares]
             if not any(values):
@@ -440,6 +441,20 @@ def _subtitle(text: str, x: float) -> Figure:
         "xanchor": "center",
         "yanchor": "bottom",
         "showarrow": False,
+    }
+
+
+def _unknown(at: int, axis: str) -> Figure:
+    """No bar would look like nought."""
+    return {
+        "text": "unknown",
+        "x": 0.02,
+        "y": at,
+        "xref": axis,
+        "yref": "y",
+        "xanchor": "left",
+        "showarrow": False,
+        "font": {"size": 11, "color": MUTED},
     }
 
 

@@ -30,9 +30,9 @@ _TRAFFIC = (
 
 def memory_over_time(timeline: Timeline, *, top_bytes: float | None = None) -> Figure | None:
     """Resident and device memory, phases shaded; `top_bytes` is the axis' end, for cells that stand side by side."""
-    series = [(points_of(timeline, key), *style) for key, *style in _MEMORY]
+    series = [(points_of(timeline, key), style) for key, *style in _MEMORY]
     # A device series that is nought throughout is a machine without a device.
-    known = [(points, style) for points, *style in series if any(value for _, value in points)]
+    known = [(points, style) for points, style in series if any(value for _, value in points)]
     if not known:
         return None
     top = max([top_bytes or 0.0, *(value for points, _ in known for _, value in points)])

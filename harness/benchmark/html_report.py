@@ -19,12 +19,26 @@ from pydantic import ValidationError
 from harness.benchmark import figures, figures_over_time
 from harness.benchmark.record import Benchmark, Cell, cell_folder, read_cells
 from harness.benchmark.table import Row, finite, rows_of
-from harness.benchmark.table_text import columns_of, failures, number, percent, seconds, size
+from harness.benchmark.table_text import columns_of, failures, number, percent, size
 from harness.results import RunResult, Timeline, write_text
 
 log = logging.getLogger(__name__)
 
 PICTURES = ("throughput.png", "latency.png")
+_PLAN_TITLES = (
+    "batch",
+    "micro-batches",
+    "loads ahead",
+    "attention and MLP",
+    "host weights",
+    "weights",
+    "KV cache",
+    "expected bound",
+    "limit's bound",
+    "to device",
+    "from device",
+    "read from disk",
+)
 _PAGE = Path(__file__).parent / "page"
 
 
@@ -285,11 +299,12 @@ def _warnings(results: Mapping[str, RunResult]) -> Iterator[tuple[str, str]]:
 
 def _plan_table(rows: Sequence[Row], results: Mapping[str, RunResult]) -> dict[str, list[str]]:
     """Title to a text per row: what tells the plans apart; titles that no plan knows are left out."""
-    table: dict[str, list[str]] = {}
+    table: dict[str, list[str]] = {title: [] for title in _PLAN_TITLES}
     for index, row in enumerate(rows):
         for title, text in _plan_facts(results.get(row.name)):
-            table.setdefault(title, ["-"] * len(rows))[index] = text
-    return table
+            table[title] = table[title] or ["-"] * len(rows)
+            table[title][index] = text
+    return {title: texts for title, texts in table.items() if texts}
 
 
 def _plan_facts(result: RunResult | None) -> Iterator[tuple[str, str]]:
@@ -320,11 +335,9 @@ def _plan_facts(result: RunResult | None) -> Iterator[tuple[str, str]]:
         elif bounds:
             yield how, ", ".join(f"{name} in {phase}" for phase, name in bounds.items())
     moved = (plan.get("predicted") or {}).get("decode_moved_bytes") or {}
-    for link, title in (("h2d", "up in decode"), ("d2h", "down in decode"), ("disk_read", "read in decode")):
+    for link, title in (("h2d", "to device"), ("d2h", "from device"), ("disk_read", "read from disk")):
         if value := finite(moved.get(link)):
             yield title, size(value)
-    if decode_s := finite(result.metrics.get("decode_s")):
-        yield "decode", seconds(decode_s)
 
 
 def _pictures(folder: Path) -> Iterator[str]:

@@ -18,7 +18,7 @@
 
   function styled(layout) {
     const { ink, grid, line, card } = colours();
-    const axis = { automargin: true, gridcolor: grid, zerolinecolor: line, linecolor: line, title: { standoff: 10 } };
+    const axis = { automargin: true, ticks: "outside", ticklen: 5, tickcolor: "rgba(0,0,0,0)", gridcolor: grid, zerolinecolor: line, linecolor: line, title: { standoff: 10 } };
     const base = {
       template: {
         layout: { xaxis: axis, yaxis: axis, hoverlabel: { bgcolor: card, bordercolor: line, font: { color: ink }, align: "left", namelength: -1 } },
