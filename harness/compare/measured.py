@@ -232,9 +232,9 @@ def scalar_text(value: Scalar) -> str:
     return "unset" if value is None else str(value)
 
 
-def told(differences: Mapping[str, tuple[str, str]], limit: int = 6) -> str:
+def told(differences: Mapping[str, tuple[str, str]], *, between: str = " against ", limit: int = 6) -> str:
     """Differences in one line: `cores 2 against 16, GPU none against H200`."""
-    shown = [f"{name} {one} against {other}" for name, (one, other) in list(differences.items())[:limit]]
+    shown = [f"{name} {one}{between}{other}" for name, (one, other) in list(differences.items())[:limit]]
     more = len(differences) - limit
     return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
 

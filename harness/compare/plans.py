@@ -40,8 +40,8 @@ class PlanChange:
             return "the same plan: what changed is its execution"
         if self.variants != (1, 1):
             few, many = self.variants
-            return f"the plan varies between launches ({few} and {many} plans): {told(self.changed)}"
-        return f"the plan changed: {told(self.changed)}"
+            return f"the plan varies between launches ({few} and {many} plans): {told(self.changed, between=' -> ')}"
+        return f"the plan changed: {told(self.changed, between=' -> ')}"
 
 
 def plan_change(base: Sequence[RunResult], new: Sequence[RunResult]) -> PlanChange:
