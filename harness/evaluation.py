@@ -5,7 +5,6 @@ import os
 import shlex
 import signal
 import threading
-import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,12 +12,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from flexllmgen.errors import OffloadError, OutOfMemory, UsageError
+from flexllmgen.errors import OffloadError, UsageError
 from harness.config import Settings
 from harness.job import Job
+from harness.launch import Launch
 from harness.provenance import collect_provenance, without_credentials
 from harness.report import Report
-from harness.results import RunError, RunResult, RunStatus, Timeline
+from harness.results import RunResult, Timeline
 from harness.store import DeliveryError, preload, resolve_store
 from harness.supervise import Worker
 from harness.tracking import Tracker
@@ -26,8 +26,6 @@ from harness.tracking import Tracker
 log = logging.getLogger(__name__)
 
 EXIT_NOT_DELIVERED = 4
-EXIT_INTERRUPTED = 130
-_OUT_OF_MEMORY = "the worker was killed by signal 9; most likely the machine ran out of memory: lower --batch-size or --cpu-mem"
 
 
 def evaluate(settings: Settings, report: Report, *, argv: Sequence[str], dry_run: bool, as_json: bool) -> int:
@@ -58,33 +56,30 @@ class _Evaluation:
         self.report = report
         self.tracker = tracker
         self.as_json = as_json
-        self.folder: Path | None = None
         self.run_id: str | None = None
-        self.error: Mapping[str, Any] | None = None
-        self.worker: Worker | None = None
 
     def run(self) -> int:
-        self.worker = Worker(self.job)
-        with self.worker.interruptible():
-            if self.tracker is not None:
-                # While the worker imports its libraries; both take seconds, and a mistake must not wait for MLflow.
-                threading.Thread(target=preload, name="import-mlflow", daemon=True).start()
-            code = self.worker.follow(self._on_event)
+        worker = Worker(self.job)
+        if self.tracker is not None:
+            # While the worker imports its libraries; both take seconds, and a mistake must not wait for MLflow.
+            threading.Thread(target=preload, name="import-mlflow", daemon=True).start()
+        ended = Launch(worker, self._on_event).run()
         self.report.end_progress()
-        if self.folder is None:
-            if self.error is None and code == 0:
+        if ended.folder is None or ended.result is None:
+            if ended.error is None:
                 return 0
-            message, exit_code = self._early_end(code)
             if self.as_json:
                 # Whoever reads JSON gets JSON, also where there is nothing else to tell.
-                self.report.json({"run_id": None, "run_uuid": None, "status": "FAILED", "error": message})
-            self.report.error(message)
-            return exit_code
-        result = self._read_result(self.folder, code)
+                self.report.json(
+                    {"run_id": None, "run_uuid": None, "status": "FAILED", "error": ended.error.message}
+                )
+            self.report.error(ended.error.message)
+            return ended.error.exit_code
+        folder, result = ended.folder, ended.result
         with self._one_signal_ignored():
-            draw_pictures(self.folder, result)
-            delivered = self._deliver(self.folder)
-        self._show(result, self.folder, delivered)
+            draw_pictures(folder, result)
+            delivered = self._deliver(folder)
+        self._show(result, folder, delivered)
         if result.error is not None:
             self.report.error(result.error.message)
             return result.error.exit_code
@@ -111,8 +106,7 @@ class _Evaluation:
     def _on_event(self, event: Mapping[str, Any]) -> None:
         match event["event"]:
             case "phase" if event["name"] == "ready":
-                # The record has been opened by now; nothing of this process runs while timing does.
-                self.worker_go()
+                self.report.end_progress()
             case "phase":
                 self.report.phase(event["name"], event.get("total"))
             case "progress":
@@ -124,14 +118,6 @@ class _Evaluation:
                 self.report.warn(event["message"])
             case "planned":
                 self._on_plan(event)
-            case "error":
-                self.error = event
-
-    def worker_go(self) -> None:
-        """Let the worker begin its timed passes."""
-        assert self.worker is not None
-        self.report.end_progress()
-        self.worker.go()
 
     def _on_plan(self, event: Mapping[str, Any]) -> None:
         self.report.end_progress()
@@ -143,44 +129,13 @@ class _Evaluation:
             self.report.warn(warning)
         if self.job.dry_run:
             return
-        self.folder = Path(event["folder"])
         if self.tracker is not None:
             try:
                 if reaped := self.tracker.reap():
                     self.report.say(f"{reaped} run(s) left by a dead process marked FAILED")
-                self.run_id = self.tracker.open_run(RunResult.read(self.folder))
+                self.run_id = self.tracker.open_run(RunResult.read(Path(event["folder"])))
             except DeliveryError as error:
                 self.report.warn(f"{error}; measuring goes on, delivery is tried again at the end")
-
-    def _read_result(self, folder: Path, code: int) -> RunResult:
-        result = RunResult.read(folder)
-        if result.status is not RunStatus.RUNNING:
-            return result
-        # The worker could not write its own end.
-        assert self.worker is not None
-        if self.worker.interrupted:
-            error = RunError(type="Interrupted", message="interrupted and killed", exit_code=EXIT_INTERRUPTED)
-            status = RunStatus.KILLED
-        else:
-            status = RunStatus.FAILED
-            if code == -signal.SIGKILL:
-                reason = _OUT_OF_MEMORY
-            else:
-                how = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
-                reason = f"the worker {how} and wrote no result"
-            error = RunError(
-                type="WorkerDied",
-                message=reason,
-                traceback="\n".join(self.worker.last_lines),
-                exit_code=OutOfMemory.exit_code if code == -signal.SIGKILL else 1,
-            )
-        result = result.model_copy(
-            update={"status": status, "error": error, "ended_at_ms": int(time.time() * 1000)}
-        )
-        result.write(folder)
-        if error.traceback:
-            (folder / "error.txt").write_text(error.traceback + "\n", encoding="utf-8")
-        return result
 
     def _deliver(self, folder: Path) -> bool:
         if self.tracker is None:
@@ -222,18 +177,6 @@ class _Evaluation:
         if not self.job.sources["tracking_uri"].startswith(("option", "file")):
             return []
         return ["--tracking-uri", without_credentials(str(self.job.common.tracking_uri))]
-
-    def _early_end(self, code: int) -> tuple[str, int]:
-        """Why there is no run, and the exit code."""
-        assert self.worker is not None
-        if self.error is not None:
-            return str(self.error["message"]), int(self.error["exit_code"])
-        if self.worker.interrupted:
-            return "interrupted", EXIT_INTERRUPTED
-        if code == -signal.SIGKILL:
-            return _OUT_OF_MEMORY, OutOfMemory.exit_code
-        last = next((line for line in reversed(self.worker.last_lines) if line.strip()), "no output")
-        return f"the worker ended with code {code} before it had planned: {last}", 1
 
 
 def draw_pictures(folder: Path, result: RunResult) -> None:

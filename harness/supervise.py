@@ -79,6 +79,10 @@ class Worker:
                     self.process.wait()
 
     def _on_signal(self, _signum: int, _frame: FrameType | None) -> None:
+        self.interrupt()
+
+    def interrupt(self) -> None:
+        """Ask the worker to stop and write what it has; the second time, kill it."""
         if self.interrupted:
             self.process.kill()
         else:

@@ -1,0 +1,162 @@
+"""Runs one worker to its end: what it says on the way, where its folder is, and why it ended if it ended badly.
+
+Knows nothing of how a run is recorded or shown: the verbs that launch a worker (`eval`, `benchmark`) do that.
+"""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flexllmgen.errors import OutOfMemory
+from harness.results import RunError, RunResult, RunStatus, write_text
+from harness.supervise import Worker
+
+EXIT_INTERRUPTED = 130
+TIMED_OUT = "CellTimeout"
+_OUT_OF_MEMORY = "the worker was killed by signal 9; most likely the machine ran out of memory: lower --batch-size or --cpu-mem"
+# A worker that is asked to stop may write what it has; one that does not come back from native code is killed.
+_LAST_WORDS_S = 15.0
+
+OnEvent = Callable[[Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """How a worker ended.
+
+    Args:
+        code: its exit code, negative for a signal.
+        result: what it left; None where it had not planned yet, or was to plan only.
+        error: why it failed; None where it did not.
+        interrupted: whether SIGINT or SIGTERM to this process ended it.
+    """
+
+    code: int
+    folder: Path | None
+    result: RunResult | None
+    error: RunError | None
+    interrupted: bool
+
+
+class Launch:
+    """One worker, from its start to its end.
+
+    Args:
+        worker: the process, just started.
+        on_event: told every event; after it has seen `ready`, the worker's timed passes begin.
+        timeout_s: how long the worker may take in all; None for as long as it likes.
+    """
+
+    def __init__(self, worker: Worker, on_event: OnEvent, *, timeout_s: float | None = None) -> None:
+        self.worker = worker
+        self.folder: Path | None = None
+        self.timed_out = False
+        self._on_event = on_event
+        self._timeout_s = timeout_s
+        self._error: Mapping[str, Any] | None = None
+        self._ended = threading.Event()
+
+    def run(self) -> Ended:
+        """Follow the worker to its end; this process sleeps on the pipe meanwhile."""
+        with self.worker.interruptible():
+            if self._timeout_s is not None:
+                threading.Thread(target=self._watch_time, name="cell-timeout", daemon=True).start()
+            try:
+                code = self.worker.follow(self._take)
+            finally:
+                self._ended.set()
+        if self.folder is None:
+            error = self._early_end(code)
+            return Ended(
+                code=code, folder=None, result=None, error=error, interrupted=self.worker.interrupted
+            )
+        result = self._read_result(self.folder, code)
+        return Ended(
+            code=code,
+            folder=self.folder,
+            result=result,
+            error=result.error,
+            interrupted=self.worker.interrupted,
+        )
+
+    def _take(self, event: Mapping[str, Any]) -> None:
+        match event["event"]:
+            case "planned" if event["folder"] is not None:
+                self.folder = Path(event["folder"])
+            case "error":
+                self._error = event
+        self._on_event(event)
+        if event["event"] == "phase" and event["name"] == "ready":
+            # Whoever listens is done by now; nothing of this process runs while timing does.
+            self.worker.go()
+
+    def _watch_time(self) -> None:
+        if self._ended.wait(self._timeout_s):
+            return
+        self.timed_out = True
+        self.worker.process.terminate()
+        if not self._ended.wait(_LAST_WORDS_S):
+            self.worker.process.kill()
+
+    def _read_result(self, folder: Path, code: int) -> RunResult:
+        result = RunResult.read(folder)
+        # One that had ended well by itself before its time was up has nothing to answer for.
+        late = self.timed_out and result.status is not RunStatus.FINISHED
+        if result.status is not RunStatus.RUNNING and not late:
+            return result
+        status = RunStatus.FAILED
+        if late:
+            error = self._timeout_error(bool(result.repeats))
+        elif self.worker.interrupted:
+            # The worker could not write its own end.
+            status = RunStatus.KILLED
+            error = RunError(type="Interrupted", message="interrupted and killed", exit_code=EXIT_INTERRUPTED)
+        else:
+            if code == -signal.SIGKILL:
+                reason = _OUT_OF_MEMORY
+            else:
+                how = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
+                reason = f"the worker {how} and wrote no result"
+            error = RunError(
+                type="WorkerDied",
+                message=reason,
+                traceback="\n".join(self.worker.last_lines),
+                exit_code=OutOfMemory.exit_code if code == -signal.SIGKILL else 1,
+            )
+        ended_at_ms = result.ended_at_ms or int(time.time() * 1000)
+        result = result.model_copy(update={"status": status, "error": error, "ended_at_ms": ended_at_ms})
+        result.write(folder)
+        if error.traceback:
+            write_text(folder / "error.txt", error.traceback + "\n")
+        return result
+
+    def _early_end(self, code: int) -> RunError | None:
+        """Why there is no run; None where there was to be none."""
+        if self.timed_out:
+            return self._timeout_error(False)
+        if self._error is not None:
+            kind = str(self._error.get("type", "Error"))
+            return RunError(
+                type=kind, message=str(self._error["message"]), exit_code=int(self._error["exit_code"])
+            )
+        if code == 0:
+            return None
+        if self.worker.interrupted:
+            return RunError(type="Interrupted", message="interrupted", exit_code=EXIT_INTERRUPTED)
+        if code == -signal.SIGKILL:
+            return RunError(type="WorkerDied", message=_OUT_OF_MEMORY, exit_code=OutOfMemory.exit_code)
+        last = next((line for line in reversed(self.worker.last_lines) if line.strip()), "no output")
+        return RunError(
+            type="WorkerDied", message=f"the worker ended with code {code} before it had planned: {last}"
+        )
+
+    def _timeout_error(self, measured: bool) -> RunError:
+        kept = "; what was measured until then is kept" if measured else ""
+        return RunError(
+            type=TIMED_OUT,
+            message=f"took longer than --cell-timeout {self._timeout_s:g}s and was ended{kept}",
+        )
