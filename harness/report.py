@@ -58,7 +58,7 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
 _DEVICE_NAMES = {"cuda": "GPU", "cpu": "compute device"}
 
 
-_PIPED_WIDTH = 1000
+_PIPED_WIDTH, _FILE_WIDTH = 1000, 120
 
 
 class _Out(Console):
@@ -87,6 +87,11 @@ class Report:
         self.err = _Err(stderr=True, highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
+
+    @property
+    def width(self) -> int:
+        """Columns that a text on standard output may take: the terminal's; 120 in a file."""
+        return self.out.width if sys.stdout.isatty() else _FILE_WIDTH
 
     def say(self, message: str) -> None:
         """A line of progress, unless quiet."""
