@@ -1,5 +1,5 @@
 "use strict";
-// Draws the figures in the colours of the page's scheme, each when it comes into view.
+// Draws the figures in the colours of the page's scheme, anew when the scheme changes.
 (function () {
   const text = document.getElementById("figures").textContent;
   const scheme = window.matchMedia("(prefers-color-scheme: dark)");
@@ -45,18 +45,19 @@
   }
 
   const places = [...document.querySelectorAll("[data-figure]")].filter((place) => place.dataset.figure in all);
-  const watcher = new IntersectionObserver(
-    (entries) => {
-      for (const entry of entries) {
-        if (entry.isIntersecting) {
-          watcher.unobserve(entry.target);
-          draw(entry.target);
-        }
-      }
-    },
-    { rootMargin: "600px" },
-  );
-  for (const place of places) watcher.observe(place);
+  const waiting = places.slice();
+
+  // One after the other, from the top: the page can be read and scrolled meanwhile.
+  function next() {
+    const place = waiting.shift();
+    if (place === undefined) {
+      document.documentElement.dataset.drawn = String(drawn.size);
+      return;
+    }
+    if (!drawn.has(place)) draw(place);
+    setTimeout(next, 0);
+  }
+  next();
   window.addEventListener("beforeprint", () => places.filter((place) => !drawn.has(place)).forEach(draw));
   scheme.addEventListener("change", () => {
     all = figures();
