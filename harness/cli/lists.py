@@ -46,10 +46,12 @@ def datasets_command() -> None:
 @app.command("strategies", rich_help_panel=LISTS)
 def strategies_command() -> None:
     """List what --strategy can name."""
-    from strategies.registry import STRATEGIES
+    from strategies.registry import all_strategies
 
     def run(report: "Report") -> int:
-        report.rows("", ("strategy", "what it does"), [(entry.name, entry.summary) for entry in STRATEGIES])
+        report.rows(
+            "", ("strategy", "what it does"), [(entry.name, entry.summary) for entry in all_strategies()]
+        )
         return 0
 
     run_verb(run)

@@ -18,7 +18,7 @@ def ui_command(
         Optional[str], typer.Option("--tracking-uri", metavar="URI", help="MLflow store to show.")  # noqa: UP045
     ] = None,
     port: Annotated[
-        int, typer.Option("--port", min=1, max=65535, help="Port on the loopback address.")
+        int, typer.Option("--port", metavar="N", min=1, max=65535, help="Port on the loopback address.")
     ] = 5000,
     open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open a browser window.")] = True,
 ) -> None:
