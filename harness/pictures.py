@@ -34,13 +34,13 @@ def draw_token_latency(result: RunResult, path: Path) -> Path:
     Repeats are faint, their median bold. The first token has an axis of its own, since prefill takes
     many times a decode step and would flatten the rest. Without samples the picture says so.
     """
-    figure = _figure(f"Token latency: {result.strategy} on {_model(result)}")
+    figure = new_figure(f"Token latency: {result.strategy} on {_model(result)}")
     first, rest = figure.subplots(1, 2, gridspec_kw={"width_ratios": (1, 6)})
     ttft_ms = [repeat.metrics["ttft_s"] * 1e3 for repeat in result.repeats if "ttft_s" in repeat.metrics]
     _draw_first_token(first, ttft_ms)
     _draw_gaps(rest, [[gap * 1e3 for gap in row] for row in result.itl_s if row], result.metrics)
-    _draw_legend(figure, columns=4)
-    return _save(figure, path)
+    draw_legend(figure, columns=4)
+    return save_figure(figure, path)
 
 
 def draw_memory(timeline: Timeline, result: RunResult, path: Path) -> Path:
@@ -48,7 +48,7 @@ def draw_memory(timeline: Timeline, result: RunResult, path: Path) -> Path:
 
     Caps are `gpu_mem` and `cpu_mem` of `result.params`, in bytes.
     """
-    figure = _figure(f"Memory over time: {result.strategy} on {_model(result)}")
+    figure = new_figure(f"Memory over time: {result.strategy} on {_model(result)}")
     axes = figure.subplots()
     lines = {
         "rss_bytes": ("process RSS", BLUE),
@@ -69,14 +69,14 @@ def draw_memory(timeline: Timeline, result: RunResult, path: Path) -> Path:
         axes.plot(times, gib, color=colour, linestyle=_DASHES[number], linewidth=2.4, label=label)
         axes.plot(times[_argmax(gib)], max(gib), "o", color=colour, markersize=7)
     if highest == 0.0:
-        _say(axes, "no memory samples")
+        write_instead(axes, "no memory samples")
     _draw_caps(axes, result, highest)
     end = max([*timeline.time_s, *(stop for _, _, stop in timeline.phases), 1e-3])
     _shade_phases(axes, timeline.phases, end)
     axes.set(xlabel="time since the start of the run (s)", ylabel="memory (GiB)", xlim=(0, end))
     axes.set_ylim(0, max(axes.get_ylim()[1], 1e-3))
-    _draw_legend(figure, columns=3)
-    return _save(figure, path)
+    draw_legend(figure, columns=3)
+    return save_figure(figure, path)
 
 
 def draw_plan(result: RunResult, path: Path) -> Path:
@@ -85,12 +85,12 @@ def draw_plan(result: RunResult, path: Path) -> Path:
     Thin bars are the seconds that each resource was to be at work, thick ones the phase as a whole. Measured are
     medians over the repeats, which whiskers span.
     """
-    figure = _figure(f"Plan and measurement: {result.strategy} on {_model(result)}")
+    figure = new_figure(f"Plan and measurement: {result.strategy} on {_model(result)}")
     axes = figure.subplots(1, 2)
     for phase, one in zip(("prefill", "decode"), axes, strict=True):
         _draw_phase(one, phase, result)
-    _draw_legend(figure, columns=4)
-    return _save(figure, path, grid="x")
+    draw_legend(figure, columns=4)
+    return save_figure(figure, path, grid="x")
 
 
 def _draw_phase(axes: Axes, phase: str, result: RunResult) -> None:
@@ -115,7 +115,7 @@ def _draw_phase(axes: Axes, phase: str, result: RunResult) -> None:
     ]
     longest = max([*(seconds for _, seconds, _, _ in bars), *measured_s], default=0.0)
     if longest == 0.0:
-        _say(axes, "no time was planned or measured")
+        write_instead(axes, "no time was planned or measured")
         axes.set(xticks=[], yticks=[])
         return
     for row, (name, seconds, colour, height) in enumerate(bars):
@@ -135,7 +135,7 @@ def _draw_phase(axes: Axes, phase: str, result: RunResult) -> None:
 def _draw_first_token(axes: Axes, ttft_ms: Sequence[float]) -> None:
     axes.set(title="first token", ylabel="time to first token (ms)", xlim=(-1, 1), xticks=[])
     if not ttft_ms:
-        _say(axes, "none")
+        write_instead(axes, "none")
         return
     axes.bar([0], [median(ttft_ms)], width=0.9, color=BLUE, alpha=0.85)
     spread = [(number + 0.5) / len(ttft_ms) * 0.6 - 0.3 for number in range(len(ttft_ms))]
@@ -148,7 +148,7 @@ def _draw_gaps(axes: Axes, rows_ms: Sequence[Sequence[float]], metrics: dict[str
     axes.set(title="following tokens", xlabel="generated token", ylabel="gap before the token (ms)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if not rows_ms:
-        _say(axes, "no gaps between tokens were measured")
+        write_instead(axes, "no gaps between tokens were measured")
         return
     # The first token is number 1, so the first gap lies before token 2.
     for number, row in enumerate(rows_ms):
@@ -187,7 +187,8 @@ def _draw_caps(axes: Axes, result: RunResult, highest_gib: float) -> None:
             axes.plot([], [], color=colour, linestyle=":", label=label + ABOVE)
 
 
-def _draw_legend(figure: Figure, *, columns: int) -> None:
+def draw_legend(figure: Figure, *, columns: int) -> None:
+    """A legend below all axes, where there is anything to tell."""
     if any(axes.get_legend_handles_labels()[0] for axes in figure.axes):
         # Below the axes it covers neither a curve nor a phase.
         figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=13)
@@ -235,18 +236,21 @@ def _model(result: RunResult) -> str:
     return name if name.count("/") <= 1 else name.rsplit("/", 1)[-1]
 
 
-def _say(axes: Axes, words: str) -> None:
+def write_instead(axes: Axes, words: str) -> None:
+    """Words in the middle of axes that have nothing to show."""
     axes.text(0.5, 0.5, words, transform=axes.transAxes, ha="center", color=GREY, fontsize=12)
 
 
-def _figure(title: str) -> Figure:
+def new_figure(title: str) -> Figure:
+    """A figure of 1200 x 600 pixels."""
     figure = Figure(figsize=(12, 6), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=17, fontweight="bold")
     return figure
 
 
-def _save(figure: Figure, path: Path, *, grid: Literal["x", "y"] = "y") -> Path:
+def save_figure(figure: Figure, path: Path, *, grid: Literal["x", "y"] = "y") -> Path:
+    """Write the figure as PNG, atomically, in the style that all pictures share."""
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(visible=True, axis=grid, alpha=0.35)

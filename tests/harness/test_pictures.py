@@ -73,13 +73,13 @@ def test_token_latency_compares_with_prediction_and_limit(tmp_path: Path) -> Non
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures drawn, in order, before they are files."""
     drawn: list[Figure] = []
-    save = pictures._save
+    save = pictures.save_figure
 
     def keep(figure: Figure, path: Path, **how: Any) -> Path:
         drawn.append(figure)
         return save(figure, path, **how)
 
-    monkeypatch.setattr(pictures, "_save", keep)
+    monkeypatch.setattr(pictures, "save_figure", keep)
     return drawn
 
 
