@@ -7,7 +7,7 @@ import contextlib
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from flexllmgen.errors import UsageError
 from harness.compare.measured import Measured, hardware_of_profile
 from harness.results import RunResult, RunStatus
-from harness.store import BULK_TIMEOUT_S, Connection, Store
+from harness.store import BULK_TIMEOUT_S, Connection, DeliveryError, Store
 from harness.store_runs import pages
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class StoreReader:
         """Results of a commit, clean or not; `commit` may be the beginning of one.
 
         Raises:
-            DeliveryError: the store is unreachable.
+            UsageError: the store is unreachable.
         """
         return self._find(f"tags.`{_COMMIT_TAG}` LIKE '{commit}%'")
 
@@ -47,7 +47,7 @@ class StoreReader:
         """The result of a run by MLflow's id or ours; of a benchmark's parent those of its cells.
 
         Raises:
-            DeliveryError: the store is unreachable.
+            UsageError: the store is unreachable.
         """
         found = self._call(lambda client: _run_of(client, name))
         if found is None:
@@ -55,28 +55,21 @@ class StoreReader:
         children = self._find(f"tags.`{_PARENT_TAG}` = '{found.info.run_id}'")
         return children or self._call(partial(self._read_all, run=found))
 
-    def newest(self) -> Iterator[Measured]:
-        """All results, newest first, each read when it is asked for.
+    def newest(self, *, but: Collection[str] = ()) -> Iterator[Measured]:
+        """All results but those of the uuids `but`, newest first, each read when it is asked for.
 
         Raises:
-            DeliveryError: the store is unreachable.
+            UsageError: the store is unreachable.
         """
         for run in self._call(lambda client: list(_search(client, ""))):
-            yield from self._call(partial(self._read_all, run=run))
-
-    def all(self) -> list[Measured]:
-        """All results, oldest first.
-
-        Raises:
-            DeliveryError: the store is unreachable.
-        """
-        return [*self.newest()][::-1]
+            if run.data.tags[_UUID_TAG] not in but:
+                yield from self._call(partial(self._read_all, run=run))
 
     def commits(self) -> dict[str, int]:
         """Commits that have runs, to how many; without reading a result.
 
         Raises:
-            DeliveryError: the store is unreachable.
+            UsageError: the store is unreachable.
         """
         found: dict[str, int] = {}
         for run in self._call(lambda client: list(_search(client, ""))):
@@ -91,7 +84,11 @@ class StoreReader:
         return self._call(read)
 
     def _call(self, action: Callable[[Any], Value]) -> Value:
-        return self._connection.call(action, timeout_s=BULK_TIMEOUT_S)
+        try:
+            return self._connection.call(action, timeout_s=BULK_TIMEOUT_S)
+        except DeliveryError as error:
+            # Nothing was to be delivered: to whoever compares, it is a store that was wrongly named or is away.
+            raise UsageError(f"{error}; name another one with --tracking-uri") from error
 
     def _read_all(self, client: Any, run: Any) -> list[Measured]:
         return [*self._read(client, run)]

@@ -132,3 +132,49 @@ def _store(uri: str | None, report: "Report") -> "Callable[[], StoreReader] | No
         return StoreReader(store, report.warn)
 
     return open_store
+
+
+@app.command("history", rich_help_panel=COMPARING)
+def history_command(
+    metric: Annotated[
+        str, typer.Option("--metric", metavar="NAME", help="Metric to follow.")
+    ] = "generation_tok_s",
+    workload: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--workload",
+            metavar="TEXT",
+            help="Only workloads whose key has this in it, as gen32 or humaneval.",
+        ),
+    ] = None,
+    strategy: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--strategy", "-s", metavar="NAME", help="Only runs of this strategy."),
+    ] = None,
+    html: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--html", metavar="FILE", help="Write the plot as one HTML file that opens offline."),
+    ] = None,
+    as_json: AsJson = False,
+    results_dir: ResultsDir = None,
+    tracking_uri: TrackingUri = None,
+    verbose: Verbose = False,
+) -> None:
+    """Follow a metric over many commits: medians, spread, steps beyond the noise."""
+
+    def run(report: "Report") -> int:
+        from harness.compare.history import history
+        from harness.compare.history_view import as_text, write_html
+
+        measured = _records(results_dir, tracking_uri, report).everything()
+        series = history(measured, metric, cwd=Path.cwd(), workload=workload, strategy=strategy)
+        if as_json:
+            report.json({"metric": metric, "series": [one.as_dict() for one in series]})
+        else:
+            report.text(as_text(series, report.width))
+        if html is not None:
+            write_html(series, html)
+            report.say(f"plot: {html}")
+        return 0
+
+    run_verb(run, verbose=verbose)

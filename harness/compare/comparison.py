@@ -1,6 +1,5 @@
 """The verbs `compare` and `compare --strategies` from names to exit code."""
 
-import sys
 from collections.abc import Sequence
 
 from flexllmgen.errors import UsageError
@@ -30,8 +29,8 @@ def compare_names(
     """Hold base against new, or the strategies of one benchmark against its baseline; and what fails the checks.
 
     Raises:
-        UsageError: a name that stands for nothing, two that cannot be compared, a metric that is not there.
-        DeliveryError: a store that had to be asked is unreachable.
+        UsageError: a name that stands for nothing, a store that is unreachable, two that cannot be compared, a metric
+            that is not there.
     """
     gates = [parse_gate(text) for text in fail_on]
     asked = list(dict.fromkeys((*metrics, *(gate.metric for gate in gates))))
@@ -53,8 +52,7 @@ def show(
     elif markdown:
         report.text(as_markdown(comparison))
     else:
-        # Rows that go to a file or another program are no narrower than they need be.
-        report.text(as_text(comparison, report.out.width if sys.stdout.isatty() else 120))
+        report.text(as_text(comparison, report.width))
     for line in failed:
         report.error(f"--fail-on: {line}")
     return EXIT_CHECK_FAILED if failed else 0

@@ -208,6 +208,15 @@ def hardware_differences(base: Measured, new: Measured) -> dict[str, tuple[str, 
     return found or {"fingerprint": pair}
 
 
+def machine_of(measured: Measured) -> str:
+    """The machine in a few words; its fingerprint where nothing else is known."""
+    facts = _hardware_facts(measured)
+    known = [facts[name] for name in ("GPU", "processor") if facts.get(name, "none") != "none"]
+    if not known:
+        return f"machine {measured.result.hardware_fingerprint[:SHORT] or 'unknown'}"
+    return ", ".join(known) + f", {facts['cores']} cores"
+
+
 def version_differences(base: Measured, new: Measured) -> dict[str, tuple[str, str]]:
     """Installed packages that differ, as far as they are known by name; else their digests."""
     one, other = base.result.provenance, new.result.provenance

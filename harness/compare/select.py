@@ -71,20 +71,24 @@ class Records:
         """All finished results of folder and store, each once, oldest first.
 
         Raises:
-            DeliveryError: the store is unreachable.
+            UsageError: the store is unreachable, and the folder has nothing.
         """
-        found = {one.result.run_uuid: one for one in (self.store.all() if self.store else ())}
-        found |= {one.result.run_uuid: one for one in self.local}
-        return sorted(
-            (one for one in found.values() if one.finished), key=lambda one: one.result.started_at_ms
-        )
+        found = list(self.local)
+        try:
+            if self.store is not None:
+                found += self.store.newest(but={one.result.run_uuid for one in self.local})
+        except UsageError as error:
+            if not self.local:
+                raise
+            self._warn(f"{error}; what follows is of {self.results_dir} alone")
+        return sorted((one for one in found if one.finished), key=lambda one: one.result.started_at_ms)
 
     def select(self, name: str) -> Selection:
         """Find what `name` stands for.
 
         Raises:
-            UsageError: nothing, or several dirty states of one commit; the message lists what there is.
-            DeliveryError: the store is unreachable.
+            UsageError: nothing, or several dirty states of one commit; the message lists what there is. Or the store
+                is unreachable.
         """
         if match := _LATEST.fullmatch(name):
             back = int(match["back"] or match["back2"] or 0)

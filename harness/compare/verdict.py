@@ -6,7 +6,7 @@ The sample is one value per launch (statistics.py). Knows nothing of where resul
 import difflib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from statistics import median
@@ -26,6 +26,7 @@ DEFAULT_METRICS = (
     "peak_device_allocated_bytes",
 )
 EXIT_CHECK_FAILED = 3
+_USUAL = (*DEFAULT_METRICS, "prefill_tok_s", "decode_tok_s", "e2e_s", "load_s", "attainment")
 
 
 class Mark(StrEnum):
@@ -150,11 +151,14 @@ def compare_pairs(
     there = set().union(*(pair.base.metrics() & pair.new.metrics() for pair in pairs)) if pairs else set()
     for metric in named:
         if metric not in there:
-            near = difflib.get_close_matches(metric, there, n=3) or sorted(there)[:8]
-            raise UsageError(
-                f"no two of these runs have a metric {metric!r}; there are {', '.join(near)} and others"
-            )
+            raise UsageError(unknown_metric(metric, there))
     return tuple(_compare_pair(pair, metrics, plans=plans) for pair in pairs)
+
+
+def unknown_metric(metric: str, there: Collection[str]) -> str:
+    """What to say of a metric that none of the runs has: the nearest, or else the usual ones."""
+    near = difflib.get_close_matches(metric, there, n=3) or [one for one in _USUAL if one in there]
+    return f"these runs have no metric {metric!r}; there are {', '.join(near)} and others"
 
 
 def failures(comparison: Comparison, gates: Sequence[Gate]) -> list[str]:
