@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from harness.benchmark.figures import IN_VIEW, LOG_FROM, colours_of
 from harness.benchmark.record import Benchmark, read_cells
@@ -72,7 +72,7 @@ def draw_throughput(rows: Sequence[Row], path: Path, name: str) -> Path:
         # At the right edge, where no mark can lie.
         axes.text(end * 1.05, at, words, va="center", fontsize=13)
     axes.set_yticks(range(len(rows)), [_plain(shorten(row.name, 40)) for row in rows])
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set(xlabel="generated tokens per second", xlim=(0, end * (1.35 if top < _largest(rows) else 1.18)))
     handles: list[Patch | Line2D] = [
         Patch(color=colours[strategy], label=_plain(strategy))
@@ -121,8 +121,9 @@ def draw_latency(rows: Sequence[Row], results: Mapping[str, RunResult], path: Pa
     elif max(values) / min(values) > LOG_FROM:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
-        axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: number(value)))
-        axes.tick_params(axis="y", which="minor", labelsize=11)
+        # As in the report: few enough marks to be read.
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
     else:
         axes.set_ylim(0, max(values) * 1.15)
     draw_legend(figure, columns=4)
