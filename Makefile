@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check format install clean
+.PHONY: demo test check format docs install clean
 
 install: $(INSTALLED)
 
@@ -32,6 +32,10 @@ check: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(INSTALLED)
+	$(BIN)/python docs/cli_pages.py
+	$(BIN)/python docs/timeline_picture.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info FlexLLMGen/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -9,6 +9,7 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -123,12 +124,22 @@ def test_a_broken_package_is_named(harness: Callable[..., Any], tmp_path: Path) 
     assert harness("config", "show", "-s", "flexgen", cwd=tmp_path, env=env).code == 0
 
 
-@pytest.mark.parametrize("script", ["cli_pages.py", "timeline_picture.py"])
-def test_what_is_generated_is_current(script: str) -> None:
-    """After a change of the command line or the engine's schedule: make docs."""
-    command = [sys.executable, str(DOCS / script), "--check"]
+def test_the_pages_of_verbs_are_current() -> None:
+    """After a change of the command line: make docs."""
+    command = [sys.executable, str(DOCS / "cli_pages.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_timeline_is_drawn_from_the_schedule(tmp_path: Path) -> None:
+    output = tmp_path / "timeline.svg"
+    command = [sys.executable, str(DOCS / "timeline_picture.py"), "--output", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    for picture in (output, DOCS / "timeline.svg"):
+        assert ElementTree.parse(picture).getroot().tag.endswith("svg")
+        words = picture.read_text(encoding="utf-8")
+        assert [word for word in ("host to GPU", "KV cache in", ">21<", ">21c<") if word not in words] == []
 
 
 def test_a_page_that_is_not_current_is_told(tmp_path: Path) -> None:
