@@ -5,10 +5,11 @@ from harness.cli.app import app, main
 # In the order of the help.
 # isort: off
 from harness.cli import running
+from harness.cli import benchmarking
 from harness.cli import comparing
 from harness.cli import machine
 from harness.cli import record
 from harness.cli import lists
 # isort: on
 
-__all__ = ["app", "comparing", "lists", "machine", "main", "record", "running"]
+__all__ = ["app", "benchmarking", "comparing", "lists", "machine", "main", "record", "running"]

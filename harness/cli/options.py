@@ -5,7 +5,7 @@ Nothing heavy is imported here: help must be cheap.
 
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, get_args, get_origin
 
@@ -28,19 +28,24 @@ _RunOptions = {
 }  # fmt: skip
 
 
-def takes_run_options(function: Callable[..., None], **defaults: str) -> Callable[..., None]:
+def takes_run_options(
+    function: Callable[..., None], *, several: Sequence[str] = (), **defaults: str
+) -> Callable[..., None]:
     """Give a verb every field of EvalConfig as an option, and --config, --set with its short forms, -v and -q.
 
     The function is called with `options` (what was given, by field name), `config`, `assignments`, `verbose` and
     `quiet`; parameters of its own stay. This is what keeps options, environment, file and `config show` the same
-    list. `defaults` are shown where the verb has others than EvalConfig.
+    list. `defaults` are shown where the verb has others than EvalConfig; options named in `several` may be given
+    several times, and come as lists.
     """
     own = [
         parameter
         for parameter in inspect.signature(function).parameters.values()
         if parameter.name not in ("options", *_RunOptions)
     ]
-    parameters = [_parameter(name, defaults.get(name)) for name in EvalConfig.model_fields]
+    parameters = [
+        _parameter(name, defaults.get(name), several=name in several) for name in EvalConfig.model_fields
+    ]
     parameters += [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
         for name, (annotation, default) in _RunOptions.items()
@@ -68,14 +73,15 @@ def _short_forms(objective: str | None, no_calibrate: bool) -> Iterator[str]:
         yield "calibrate=false"
 
 
-def _parameter(name: str, default: Any = None) -> inspect.Parameter:
+def _parameter(name: str, default: Any = None, *, several: bool = False) -> inspect.Parameter:
     field = EvalConfig.model_fields[name]
     extra: Any = field.json_schema_extra
     flags: Any = extra["flags"] or ("--" + name.replace("_", "-"),)
     default = field.get_default(call_default_factory=True) if default is None else default
     shown = None if isinstance(default, (bool, list)) or default is None else _home(str(default))
+    more = " May be repeated." if several else ""
     # typer would put its own "[default: (x)]" for a text that is not the option's real default.
-    help_text = f"{field.description}" + (f" [dim]\\[default: {shown}][/dim]" if shown else "")
+    help_text = f"{field.description}{more}" + (f" [dim]\\[default: {shown}][/dim]" if shown else "")
     common: dict[str, Any] = {"help": help_text, "rich_help_panel": extra["panel"], "show_default": False}
     if isinstance(default, bool):
         option = typer.Option(None, flags[0], metavar=FLAG, **common)
@@ -86,8 +92,10 @@ def _parameter(name: str, default: Any = None) -> inspect.Parameter:
     else:
         # Every value is taken as text: EvalConfig checks it, wherever it came from.
         metavar = extra["metavar"] or _metavar(field.annotation)
-        option = typer.Option(None, *flags, metavar=metavar, autocompletion=_completion(name), **common)
-        annotation = Optional[str]  # noqa: UP045
+        option = typer.Option(
+            [] if several else None, *flags, metavar=metavar, autocompletion=_completion(name), **common
+        )
+        annotation = list[str] if several else Optional[str]  # noqa: UP045
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=annotation)
 
 

@@ -1,0 +1,157 @@
+"""Makes one result of the processes that measured a cell, in a result folder like that of any run.
+
+Knows nothing of how the launches came about.
+"""
+
+import shutil
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from flexllmgen.units import gib
+from harness.benchmark.record import Benchmark, Cell, CellStatus, cell_folder
+from harness.results import CellLink, RunError, RunResult, RunStatus
+
+# What a result folder holds beside the result; one launch's stand for all.
+_BULK = (
+    "requests.jsonl",
+    "plan.json",
+    "hardware_profile.json",
+    "timeline.json",
+    "environment.txt",
+    "git.diff",
+    "run.log",
+)
+_TIERS = {"gpu": "on the compute device", "cpu": "in host memory", "disk": "on disk"}
+
+
+def launch_folder(folder: Path, cell: str, run_uuid: str) -> Path:
+    """The result folder of one launch of a cell of the benchmark at `folder`."""
+    return cell_folder(folder, cell) / "launches" / run_uuid
+
+
+def merge(benchmark: Benchmark, cell: Cell, launches: Sequence[RunResult]) -> RunResult:
+    """The cell's result: every repeat of every launch, and the median over launches of each launch's median.
+
+    `spread` is (max - min) / median over the launches' medians where there are several, else over the repeats. What
+    launches say only once (peaks, load time) is the median over them too. The result is RUNNING while launches are
+    missing, or KILLED where the benchmark was interrupted.
+
+    Args:
+        launches: their results, in order; at least one.
+    """
+    measured = [one for one in launches if one.repeats]
+    shown = (measured or launches)[-1]
+    repeats = [
+        repeat.model_copy(update={"launch": number})
+        for number, one in enumerate(launches)
+        for repeat in one.repeats
+    ]
+    metrics, spread = _figures(measured or list(launches))
+    if repeats:
+        metrics["repeats"] = float(len(repeats))
+        metrics["launches"] = float(len(measured))
+    ended = [one.ended_at_ms for one in launches if one.ended_at_ms is not None]
+    status = {CellStatus.FINISHED: RunStatus.FINISHED, CellStatus.FAILED: RunStatus.FAILED}.get(
+        cell.status, RunStatus.KILLED if benchmark.status is RunStatus.KILLED else RunStatus.RUNNING
+    )
+    params = {**shown.params, "results_dir": cell.common.get("results_dir"), "run_name": None}
+    return shown.model_copy(
+        update={
+            "run_uuid": f"{benchmark.benchmark_uuid}-{cell.name}",
+            "run_name": cell.name,
+            "status": status,
+            "started_at_ms": launches[0].started_at_ms,
+            "ended_at_ms": max(ended) if ended and status is not RunStatus.RUNNING else None,
+            "process": benchmark.process,
+            "params": params,
+            "metrics": metrics,
+            "spread": spread,
+            "repeats": [repeat.model_copy(update={"index": index}) for index, repeat in enumerate(repeats)],
+            "cold": next((one.cold for one in launches if one.cold), {}),
+            "itl_s": [gaps for one in launches for gaps in one.itl_s],
+            "cell": CellLink(
+                benchmark_uuid=benchmark.benchmark_uuid,
+                cell=cell.name,
+                launches=[one.run_uuid for one in launches],
+            ),
+            "warnings": list(dict.fromkeys(text for one in launches for text in one.warnings)),
+            "error": cell.error,
+        }
+    )
+
+
+def write_cell(folder: Path, result: RunResult, bulk_of: Path) -> None:
+    """Write the cell's result folder; what is too big to merge is taken over from the launch at `bulk_of`."""
+    assert result.cell is not None
+    inside = cell_folder(folder, result.cell.cell)
+    inside.mkdir(parents=True, exist_ok=True)
+    for name in _BULK:
+        if (bulk_of / name).exists():
+            temporary = inside / f".{name}"
+            shutil.copyfile(bulk_of / name, temporary)
+            temporary.replace(inside / name)
+    if result.error is not None and result.error.traceback:
+        (inside / "error.txt").write_text(result.error.traceback, encoding="utf-8")
+    else:
+        (inside / "error.txt").unlink(missing_ok=True)
+    for picture in inside.glob("*.png"):
+        # It was of fewer launches.
+        picture.unlink()
+    result.write(inside)
+
+
+def explain(error: RunError, result: RunResult | None, seen: Mapping[str, int]) -> RunError:
+    """`error` with the peaks that were predicted and those that were reached, where either is known.
+
+    Args:
+        seen: peaks that this process saw from outside, by tier, in bytes; the result's own go first.
+    """
+    metrics = {} if result is None else result.metrics
+    plan = {} if result is None else result.plan
+    planned = plan.get("planned_peak_bytes") or (plan.get("predicted") or {}).get("peak_bytes") or {}
+    reached = {
+        "gpu": metrics.get("peak_device_allocated_bytes"),
+        "cpu": metrics.get("peak_rss_bytes"),
+        "disk": metrics.get("offload_disk_bytes"),
+    }
+    words = []
+    for tier, place in _TIERS.items():
+        predicted = metrics.get(f"predicted_peak_{tier}_bytes", planned.get(tier))
+        actual = reached[tier] or seen.get(tier)
+        if not predicted and not actual:
+            continue
+        texts = [
+            f"predicted {_bytes(predicted)}" if predicted else "",
+            f"reached {_bytes(actual)}" if actual else "",
+        ]
+        words.append(f"{place} " + ", ".join(text for text in texts if text))
+    if not words:
+        return error
+    return error.model_copy(update={"message": f"{error.message} (peak {'; '.join(words)})"})
+
+
+def _bytes(size: float) -> str:
+    return f"{gib(size)} = {int(size)} bytes"
+
+
+def _figures(launches: Sequence[RunResult]) -> tuple[dict[str, float], dict[str, float]]:
+    metrics: dict[str, float] = {}
+    spread: dict[str, float] = {}
+    names = dict.fromkeys(name for one in launches for name in one.metrics)
+    repeated = {name for one in launches for repeat in one.repeats for name in repeat.metrics}
+    for name in names:
+        values = [one.metrics[name] for one in launches if name in one.metrics]
+        metrics[name] = statistics.median(values)
+        counts = name.startswith(("input_tokens", "output_tokens"))
+        if len(values) > 1 and name in repeated and metrics[name] > 0 and not counts:
+            spread[name] = (max(values) - min(values)) / metrics[name]
+    if len(launches) == 1:
+        spread = dict(launches[0].spread)
+    # A median of ratios need not be the ratio of the medians beside it.
+    measured = metrics.get("generation_tok_s")
+    if measured and metrics.get("predicted_tok_s"):
+        metrics["prediction_error"] = metrics["predicted_tok_s"] / measured - 1
+    if measured and metrics.get("limit_tok_s"):
+        metrics["attainment"] = measured / metrics["limit_tok_s"]
+    return metrics, spread
