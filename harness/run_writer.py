@@ -11,14 +11,13 @@ from urllib.parse import quote
 
 from harness.results import DatasetRecord, RunStatus
 from harness.run_view import RunView
-from harness.runs_view import expanded_runs, table_view
+from harness.runs_view import table_view
 from harness.store import BULK_TIMEOUT_S, Connection, DeliveryError, Store
 
 log = logging.getLogger(__name__)
 
 METRICS_PER_BATCH, PARAMS_PER_BATCH = 1000, 100
 DIGEST_LIMIT = 36  # of a dataset, in MLflow
-MAX_EXPANDED = 20  # benchmarks shown unfolded; a tag of an experiment has a limit
 
 UUID_TAG, DELIVERED_TAG, CONTENT_TAG = "harness.run_uuid", "harness.delivered", "harness.content_digest"
 ERROR_TAG, EXIT_TAG, NOTE_TAG = "harness.error", "harness.exit_code", "mlflow.note.content"
@@ -103,8 +102,7 @@ class RunWriter:
         if KIND_TAG not in found.tags:
             client.set_experiment_tag(found.experiment_id, KIND_TAG, KIND)
         # An experiment of an earlier version gets the columns that came since.
-        held = found.tags.get(VIEW_TAG, "")
-        if held != (view := table_view(expanded_runs(held))):
+        if found.tags.get(VIEW_TAG) != (view := table_view()):
             client.set_experiment_tag(found.experiment_id, VIEW_TAG, view)
         return str(found.experiment_id)
 
@@ -113,15 +111,6 @@ def holds(run: Any, digest: str) -> bool:
     """Whether a run of the store has all of the content with this digest."""
     tags = run.data.tags
     return bool(tags.get(DELIVERED_TAG) == "true" and tags.get(CONTENT_TAG) == digest)
-
-
-def expand(client: Any, run_id: str) -> None:
-    """Show the children of a run in the table of its experiment."""
-    experiment_id = client.get_run(run_id).info.experiment_id
-    held = expanded_runs(client.get_experiment(experiment_id).tags.get(VIEW_TAG, ""))
-    if run_id not in held:
-        latest = [*held, run_id][-MAX_EXPANDED:]
-        client.set_experiment_tag(experiment_id, VIEW_TAG, table_view(latest))
 
 
 def log_tags(client: Any, run_id: str, tags: Mapping[str, str]) -> None:

@@ -16,6 +16,7 @@ from harness.benchmark.summary import (
     benchmark_metrics,
     benchmark_params,
     benchmark_tags,
+    best_tag,
     cell_metrics,
     cell_tags,
     describe_benchmark,
@@ -35,7 +36,6 @@ from harness.run_writer import (
     PARENT_TAG,
     UUID_TAG,
     RunWriter,
-    expand,
     holds,
     log_tags,
     pages,
@@ -60,7 +60,6 @@ def open_benchmark(writer: RunWriter, folder: Path) -> str:
                 if stale in run.data.tags:
                     client.delete_tag(run_id, stale)
             client.update_run(run_id, status=RunStatus.RUNNING.value)
-        expand(client, run_id)
         return run_id
 
     return writer.connection.call(open_parent, anew=False)
@@ -78,7 +77,6 @@ def deliver_benchmark(writer: RunWriter, folder: Path, run_id: str | None) -> st
     with writer.connection.translated(), alone(folder):
         known = run_id or marked_run(folder, writer.store.shown_uri)
         parent_id = call(lambda client: _find_or_create(writer, client, benchmark, known))
-        call(lambda client: expand(client, parent_id))
         digest = digest_of(folder, files_of(folder))
         if not holds(call(lambda client: client.get_run(parent_id)), digest):
             results, problems = _read_cells(folder, benchmark)
@@ -207,7 +205,7 @@ class _Delivery:
             # A param cannot change: what the options came to is known when all cells have ended.
             params={} if status is RunStatus.RUNNING else benchmark_params(benchmark, self.results),
             rows=benchmark_metrics(benchmark, rows, ended_ms),
-            tags=benchmark_tags(benchmark, error),
+            tags={**benchmark_tags(benchmark, error), **best_tag(rows)},
             note=note,
             datasets=list(_datasets(self.results)),
             folder=folder,

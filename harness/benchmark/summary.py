@@ -91,6 +91,16 @@ def benchmark_tags(benchmark: Benchmark, error: RunError | None) -> dict[str, st
     )
 
 
+def best_tag(rows: Sequence[Row]) -> dict[str, str]:
+    """The fastest cell in few words: the row of a folded benchmark in the table of runs has no figures of its own."""
+    measured = [(row.generation_tok_s, row) for row in rows if row.generation_tok_s is not None]
+    if not measured:
+        return {}
+    tok_s, row = max(measured, key=lambda pair: pair[0])
+    ratio = "" if row.ratio_to_baseline is None else f", {number(row.ratio_to_baseline)}x {row.baseline}"
+    return {"harness.best": f"{row.name}: {number(tok_s)} tok/s{ratio}"}
+
+
 def describe_benchmark(
     benchmark: Benchmark,
     rows: Sequence[Row],
