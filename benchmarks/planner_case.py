@@ -6,6 +6,9 @@ Random weights and prompts. Of each policy one block is run, after a warm-up of 
 `--steps` decode steps, the rest projected from their median; predictions are of the very same steps, projected alike.
 All blocks of a workload being alike, its throughput is that of the block (a ragged last one counts as predicted). Prints
 one JSON line per policy.
+
+With `--alias-mib` host memory of equal size is shared by several layers: a large model loads in seconds and runs as fast as
+it would, with tokens that mean nothing.
 """
 
 from __future__ import annotations
@@ -25,15 +28,25 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("", "FlexLLMGen")]
 
+import flexllmgen.engine
 from flexllmgen.checkpoint import RandomCheckpoint
 from flexllmgen.engine import FlexEngine
 from flexllmgen.errors import OffloadError
+from flexllmgen.memory.arena import HostArena, Region
 from flexllmgen.models.published import published_config
-from flexllmgen.placement import GiB, PlacementPlan, check_fits, micro_batch_sizes, plan_placement
+from flexllmgen.placement import (
+    PAGE,
+    GiB,
+    PlacementPlan,
+    check_fits,
+    micro_batch_sizes,
+    plan_placement,
+    round_up,
+)
 from flexllmgen.policy import Placement, Policy
 from flexllmgen.spec import ModelSpec
 from flexllmgen.workload import Workload
-from profiling.calibration import calibrate, corrected
+from profiling.calibration import Calibration, calibrate, corrected
 from profiling.cost_model import Traffic, engine_cost, physical_limit
 from profiling.hardware import available_memory_bytes, free_disk_bytes, read_hardware
 from profiling.layer_times import layer_times_for
@@ -60,6 +73,27 @@ BY_HAND: dict[str, tuple[int, int, int, int, int, int]] = {
 }
 
 
+class AliasedArena(HostArena):
+    """Regions of about the same size take turns in `alias_bytes` of memory: more than any cache holds."""
+
+    alias_bytes = 0
+
+    def __init__(self, *, register: bool) -> None:
+        super().__init__(register=register)
+        self._rings: dict[int, list[Region]] = {}
+        self._asked: dict[int, int] = {}
+        self.asked_bytes = 0
+
+    def reserve(self, num_bytes: int, *, pinned: bool = True) -> Region:
+        room = round_up(num_bytes, 1 << 20)
+        ring = self._rings.setdefault(room, [])
+        turn = self._asked[room] = self._asked.get(room, -1) + 1
+        self.asked_bytes += round_up(num_bytes, PAGE)
+        if not num_bytes or len(ring) * room < self.alias_bytes:
+            ring.append(super().reserve(room if num_bytes else 0, pinned=pinned))
+        return Region(ring[turn % len(ring)].offset, num_bytes)
+
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.float16 if DEVICE == "cuda" else torch.float32
 
@@ -77,7 +111,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=300, help="begin no policy after that")
     parser.add_argument("--offload-dir", default="/tmp/offload")
     parser.add_argument("--profiles", default="/tmp/profiles")
+    parser.add_argument("--alias-mib", type=int, default=0, help="see above; 0: every byte is there")
     args = parser.parse_args()
+    if args.alias_mib:
+        AliasedArena.alias_bytes = args.alias_mib << 20
+        flexllmgen.engine.HostArena = AliasedArena  # type: ignore[misc]
     started = time.time()
     config = published_config(args.model)
     if args.layers:
@@ -91,7 +129,9 @@ def main() -> None:
             case = Case(spec, profile, cap, prompt, generated, args)
             for name, policy in case.policies(wanted):
                 outcome = (
-                    {"error": "out of time"} if time.time() - started > args.seconds else case.run(policy)
+                    {"error": "out of time"}
+                    if time.time() - started > args.seconds
+                    else case.run(policy, probed=name != "naive" and name not in BY_HAND)
                 )
                 print(json.dumps({**case.name, "policy": name, **outcome}), flush=True)
 
@@ -199,7 +239,7 @@ class Case:
             gpu_cap_bytes=self.limits.gpu_bytes,
         )
 
-    def run(self, policy: Policy) -> dict[str, Any]:
+    def run(self, policy: Policy, *, probed: bool) -> dict[str, Any]:
         plan = self.place(policy)
         shares = [round(100 * share, 1) for kind in (policy.weights, policy.kv_cache, policy.activations)
                   for share in (kind.gpu, kind.cpu, kind.disk)]  # fmt: skip
@@ -211,7 +251,7 @@ class Case:
         }
         try:
             check_fits(plan, gpu_bytes=self.limits.gpu_bytes, cpu_bytes=self.limits.cpu_bytes)
-            return {**result, **self.measured(policy, plan)}
+            return {**result, **self.measured(policy, plan, probed=probed)}
         except OffloadError as error:
             return {**result, "error": str(error).splitlines()[0][:200]}
         except torch.OutOfMemoryError as error:
@@ -219,7 +259,7 @@ class Case:
         finally:
             gc.collect()
 
-    def measured(self, policy: Policy, plan: PlacementPlan) -> dict[str, Any]:
+    def measured(self, policy: Policy, plan: PlacementPlan, *, probed: bool) -> dict[str, Any]:
         block = min(policy.block_size, self.workload.num_sequences)
         generator = torch.Generator().manual_seed(1)
         ids = torch.randint(
@@ -238,16 +278,21 @@ class Case:
             cpu_bytes=self.limits.cpu_bytes,
         ) as engine:
             load_s = time.time() - began
-            for _ in engine.generate(ids[: policy.micro_batch_size], max_new_tokens=2):
+            for _ in engine.generate(ids[: policy.micro_batch_size], max_new_tokens=1):
                 pass
-            probe = engine.probe()
+            began = time.time()
+            probe = engine.probe() if probed else None
+            probe_s = time.time() - began
             steps = min(self.args.steps, self.workload.gen_tokens - 1)
             times = [time.perf_counter()]
             times += [time.perf_counter() for _ in engine.generate(ids, max_new_tokens=1 + steps)]
             stats = engine.stats()
+            asked = getattr(engine._arena, "asked_bytes", stats.host_bytes)
+            used = torch.cuda.mem_get_info() if self.device == "cuda" else (0, 0)
         prefill, gaps = times[1] - times[0], [b - a for a, b in itertools.pairwise(times[1:])]
         step = statistics.median(gaps[1:] or gaps)
-        calibration = calibrate(plan, self.profile, probe)
+        # The first step records what the others replay, and finds loads that ran while the prompt did.
+        calibration = Calibration() if probe is None else calibrate(plan, self.profile, probe)
         predicted = self.predicted(plan, block, steps, self.profile)
         calibrated = self.predicted(plan, block, steps, corrected(self.profile, calibration, plan))
         decode = self.workload.gen_tokens - 1
@@ -281,7 +326,10 @@ class Case:
             "planned_gpu_gib": round(plan.gpu_bytes / GiB, 3),
             "peak_gpu_gib": round(stats.device_reserved_peak_bytes / GiB, 3),
             "planned_host_gib": round(plan.cpu_bytes / GiB, 3),
-            "host_gib": round(stats.host_bytes / GiB, 3),
+            "host_gib": round(asked / GiB, 3),
+            "gpu_used_gib": round((used[1] - used[0]) / GiB, 3),
+            "probe_s": round(probe_s, 1),
+            "gaps_s": [round(gap, 4) for gap in gaps[:3]],
             "load_s": round(load_s, 1),
         }
 

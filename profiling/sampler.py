@@ -78,6 +78,10 @@ class Sampler:
         """Sample these figures too from now on, each a series by its name; they are read from the sampler's thread."""
         self._counters = counters
 
+    def latest(self) -> Mapping[str, float]:
+        """The last sample by series, for who shows how it goes; may be called while sampling."""
+        return self._rows[-1][1] if self._rows else {}
+
     def samples(self) -> Samples:
         """Everything sampled so far."""
         rows = list(self._rows)

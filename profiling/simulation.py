@@ -52,9 +52,15 @@ class _Clocks:
         self.busy = [{} for _ in range(self.passes)]
         self.moved = [dict.fromkeys(LINKS, 0.0) for _ in range(self.passes)]
 
-    def run(self, resource: str, lane: str, ready: float, seconds: float, token: int) -> float:
-        """Occupies a resource from when it and its lane are free; returns the end."""
-        start = max(ready, self.free.get(resource, 0.0), self.free.get(lane, 0.0))
+    def run(
+        self, resource: str, lane: str, ready: float, seconds: float, token: int, wait_s: float = 0.0
+    ) -> float:
+        """Occupies a resource from when it and its lane are free; returns the end.
+
+        Args:
+            wait_s: how long after that the lane notices.
+        """
+        start = max(self.free.get(resource, 0.0), max(ready, self.free.get(lane, 0.0)) + wait_s)
         if self.together:  # Without overlap nothing begins before everything else has ended.
             start = max([start, *self.free.values()])
         end = start + seconds
@@ -116,7 +122,9 @@ class _Simulation:
             streamed_kv=streamed_kv,
             streamed_hidden=plan.hidden_slots > 0,
             depth=plan.policy.overlap,
+            spare_kv_slots=plan.spare_kv_slots,
         )
+        self.wait_s = 1 / rates.stream_waits_per_s if rates.stream_waits_per_s else 0.0
         self.clocks = _Clocks(together=plan.policy.overlap == 0, passes=1 + len(contexts))
         self.issued = 0.0
         self.weight_ready: dict[int, float] = {}
@@ -169,14 +177,16 @@ class _Simulation:
             end = self._disk("weights disk", ready, disk, step.token, under_way=under_way)
         if not self.on_cpu and (host or disk):
             copied = ready
+            # Its first part waits for the slot; the others follow it in the same lane.
+            wait_s = self.wait_s if step.part == 0 else 0.0
             if host:
                 paged = 0.0 if self.plan.policy.pin_weight else self.rates.h2d_pageable_bytes_per_s
-                copied = self._up("weights-kv up", ready, host, step.token, rate=paged or None)
+                copied = self._up("weights up", ready, host, step.token, rate=paged or None, wait_s=wait_s)
             if disk:
-                copied = self._up("weights-kv up", copied, disk, step.token)
+                copied = self._up("weights up", copied, disk, step.token)
                 # Copies follow their reads, and the lane waits for the last one.
                 copied = max(copied, end + min(disk, READ_BYTES) / self._up_rate)
-                self.clocks.free["weights-kv up"] = copied
+                self.clocks.free["weights up"] = copied
             end = copied
         if resident:
             end = max(end, ready + resident / self._copy_rate)
@@ -191,9 +201,10 @@ class _Simulation:
         )
         end = ready
         if disk:
-            end = self._disk("weights-kv up", ready, disk * positions, step.token)
+            end = self._disk(f"kv up {step.slot}", ready, disk * positions, step.token)
         if not self.on_cpu and cpu + disk:
-            end = self._up("weights-kv up", end, (cpu + disk) * positions, step.token)
+            lane, num_bytes = f"kv up {step.slot}", (cpu + disk) * positions
+            end = self._up(lane, end, num_bytes, step.token, wait_s=self.wait_s)
         self.kv_ready[step.slot] = end
 
     def _store_kv(self, step: Step) -> None:
@@ -204,9 +215,9 @@ class _Simulation:
             return
         end = self.computed
         if not self.on_cpu and cpu + disk:
-            end = self._down("weights-kv down", end, (cpu + disk) * positions, step.token)
+            end = self._down("kv down", end, (cpu + disk) * positions, step.token)
         if disk:
-            end = self._disk("weights-kv down", end, disk * positions, step.token, write=True)
+            end = self._disk("kv down", end, disk * positions, step.token, write=True)
         self.stored[layer, step.micro_batch] = end
         self.kv_busy[step.slot] = max(end, self.kv_busy.get(step.slot, 0.0))
 
@@ -236,14 +247,21 @@ class _Simulation:
         self.hidden_busy[step.slot] = end
 
     def _up(
-        self, lane: str, ready: float, num_bytes: float, token: int, *, rate: float | None = None
+        self,
+        lane: str,
+        ready: float,
+        num_bytes: float,
+        token: int,
+        *,
+        rate: float | None = None,
+        wait_s: float = 0.0,
     ) -> float:
         self.clocks.moved[token][H2D] += num_bytes
-        return self.clocks.run(UP, lane, ready, num_bytes / (rate or self._up_rate), token)
+        return self.clocks.run(UP, lane, ready, num_bytes / (rate or self._up_rate), token, wait_s)
 
     def _down(self, lane: str, ready: float, num_bytes: float, token: int) -> float:
         self.clocks.moved[token][D2H] += num_bytes
-        return self.clocks.run(DOWN, lane, ready, num_bytes / self._down_rate, token)
+        return self.clocks.run(DOWN, lane, ready, num_bytes / self._down_rate, token, self.wait_s)
 
     def _disk(
         self,
@@ -279,6 +297,8 @@ class _Simulation:
             self._kv_wait(step),
             self.hidden_ready.get(step.hidden_slot, 0.0) if step.hidden_slot >= 0 else 0.0,
         )
+        if ready > self.clocks.free.get(COMPUTE, 0.0):
+            ready += self.wait_s
         seconds = self._compute_seconds(step)
         issue = self._issue_seconds(step)
         if self.on_cpu:

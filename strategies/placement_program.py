@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import linprog
 
-from flexllmgen.placement import PlacementPlan, pack, round_up, workspace_bytes
+from flexllmgen.placement import PlacementPlan, pack, round_up, spare_kv_slots, workspace_bytes
 from flexllmgen.policy import Policy
 from flexllmgen.spec import ModelSpec
 from flexllmgen.workload import Workload
@@ -213,19 +213,20 @@ class PlacementProgram:
             self.spec, policy, workload, self.size, chunk_tokens=cut.chunk, accelerated=not self.on_cpu
         )
         slots = self.depth + 1
+        kv_slots = slots + spare_kv_slots(round(kv_unit), self.depth, in_place=self.on_cpu)
         gpu, cpu, disk = (np.zeros(_SIZE) for _ in range(3))
         for row, tier in ((gpu, 0), (cpu, 1), (disk, 2)):
             row[W[tier]], row[K[tier]], row[A[tier]] = self.weights, kv, hidden
         rows, bounds = [], []
         if self.on_cpu:
             cpu[W[2]] += slots * self.slot
-            cpu[K[2]] += slots * kv_unit
+            cpu[K[2]] += kv_slots * kv_unit
         else:
             for tier in (1, 2):
                 gpu[W[tier]] += slots * self.slot
-                gpu[K[tier]] += slots * kv_unit
+                gpu[K[tier]] += kv_slots * kv_unit
             cpu[W[2]] += slots * self.slot
-            cpu[K[2]] += slots * kv_unit
+            cpu[K[2]] += kv_slots * kv_unit
         if self.limits.gpu_bytes is not None:
             rows.append(gpu)
             bounds.append(self.limits.gpu_bytes - work)

@@ -90,7 +90,7 @@ class ActivationStore:
             whole[gpu : gpu + cpu].copy_(self._homes.cpu_part(micro_batch, slot)[:cpu])
             whole[gpu + cpu : gpu + cpu + disk].copy_(self._homes.disk_part(micro_batch, slot)[:disk])
 
-        self._loads[slot] = self._lanes.up.submit(join, [fetched])
+        self._loads[slot] = self._lanes.up_to(slot).submit(join, [fetched])
         self._homes.release(slot, self._loads[slot])
 
     def ready(self, slot: int, *, first_stage: bool) -> list[Event]:

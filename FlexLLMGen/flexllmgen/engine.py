@@ -97,22 +97,27 @@ class FlexEngine:
         self._traffic = Traffic()
         disk = DiskPool(self._traffic)
 
-        def lanes(name: str) -> Lanes:
-            streams: list[torch.cuda.Stream | None] = [None, None]
-            if cuda and overlapped:
-                streams = [torch.cuda.Stream(device), torch.cuda.Stream(device)]
-            elif cuda:
-                streams = [torch.cuda.current_stream(device)] * 2
-            up, down = (
-                Lane(f"{name}-{way}", stream, threaded=threaded)
-                for way, stream in zip(("up", "down"), streams, strict=True)
-            )
-            return Lanes(up=up, down=down, disk=disk, traffic=self._traffic)
+        self._lanes: list[Lane] = []
 
-        self._lanes = lanes("weights-kv")
-        # Hidden states are small and wanted at once: they must not queue behind the next layer's weights.
-        self._hidden_lanes = lanes("hidden")
-        self._disk_lane = Lane("disk", None, threaded=threaded)
+        def lane(name: str, *, streamed: bool = True) -> Lane:
+            stream = None
+            if cuda and streamed:
+                stream = torch.cuda.Stream(device) if overlapped else torch.cuda.current_stream(device)
+            self._lanes.append(Lane(name, stream, threaded=threaded))
+            return self._lanes[-1]
+
+        def lanes(name: str, ups: int = 1) -> Lanes:
+            # Without an accelerator a lane is a thread, and nothing is gained by several.
+            up = tuple(lane(f"{name}-up-{index}") for index in range(max(1, ups if cuda else 1)))
+            return Lanes(up=up, down=lane(f"{name}-down"), disk=disk, traffic=self._traffic)
+
+        # None waits behind another: KV and hidden states are wanted sooner than the next layer's weights.
+        weight_lanes, kv_lanes, hidden_lanes = (
+            lanes("weights", 2),
+            lanes("kv", plan.kv_slots),
+            lanes("hidden"),
+        )
+        disk_lane, self._disk = lane("disk", streamed=False), disk
         self._arena = HostArena(register=cuda)
         self._closed = False
         try:
@@ -121,19 +126,19 @@ class FlexEngine:
                 device=device,
                 dtype=dtype,
                 arena=self._arena,
-                lanes=self._lanes,
-                disk_lane=self._disk_lane,
+                lanes=weight_lanes,
+                disk_lane=disk_lane,
                 directory=directory,
             )
             self._kv = KVCache(
-                plan, device=device, dtype=dtype, arena=self._arena, lanes=self._lanes, directory=directory
+                plan, device=device, dtype=dtype, arena=self._arena, lanes=kv_lanes, directory=directory
             )
             self._hidden = ActivationStore(
                 plan,
                 device=device,
                 dtype=dtype,
                 arena=self._arena,
-                lanes=self._hidden_lanes,
+                lanes=hidden_lanes,
                 directory=directory,
             )
             self._arena.commit()
@@ -327,15 +332,9 @@ class FlexEngine:
         self.close()
 
     def _close_parts(self) -> None:
-        for lane in (
-            self._lanes.up,
-            self._lanes.down,
-            self._hidden_lanes.up,
-            self._hidden_lanes.down,
-            self._disk_lane,
-        ):
+        for lane in self._lanes:
             lane.close()
-        self._lanes.disk.close()
+        self._disk.close()
         if hasattr(self, "_executor"):
             self._executor.forget()
         for part in ("_weights", "_kv", "_hidden"):

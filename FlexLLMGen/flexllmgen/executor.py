@@ -126,6 +126,7 @@ class Executor:
             streamed_kv=[stage.has_kv and self._kv.streams(stage.layer) for stage in stages],
             streamed_hidden=self._hidden.streams,
             depth=self._plan.policy.overlap,
+            spare_kv_slots=self._plan.spare_kv_slots,
         )
 
     def _begin(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor | None) -> list[_MicroBatch]:

@@ -23,6 +23,7 @@ PAGE = 4096
 """What direct disk I/O must be aligned to, in memory and in the file."""
 CHUNK_TOKENS = (8192, 4096, 2048, 1024, 1)
 """Positions that prefill may compute at once: the first that fits is taken, whole sequences at the least."""
+SMALL_UNIT_BYTES = 64 << 20
 GiB = 1 << 30
 
 
@@ -172,6 +173,11 @@ class PlacementPlan:
         return self.weights.disk + self.kv_cache.disk + self.activations.disk
 
     @property
+    def spare_kv_slots(self) -> int:
+        """Slots for KV that is being stored while the next is computed and those after it are loaded."""
+        return max(0, self.kv_slots - self.policy.overlap - 1)
+
+    @property
     def recording(self) -> Literal["none", "layers", "step"]:
         """What of a decode step a CUDA device replays from a graph: all of it, or each layer's work for a micro-batch.
 
@@ -214,6 +220,14 @@ class Shortage:
 def round_up(value: int, grain: int) -> int:
     """The least multiple of `grain` that is at least `value`."""
     return -(-value // grain) * grain
+
+
+def spare_kv_slots(unit_bytes: int, depth: int, *, in_place: bool) -> int:
+    """Slots from which KV is stored while no load waits for them; small ones cost less than the waiting.
+
+    `unit_bytes` is the KV of one layer and micro-batch, wherever it lies.
+    """
+    return 1 if unit_bytes <= SMALL_UNIT_BYTES and depth > 0 and not in_place else 0
 
 
 def _cut(total: int, share: float, grain: int) -> int:
@@ -480,6 +494,8 @@ def plan_placement(
     depth = policy.overlap
     weight_slots = depth + 1 if slot_weights else 0
     kv_slots = depth + 1 if slot_kv_cpu + slot_kv_disk else 0
+    if kv_slots:
+        kv_slots += spare_kv_slots(kv_tier(max(sizes)), depth, in_place=in_place)
     hidden_slots = min(depth, len(sizes) - 1) + 1 if slot_hidden else 0
     staging = 0
     if not in_place:

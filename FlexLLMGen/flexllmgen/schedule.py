@@ -46,6 +46,7 @@ class Shape:
         streamed_kv: per stage, whether it has KV that goes through slots.
         streamed_hidden: whether hidden states leave the device between stages.
         depth: how many loads run ahead.
+        spare_kv_slots: beyond those of the loads ahead and of the compute, for what is being stored.
     """
 
     num_tokens: int
@@ -54,6 +55,7 @@ class Shape:
     streamed_kv: Sequence[bool]
     streamed_hidden: bool
     depth: int
+    spare_kv_slots: int = 0
 
     @property
     def weight_slots(self) -> int:
@@ -61,7 +63,7 @@ class Shape:
 
     @property
     def kv_slots(self) -> int:
-        return self.depth + 1
+        return self.depth + 1 + self.spare_kv_slots
 
     @property
     def hidden_depth(self) -> int:

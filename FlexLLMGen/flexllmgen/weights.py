@@ -60,6 +60,7 @@ class WeightStore:
 
     Args:
         device: where the tensors of a stage are needed.
+        lanes: up the link; if there is a second, it copies within the device.
         disk_lane: starts disk reads as soon as their memory is free, ahead of the copies that follow them.
     """
 
@@ -105,6 +106,8 @@ class WeightStore:
         self._busy: list[list[Event]] = [[] for _ in range(slots)]
         self._loads: list[list[Event]] = [[] for _ in range(slots)]
         self._earlier: list[list[Event]] = [[] for _ in range(slots)]
+        self._needs: list[list[Event]] = [[] for _ in range(slots)]
+        self._ordered: list[set[Lane]] = [set() for _ in range(slots)]
 
     @property
     def disk_bytes(self) -> int:
@@ -152,24 +155,31 @@ class WeightStore:
         mine = pieces[len(pieces) * part // parts : len(pieces) * (part + 1) // parts]
         if part == 0:
             self._earlier[slot], self._loads[slot] = self._loads[slot], []
-        if not mine:  # Fewer pieces than parts.
-            nothing = Event()
-            nothing.set()
-            return nothing
-        first = not self._loads[slot]
-        if first:
-            after, self._busy[slot] = self._busy[slot], []
-        else:
-            after = [self._loads[slot][0]]
+            self._needs[slot], self._busy[slot] = self._busy[slot], []
+            self._ordered[slot] = set()
+        link, inside = self._lanes.up[0], self._lanes.up[-1]
+        within = [piece for piece in mine if piece.source == "resident" and inside is not link]
+        others = [piece for piece in mine if piece.source != "resident" or inside is link]
+        events = []
+        if within:
+            events.append(
+                inside.submit(lambda: self._copy_all(within, slot), self._first_needs(slot, inside))
+            )
+        if others:
+            events.append(self._load_over(link, others, slot))
+        self._loads[slot] += events
+        if not events:  # Fewer pieces than parts.
+            events.append(Event())
+        return events[-1]
+
+    def _load_over(self, link: Lane, mine: Sequence[_Piece], slot: int) -> Event:
         reads: list[tuple[_Piece, Future[None]]] = []
         from_disk = [piece for piece in mine if piece.source == "disk"]
         started: Event | None = None
         if from_disk:
             # Direct from disk into the slot: it must be free. Through staging: only staging must be, which is
             # so once the slot's last load has been copied on.
-            needs = after
-            if self._staging:
-                needs = self._earlier[slot] if first else []
+            needs = self._earlier[slot] if self._staging else self._needs[slot]
 
             def start_reads() -> None:
                 for need in needs:
@@ -182,16 +192,19 @@ class WeightStore:
             self._started.append(started)
 
         def copy() -> None:
-            for piece in mine:
-                if piece.source != "disk":
-                    self._copy(piece, slot)
+            self._copy_all([piece for piece in mine if piece.source != "disk"], slot)
             for piece, _ in in_order(reads):
                 if self._staging:
                     self._copy_staged(piece, slot)
 
-        event = self._lanes.up.submit(copy, [started, *after])
-        self._loads[slot].append(event)
-        return event
+        return link.submit(copy, [started, *self._first_needs(slot, link)])
+
+    def _first_needs(self, slot: int, lane: Lane) -> list[Event]:
+        """What must end before a lane first writes to the slot; its later work is in order after that."""
+        if lane in self._ordered[slot]:
+            return []
+        self._ordered[slot].add(lane)
+        return self._needs[slot]
 
     def ready(self, slot: int) -> list[Event]:
         """The loads that must have ended before a slot's tensors are used."""
@@ -303,6 +316,10 @@ class WeightStore:
         target = self._slots[slot][piece.slot_offset : piece.slot_offset + piece.num_bytes]
         target.copy_(staging, non_blocking=True)
         self._lanes.traffic.add("h2d", piece.num_bytes)
+
+    def _copy_all(self, pieces: Sequence[_Piece], slot: int) -> None:
+        for piece in pieces:
+            self._copy(piece, slot)
 
     def _copy(self, piece: _Piece, slot: int) -> None:
         target = self._slots[slot][piece.slot_offset : piece.slot_offset + piece.num_bytes]
