@@ -6,6 +6,7 @@ records only; knows nothing of MLflow.
 """
 
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -261,6 +262,9 @@ def save_figure(figure: Figure, path: Path, *, grid: Literal["x", "y"] = "y") ->
     path.parent.mkdir(parents=True, exist_ok=True)
     # Written beside and renamed, so a viewer never meets half a picture.
     temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png")
+    with warnings.catch_warnings():
+        # Names in a script that the font lacks show as boxes.
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        figure.savefig(temporary, format="png")
     temporary.replace(path)
     return path

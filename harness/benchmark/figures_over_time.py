@@ -1,6 +1,6 @@
 """Plots of one cell over the life of its process: memory, and what the links and the disk carried.
 
-From a Timeline; counters become rates. See figures.py for what a figure is. Knows nothing of HTML pages or of files.
+From a Timeline; counters become rates. See figure_parts.py for what a figure is. Knows nothing of HTML pages or of files.
 """
 
 import math
@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from harness.benchmark.figures import INK, MUTED, SHADE, Figure
+from harness.benchmark.figure_parts import INK, MUTED, SHADE, Figure
 from harness.results import Timeline
 
 MIB, GIB = 2.0**20, 2.0**30

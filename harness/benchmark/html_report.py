@@ -16,29 +16,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from harness.benchmark import figures, figures_over_time
+from harness.benchmark import figure_parts, figures, figures_of_plans, figures_over_time, report_facts
 from harness.benchmark.record import Benchmark, Cell, cell_folder, read_cells
 from harness.benchmark.table import Row, finite, rows_of
-from harness.benchmark.table_text import columns_of, failures, number, percent, size
+from harness.benchmark.table_text import columns_of, failures
 from harness.results import RunResult, Timeline, write_text
 
 log = logging.getLogger(__name__)
 
 PICTURES = ("throughput.png", "latency.png")
-_PLAN_TITLES = (
-    "batch",
-    "micro-batches",
-    "loads ahead",
-    "attention and MLP",
-    "host weights",
-    "weights",
-    "KV cache",
-    "expected bound",
-    "limit's bound",
-    "to device",
-    "from device",
-    "read from disk",
-)
 _PAGE = Path(__file__).parent / "page"
 
 
@@ -48,7 +34,7 @@ class Panel:
 
     key: str
     words: str
-    figure: figures.Figure
+    figure: figure_parts.Figure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +61,7 @@ def write_report(folder: Path) -> Path:
     benchmark = Benchmark.read(folder)
     results = read_cells(folder, benchmark)
     rows = rows_of(benchmark, results)
-    colours = figures.colours_of(row.strategy for row in rows)
+    colours = figure_parts.colours_of(row.strategy for row in rows)
     library = _plotly()
     panels = _panels(rows, results)
     over_time = _over_time(folder, benchmark, rows, colours)
@@ -89,15 +75,15 @@ def write_report(folder: Path) -> Path:
     )
     html = environment.get_template("report.html.jinja").render(
         benchmark=benchmark,
-        verdicts=list(_verdicts(rows)),
-        counts=_counts(benchmark),
-        facts=list(_facts(benchmark, results)),
+        verdicts=list(report_facts.verdicts(rows)),
+        counts=report_facts.counts(benchmark),
+        facts=list(report_facts.facts(benchmark, results)),
         columns=columns_of(rows),
         rows=rows,
         colours=colours,
         failures=list(failures(rows)),
-        warnings=list(_warnings(results)),
-        plans=_plan_table(rows, results),
+        warnings=list(report_facts.warnings(results)),
+        plans=report_facts.plan_table(rows, results),
         panels={panel.key: panel for panel in panels},
         over_time=over_time,
         pictures=list(_pictures(folder)),
@@ -136,13 +122,13 @@ def _panels(rows: Sequence[Row], results: Mapping[str, RunResult]) -> list[Panel
         (
             "policies",
             "Shares of the bytes that lie in device memory, in host memory and on disk.",
-            figures.policies(rows, results),
+            figures_of_plans.policies(rows, results),
         ),
         (
             "time",
             "Bars are measured. Small marks are the seconds that each resource was expected to be at work; they overlap, so "
             "they do not add up. The one nearest to the bar's end sets the pace.",
-            figures.time_by_resource(rows, results),
+            figures_of_plans.time_by_resource(rows, results),
         ),
     )
     return [Panel(key=key, words=words, figure=figure) for key, words, figure in drawn if figure]
@@ -174,7 +160,7 @@ def _over_time(
             Panel(key=f"{key}-{index}", words=words, figure=figure) for key, words, figure in drawn if figure
         ]
         if panels:
-            colour = colours.get(row.strategy, figures.OTHER_COLOURS[-1])
+            colour = colours.get(row.strategy, figure_parts.OTHER_COLOURS[-1])
             cells.append(CellPanels(name=row.name, colour=colour, launch=launch, panels=panels))
     return cells
 
@@ -204,154 +190,11 @@ def _read_timeline(path: Path) -> Timeline | None:
     return timeline if timeline.time_s else None
 
 
-def _verdicts(rows: Sequence[Row]) -> Iterator[str]:
-    """One sentence for each workload: which cell was fastest, by how much, and how near to the limit."""
-    measured = [row for row in rows if row.generation_tok_s]
-    for workload in dict.fromkeys(row.workload_key for row in measured):
-        group = [row for row in measured if row.workload_key == workload]
-        best = max(group, key=lambda row: row.generation_tok_s or 0.0)
-        words = [f"{best.name} is the fastest" if len(group) > 1 else f"{best.name} makes"]
-        words.append(f"{'at ' if len(group) > 1 else ''}{number(best.generation_tok_s or 0)} tokens/s")
-        text = " ".join(words)
-        if best.ratio_to_baseline and best.baseline != best.name:
-            text += f", {number(best.ratio_to_baseline)}x the baseline {best.baseline}"
-        if best.attainment:
-            text += f", {percent(best.attainment)} of the physical limit"
-        several = len({row.workload_key for row in measured}) > 1
-        yield f"{workload}: {text}." if several and workload else f"{text}."
-    if not measured:
-        done = any(row.status == "FAILED" for row in rows)
-        yield "No cell has a measurement" + (": see the failures below." if done else " yet.")
-    differing = [row.name for row in rows if row.parity is not None and row.parity < 1]
-    if differing:
-        where = ", ".join(differing) if len(differing) <= 4 else f"{len(differing)} of {len(rows)} cells"
-        yield f"Not all tokens equal those of the baseline in {where}."
-
-
-def _counts(benchmark: Benchmark) -> str:
-    states = [cell.status.value.lower() for cell in benchmark.cells]
-    parts = [
-        f"{states.count(state)} {state}" for state in ("finished", "failed", "pending") if state in states
-    ]
-    return (
-        f"{len(states)} cell{'' if len(states) == 1 else 's'}: {', '.join(parts)}" if states else "no cells"
-    )
-
-
-def _facts(benchmark: Benchmark, results: Mapping[str, RunResult]) -> Iterator[tuple[str, str]]:
-    origin = benchmark.provenance
-    models = dict.fromkeys(result.model for result in results.values())
-    if models:
-        yield "model", ", ".join(models)
-    yield "compared", _compared(benchmark)
-    machine = ", ".join(
-        text
-        for text in (benchmark.hardware_summary, origin.host, f"fingerprint {benchmark.hardware_fingerprint}")
-        if text and not text.endswith(" ")
-    )
-    yield "machine", machine or "unknown"
-    if origin.git_commit:
-        dirty = ", with uncommitted changes" if origin.git_dirty else ""
-        yield (
-            "commit",
-            f"{origin.git_commit[:12]}{f' ({origin.git_branch})' if origin.git_branch else ''}{dirty}",
-        )
-    else:
-        yield "commit", "unknown"
-    for text in dict.fromkeys(_prompts(result) for result in results.values() if result.dataset):
-        yield "prompts", text
-    yield "baseline", benchmark.baseline
-    started = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(benchmark.started_at_ms / 1000))
-    took = ""
-    if benchmark.ended_at_ms:
-        took = f", took {_duration((benchmark.ended_at_ms - benchmark.started_at_ms) / 1000)}"
-    yield "started", started + took
-    yield "launches", f"{benchmark.launches} for each cell, every one a process of its own"
-    versions = origin.versions
-    if versions:
-        yield "versions", ", ".join(f"{name} {version}" for name, version in versions.items())
-    if origin.command:
-        yield "command", origin.command
-
-
-def _compared(benchmark: Benchmark) -> str:
-    values: dict[str, dict[str, None]] = {}
-    for cell in benchmark.cells:
-        for name, value in cell.axes.items():
-            values.setdefault(name, {})[str(value)] = None
-    return "; ".join(f"{name} {', '.join(known)}" for name, known in values.items()) or "one cell"
-
-
-def _prompts(result: RunResult) -> str:
-    data = result.dataset
-    assert data is not None
-    return f"{data.num_prompts} of {data.name}, digest {data.digest[:12]}"
-
-
-def _warnings(results: Mapping[str, RunResult]) -> Iterator[tuple[str, str]]:
-    """Each warning once, with the cells that gave it."""
-    cells: dict[str, list[str]] = {}
-    for name, result in results.items():
-        for warning in result.warnings:
-            cells.setdefault(warning, []).append(name)
-    for warning, names in cells.items():
-        yield ("all cells" if len(names) == len(results) > 1 else ", ".join(names)), warning
-
-
-def _plan_table(rows: Sequence[Row], results: Mapping[str, RunResult]) -> dict[str, list[str]]:
-    """Title to a text per row: what tells the plans apart; titles that no plan knows are left out."""
-    table: dict[str, list[str]] = {title: [] for title in _PLAN_TITLES}
-    for index, row in enumerate(rows):
-        for title, text in _plan_facts(results.get(row.name)):
-            table[title] = table[title] or ["-"] * len(rows)
-            table[title][index] = text
-    return {title: texts for title, texts in table.items() if texts}
-
-
-def _plan_facts(result: RunResult | None) -> Iterator[tuple[str, str]]:
-    if result is None or not (plan := result.plan):
-        return
-    policy = plan.get("policy") or {}
-    if plan.get("batch_size"):
-        yield "batch", str(plan["batch_size"])
-    if policy.get("num_micro_batches"):
-        yield "micro-batches", f"{policy['num_micro_batches']} of {policy.get('micro_batch_size', '?')}"
-    if "overlap" in policy:
-        yield "loads ahead", str(policy["overlap"])
-    if "sep_layer" in policy:
-        yield "attention and MLP", "apart" if policy["sep_layer"] else "together"
-    if "pin_weight" in policy:
-        yield "host weights", "page-locked" if policy["pin_weight"] else "pageable"
-    for name, title in (("weight_bytes", "weights"), ("kv_bytes", "KV cache")):
-        sizes = [value for one in (plan.get(name) or {}).values() if (value := finite(one))]
-        if sizes:
-            yield title, size(sum(sizes))
-    for estimate, how in (("predicted", "expected bound"), ("limit", "limit's bound")):
-        one = plan.get(estimate) or {}
-        bounds = {
-            phase: one[f"{phase}_bound"] for phase in ("prefill", "decode") if one.get(f"{phase}_bound")
-        }
-        if len(set(bounds.values())) == 1:
-            yield how, str(next(iter(bounds.values())))
-        elif bounds:
-            yield how, ", ".join(f"{name} in {phase}" for phase, name in bounds.items())
-    moved = (plan.get("predicted") or {}).get("decode_moved_bytes") or {}
-    for link, title in (("h2d", "to device"), ("d2h", "from device"), ("disk_read", "read from disk")):
-        if value := finite(moved.get(link)):
-            yield title, size(value)
-
-
 def _pictures(folder: Path) -> Iterator[str]:
     """Drawn pictures as data addresses, for where no script may run."""
     for name in PICTURES:
         if (path := folder / name).is_file():
             yield "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
-
-
-def _duration(length_s: float) -> str:
-    minutes, rest = divmod(round(length_s), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _script_json(value: Mapping[str, Any]) -> str:

@@ -10,7 +10,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from harness.benchmark.figures import IN_VIEW, LOG_FROM, colours_of
+from harness.benchmark.figure_parts import LOG_FROM, colours_of
+from harness.benchmark.figures import IN_VIEW
 from harness.benchmark.record import Benchmark, read_cells
 from harness.benchmark.table import Row, rows_of
 from harness.benchmark.table_text import number

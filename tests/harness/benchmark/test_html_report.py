@@ -18,17 +18,9 @@ from benchmark_records import (
 )
 
 from flexllmgen.errors import UsageError
-from harness.benchmark.figures import (
-    MAX_POINTS,
-    colours_of,
-    label,
-    latency,
-    policies,
-    shares_of,
-    thinned,
-    throughput,
-    time_by_resource,
-)
+from harness.benchmark.figure_parts import colours_of, label
+from harness.benchmark.figures import MAX_POINTS, latency, thinned, throughput
+from harness.benchmark.figures_of_plans import policies, shares_of, time_by_resource
 from harness.benchmark.figures_over_time import memory_over_time, rates_of, traffic_over_time
 from harness.benchmark.html_report import write_report
 from harness.benchmark.pictures import draw_benchmark
