@@ -14,7 +14,8 @@ from typing import Any
 
 from flexllmgen.errors import UsageError
 from flexllmgen.units import gib
-from harness.benchmark.record import Benchmark, cell_folder
+from harness.benchmark.record import Benchmark, CellStatus, cell_folder
+from harness.benchmark.summary import lost_result
 from harness.config import EvalConfig
 from harness.provenance import short_digest
 from harness.results import RunResult, RunStatus, Scalar
@@ -127,11 +128,15 @@ def read_folder(folder: Path) -> list[Measured]:
     if not (folder / "benchmark.json").is_file():
         return [_of_folder(folder)]
     benchmark = Benchmark.read(folder)
-    return [
-        _of_folder(cell_folder(folder, cell.name), benchmark, folder)
-        for cell in benchmark.cells
-        if (cell_folder(folder, cell.name) / "result.json").is_file()
-    ]
+    found = []
+    for cell in benchmark.cells:
+        inside = cell_folder(folder, cell.name)
+        if (inside / "result.json").is_file():
+            found.append(_of_folder(inside, benchmark, folder))
+        elif cell.status is CellStatus.FAILED:
+            lost = lost_result(benchmark, cell)
+            found.append(Measured(result=lost, launches=(lost,), group=benchmark.benchmark_uuid))
+    return found
 
 
 def read_file(path: Path) -> list[Measured]:

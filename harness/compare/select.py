@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _LATEST = re.compile(r"@latest(?:~(?P<back>\d+))?(?::(?P<strategy>[^~]+))?(?:~(?P<back2>\d+))?")
 _DIRTY = re.compile(r"(?P<name>.+)\+dirty(?:\.(?P<patch>[0-9a-f]+))?")
+# MLflow's ids and ours; a cell's goes on with its name.
+_RUN_ID = re.compile(r"[0-9a-f-]{32}")
 _SHA = re.compile(r"[0-9a-f]{4,40}")
 _LISTED = 5  # how many commits an error names
 
@@ -95,7 +97,7 @@ class Records:
             return self._latest(name, back, match["strategy"])
         if name.startswith("@"):
             raise UsageError(f"{name!r}: after @ there is only latest: @latest, @latest~1, @latest:flexgen")
-        if (found := _of_path(Path(name).expanduser())) is not None:
+        if (path := _existing(name)) is not None and (found := _of_path(path)) is not None:
             return self._chosen(name, [one for one in found if _ended(one)])
         if found := self._of_run(name):
             return self._chosen(name, found)
@@ -118,14 +120,12 @@ class Records:
 
     def _of_run(self, name: str) -> list[Measured]:
         """Results by our ids or MLflow's, of runs, cells and benchmarks; folders first."""
-        if not re.fullmatch(r"[0-9a-f-]{32,36}", name):
-            return []
 
         def is_named(one: Measured) -> bool:
             return name in (one.result.run_uuid, one.group, *one.run_ids)
 
         found = [one for one in self.local if is_named(one)]
-        if not found and self.store is not None:
+        if not found and _RUN_ID.match(name) and self.store is not None:
             found = [one for one in self.store.of_run(name) if _ended(one)]
         return found
 
@@ -197,6 +197,16 @@ class Records:
         shown = ", ".join([*words.values()][:_LISTED])
         more = f" and {len(words) - _LISTED} more" if len(words) > _LISTED else ""
         return f"commits with results: {shown}{more}"
+
+
+def _existing(name: str) -> Path | None:
+    """The file or folder of that name, where there is one."""
+    try:
+        path = Path(name).expanduser()
+        return path if name and path.exists() else None
+    except (OSError, RuntimeError, ValueError):
+        # Too long for a file, or a home that nobody has: `~1` may well be meant for git.
+        return None
 
 
 def _of_path(path: Path) -> list[Measured] | None:
