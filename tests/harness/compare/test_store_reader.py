@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from benchmark_records import BENCHMARK_UUID, make_benchmark_folder
 from compare_records import Tree, leave, leave_many
 
 from flexllmgen.errors import UsageError
@@ -44,6 +45,25 @@ def test_what_was_delivered_can_be_compared_without_its_folders(tree: Tree, stor
     with pytest.raises(UsageError, match="no run and no result file"):
         records.select("nonsense")
     assert tree.warnings == []
+
+
+def test_a_benchmark_by_its_parent_and_by_its_cells(tree: Tree, store: Store) -> None:
+    folder = make_benchmark_folder(tree.results, lost=["autoflex-b8"])
+    local = {one.name: one for one in tree.records().select("@latest").measured}
+    parent = Tracker(store).deliver_benchmark(folder)
+    shutil.rmtree(tree.results)
+    records = tree.records(lambda: StoreReader(store, tree.warnings.append))
+    for name in (parent, BENCHMARK_UUID, "@latest"):
+        found = {one.name: one for one in records.select(name).measured}
+        assert set(found) == set(local), name
+        for cell, one in found.items():
+            assert one.baseline == "accelerate-b4"
+            assert one.group == BENCHMARK_UUID
+            assert one.values("generation_tok_s") == pytest.approx(local[cell].values("generation_tok_s"))
+    child = found["flexgen-b8"].run_ids[0]
+    assert [one.name for one in records.select(child).measured] == ["flexgen-b8"]
+    comparison, _ = compare_names(records, [], strategies=True, metrics=(), fail_on=(), force=False)
+    assert len(comparison.cells) == 3
 
 
 def test_what_is_in_both_counts_once(tree: Tree, store: Store) -> None:
