@@ -100,6 +100,7 @@ class _Run:
         self.warnings = list(prepared.warnings)
         self.placed: Placed | None = None
         self.plan = prepared.plan
+        self.sampler: Sampler | None = None
         self.result = self._opening_result()
 
     def write_plan(self) -> None:
@@ -119,6 +120,7 @@ class _Run:
         """Load, measure, write; returns the exit code."""
         status, error = RunStatus.FINISHED, None
         with Sampler() as sampler:
+            self.sampler = sampler
             try:
                 self._measure(sampler, wait_for_go)
             except KeyboardInterrupt:
@@ -227,12 +229,23 @@ class _Run:
             now = time.perf_counter()
             if now - state["sent_s"] >= _PROGRESS_INTERVAL_S:
                 state["sent_s"] = now
-                self.events.send("progress", tokens=state["tokens"])
+                self.events.send("progress", tokens=state["tokens"], memory=self._memory())
 
         run_pass(engine, batches, gen_len, into=measured, on_column=on_column)
         speed = metrics_of(measured.batches)["generation_tok_s"]
         self.events.send("passed", name=name, tokens=total, tok_s=speed)
         log.info("%s: %.2f tok/s", name, speed)
+
+    def _memory(self) -> dict[str, float]:
+        """Bytes held now by tier, as sampled last; what cannot be known is left out."""
+        latest = self.sampler.latest() if self.sampler is not None else {}
+        gpus = [
+            size
+            for name, size in latest.items()
+            if name.startswith("gpu_") and name.endswith("_memory_bytes")
+        ]
+        held = {"gpu": sum(gpus)} if gpus else {}
+        return {**held, "cpu": latest["rss_bytes"]} if "rss_bytes" in latest else held
 
     def _note_plan(self, plan: Plan) -> None:
         """Take over the plan that the engine really runs."""

@@ -40,7 +40,7 @@ def show_plan(settings: Settings, report: Report, *, hardware_file: Path | None,
         OffloadError: what the user can mend: names, sizes, a file that is no profile, a plan that does not fit.
     """
     try:
-        plan, profile, warnings = _make_plan(settings, report, hardware_file)
+        plan, profile, warnings = make_plan(settings, report, hardware_file)
     except OffloadError as error:
         if as_json:
             # Whoever reads JSON gets JSON, also where there is nothing else to tell.
@@ -59,9 +59,14 @@ def show_plan(settings: Settings, report: Report, *, hardware_file: Path | None,
     return 0
 
 
-def _make_plan(
+def make_plan(
     settings: Settings, report: Report, hardware_file: Path | None
 ) -> tuple[Plan, HardwareProfile, list[str]]:
+    """The plan of a run, the profile it rests on, and warnings; loads no weights.
+
+    Raises:
+        OffloadError: as `show_plan`.
+    """
     config = settings.common
     profile = None if hardware_file is None else read_profile(hardware_file)
     # Only its dimensions are needed, so that nothing is downloaded for a published model.

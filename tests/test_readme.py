@@ -37,3 +37,25 @@ def test_every_folder_is_in_the_readme() -> None:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
     folders = {line.split("/")[0] for line in listed.splitlines() if "/" in line}
     assert [folder for folder in sorted(folders) if f"`{folder}/`" not in README] == []
+
+
+def test_every_option_of_benchmark_is_in_the_readme() -> None:
+    import inspect
+
+    from harness.cli.benchmarking import benchmark_command
+
+    own = [
+        name
+        for name in inspect.signature(benchmark_command).parameters
+        if name not in EvalConfig.model_fields and name not in ("as_json", "assignments", "verbose", "quiet")
+    ]
+    section = README.partition("## Benchmarks")[2].partition("\n## ")[0]
+    flags = {"--" + name.replace("_", "-") for name in own} - {"--config", "--objective", "--no-calibrate"}
+    assert len(flags) >= 8
+    assert [flag for flag in sorted(flags) if f"`{flag}" not in section] == []
+
+
+def test_every_suite_is_in_the_readme() -> None:
+    from harness.benchmark.suite import shipped_suites
+
+    assert [name for name in shipped_suites() if f"`{name}`" not in README] == []

@@ -1,92 +1,82 @@
-"""`harness benchmark --dry-run`: the cells, and for each what its plan says, loading no weights."""
+"""`harness benchmark --dry-run`: the cells, and for each what its plan says, loading no weights.
 
-import uuid
+All in this process, as `harness plan` does it: nothing is measured that its size could disturb.
+"""
+
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from flexllmgen.errors import OffloadError
 from flexllmgen.units import gib
 from harness.benchmark.grid import Grid
 from harness.benchmark.record import Benchmark, Cell
-from harness.benchmark.runner import job_of
 from harness.benchmark.table_text import UNKNOWN, number
-from harness.launch import EXIT_INTERRUPTED, Launch
+from harness.config import EvalConfig, Settings
 from harness.report import Report
-from harness.results import RunError
-from harness.supervise import Worker
+from strategies.base import Plan
+from strategies.registry import find_strategy
 
 EXIT_PARTIAL = 6
 _TIERS = ("gpu", "cpu", "disk")
 
 
 def dry_run(grid: Grid, benchmark: Benchmark, report: Report, *, as_json: bool) -> int:
-    """Plan each cell in a process of its own and list the cells in the order they would run; return the exit code.
+    """Plan each cell and list the cells in the order they would run; return the exit code.
 
     A cell whose plan does not fit is listed with the reason, and the exit code is 6, or its own where all are so.
     """
-    plans: dict[str, Mapping[str, Any]] = {}
-    errors: dict[str, RunError] = {}
-    for cell in grid.cells:
-        report.part(f"plan {cell.name}", len(plans) + len(errors), len(grid.cells))
-        plan, error, interrupted = _plan(benchmark, cell, report)
-        if interrupted:
-            report.end_progress()
-            report.error("interrupted")
-            return EXIT_INTERRUPTED
-        if plan is not None:
-            plans[cell.name] = plan
-        elif error is not None:
+    from harness.planning import make_plan
+
+    plans: dict[str, Plan] = {}
+    errors: dict[str, OffloadError] = {}
+    warnings: dict[str, None] = {}
+    for number_done, cell in enumerate(grid.cells):
+        report.part(f"plan {cell.name}", number_done, len(grid.cells))
+        try:
+            plans[cell.name], _, told = make_plan(_settings(cell), report, None)
+        except OffloadError as error:
             errors[cell.name] = error
+        else:
+            warnings |= dict.fromkeys(told)
     report.end_progress()
+    for warning in warnings:
+        report.warn(warning)
     if as_json:
         report.json(_json(grid, benchmark, plans, errors))
     else:
+        launches = "1 launch" if benchmark.launches == 1 else f"{benchmark.launches} launches"
         report.rows(
-            f"{benchmark.name}: {len(grid.cells)} cells, {benchmark.launches} launch(es) each, "
-            f"baseline {benchmark.baseline}",
-            ("cell", "predicted tok/s", "limit tok/s", "on the device", "in host memory", "on disk", ""),
-            [
-                _row(cell, plans.get(cell.name), errors[cell.name].message if cell.name in errors else "")
-                for cell in grid.cells
-            ],
+            f"{benchmark.name}: {len(grid.cells)} cells, {launches} each, baseline {benchmark.baseline}",
+            ("cell", "predicted tok/s", "limit tok/s", "peak on the device", "in host memory", "on disk", ""),
+            [_row(cell, plans.get(cell.name), str(errors.get(cell.name, ""))) for cell in grid.cells],
         )
     if not errors:
         return 0
     return EXIT_PARTIAL if plans else next(iter(errors.values())).exit_code
 
 
-def _plan(
-    benchmark: Benchmark, cell: Cell, report: Report
-) -> tuple[Mapping[str, Any] | None, RunError | None, bool]:
-    found: list[Mapping[str, Any]] = []
-
-    def on_event(event: Mapping[str, Any]) -> None:
-        if event["event"] == "planned":
-            found.append(event["plan"])
-
-    job = job_of(Path(), benchmark, cell, 0, uuid.uuid4().hex, verbose=report.verbose, dry_run=True)
-    ended = Launch(Worker(job), on_event, timeout_s=benchmark.cell_timeout_s).run()
-    return (found[0] if found else None), ended.error, ended.interrupted
+def _settings(cell: Cell) -> Settings:
+    config_type, _ = find_strategy(str(cell.common["strategy"])).load_config()
+    return Settings(
+        common=EvalConfig.model_validate(cell.common),
+        strategy=config_type.model_validate(cell.strategy_config),
+        sources=cell.sources,
+    )
 
 
-def _row(cell: Cell, plan: Mapping[str, Any] | None, reason: str) -> Sequence[str]:
+def _row(cell: Cell, plan: Plan | None, reason: str) -> Sequence[str]:
     if plan is None:
         return (cell.name, *[UNKNOWN] * 5, reason)
-    rates = [_rate(plan.get(name)) for name in ("predicted", "limit")]
-    peaks = _peaks(plan)
-    return (cell.name, *rates, *(gib(peaks[tier]) if peaks.get(tier) else UNKNOWN for tier in _TIERS), reason)
-
-
-def _rate(estimate: Mapping[str, Any] | None) -> str:
-    return number(float(estimate["generation_tok_s"])) if estimate else UNKNOWN
-
-
-def _peaks(plan: Mapping[str, Any]) -> Mapping[str, float]:
-    return plan.get("planned_peak_bytes") or (plan.get("predicted") or {}).get("peak_bytes") or {}
+    rates = [
+        UNKNOWN if estimate is None else number(estimate.generation_tok_s)
+        for estimate in (plan.predicted, plan.limit)
+    ]
+    peaks = plan.peak_bytes
+    return (cell.name, *rates, *(gib(peaks[tier]) if peaks.get(tier) else UNKNOWN for tier in _TIERS), "")
 
 
 def _json(
-    grid: Grid, benchmark: Benchmark, plans: Mapping[str, Any], errors: Mapping[str, RunError]
+    grid: Grid, benchmark: Benchmark, plans: Mapping[str, Plan], errors: Mapping[str, OffloadError]
 ) -> dict[str, Any]:
     return {
         "name": benchmark.name,
@@ -97,8 +87,8 @@ def _json(
             {
                 "name": cell.name,
                 "axes": cell.axes,
-                "plan": plans.get(cell.name),
-                "error": errors[cell.name].message if cell.name in errors else None,
+                "plan": plans[cell.name].as_dict() if cell.name in plans else None,
+                "error": str(errors[cell.name]) if cell.name in errors else None,
             }
             for cell in grid.cells
         ],

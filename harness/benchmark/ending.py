@@ -73,11 +73,13 @@ def write_reports(folder: Path) -> list[str]:
         for name, result in read_cells(folder, Benchmark.read(folder)).items():
             draw_pictures(cell_folder(folder, name), result)
         from harness.benchmark.html_report import write_report
+        from harness.benchmark.pictures import draw_benchmark
 
+        draw_benchmark(folder)
         write_report(folder)
     except (ImportError, OffloadError, OSError, ValueError) as error:
         log.exception("report")
-        problems.append(f"the HTML report was not written: {error}")
+        problems.append(f"not all pictures and reports could be made: {error}")
     return problems
 
 
