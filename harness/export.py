@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 FORMATS = (".csv", ".parquet", ".json")
 # What tells runs apart stands first, then where they come from, then figures and settings by name.
 _FIRST = (
-    "run_name", "strategy", "model", "status", "experiment", "started_at", "ended_at",
+    "run_name", "strategy", "model", "status", "experiment", "kind", "started_at", "ended_at",
     "run_uuid", "run_id", "parent_run_id", "benchmark_uuid", "benchmark", "cell", "launches", "folder",
 )  # fmt: skip
 _ORIGIN = (
@@ -119,6 +119,7 @@ def result_row(result: RunResult, folder: Path, benchmark: Benchmark | None = No
         "started_at_ms": result.started_at_ms,
         "ended_at_ms": result.ended_at_ms,
         "folder": str(folder),
+        "kind": "cell" if result.cell else "run",
         "benchmark_uuid": result.cell.benchmark_uuid if result.cell else None,
         "benchmark": benchmark.name if benchmark else None,
         "cell": result.cell.cell if result.cell else None,

@@ -19,7 +19,9 @@ _COLUMNS = {
     "harness.strategy": "strategy",
     "harness.model": "model",
     _BENCHMARK: "benchmark_uuid",
+    "harness.benchmark": "benchmark",
     "harness.cell": "cell",
+    "harness.kind": "kind",
     "harness.hardware_fingerprint": "hardware_fingerprint",
     "harness.workload_key": "workload_key",
     "harness.host": "host",
@@ -36,7 +38,8 @@ _COLUMNS = {
 def store_rows(store: Store, experiments: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The runs of a store, oldest first; of the experiments named, or of all.
 
-    Params are texts, as the store keeps them. Runs that were deleted in the UI are left out.
+    Params are texts, as the store keeps them. Left out are runs that were deleted in the UI, and the parent runs of
+    benchmarks: they hold no measurement of their own.
 
     Raises:
         UsageError: there is no such store or experiment.
@@ -60,7 +63,11 @@ def _rows(client: Any, experiments: Sequence[str], path: Path | None) -> list[di
     runs = list(pages(client.search_runs, experiment_ids=[*names], order_by=order, max_results=_PAGE))
     uuids = {run.info.run_id: run.data.tags.get("harness.run_uuid") for run in runs}
     uuids |= {run.info.run_id: run.data.tags[_BENCHMARK] for run in runs if _BENCHMARK in run.data.tags}
-    return [_row(run, names[run.info.experiment_id], uuids) for run in runs]
+    return [
+        _row(run, names[run.info.experiment_id], uuids)
+        for run in runs
+        if run.data.tags.get("harness.kind") != "benchmark"
+    ]
 
 
 def _row(run: Any, experiment: str, uuids: Mapping[str, str | None]) -> dict[str, Any]:
@@ -69,6 +76,7 @@ def _row(run: Any, experiment: str, uuids: Mapping[str, str | None]) -> dict[str
     row: dict[str, Any] = {
         "run_id": info.run_id,
         "parent_run_id": parent,
+        "kind": "run",
         "benchmark_uuid": uuids.get(parent) if parent else None,
         "experiment": experiment,
         "run_name": info.run_name,

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas
 import pytest
+from benchmark_records import make_benchmark_folder
 from records import START_MS, UUID, make_folder, make_result
 
 from flexllmgen.errors import UsageError
@@ -150,6 +151,23 @@ def test_the_store_gives_what_the_folder_gives(store: Store, tracker: Tracker, t
     assert store_rows(store, ["offload-eval"])
     with pytest.raises(UsageError, match="no experiment 'other'"):
         store_rows(store, ["other"])
+
+
+def test_cells_of_a_benchmark_in_the_store_name_it(store: Store, tracker: Tracker, tmp_path: Path) -> None:
+    folder = make_benchmark_folder(tmp_path)
+    tracker.deliver_benchmark(folder)
+    ours, theirs = (
+        make_table(rows).set_index("cell")
+        for rows in (folder_rows(tmp_path, Report(quiet=True)), store_rows(store))
+    )
+    assert set(ours.index) <= set(theirs.index)
+    assert len(ours) >= 4
+    for cell in ours.index:
+        for name in ("benchmark_uuid", "benchmark", "kind", "strategy", "metrics.generation_tok_s"):
+            mine, other = ours.loc[cell].get(name), theirs.loc[cell].get(name)
+            assert (pandas.isna(mine) and pandas.isna(other)) or mine == other, (cell, name)
+    assert set(theirs["benchmark_uuid"]) == {folder.name}
+    assert set(theirs["kind"]) == {"cell"}
 
 
 def test_only_what_was_asked_for() -> None:
