@@ -11,7 +11,8 @@ from typing import Any
 
 from flexllmgen.errors import UsageError
 from harness.compare.commits import Commit, describe, in_order
-from harness.compare.measured import Measured, Revision, machine_of
+from harness.compare.differences import machine_of
+from harness.compare.measured import Measured, Revision
 from harness.compare.pairing import Group, groups_of
 from harness.compare.verdict import (
     Mark,

@@ -9,8 +9,7 @@ from typing import Literal
 
 from flexllmgen.errors import UsageError
 from flexllmgen.units import gib
-from harness.compare.measured import (
-    Measured,
+from harness.compare.differences import (
     hardware_differences,
     key_differences,
     scalar_text,
@@ -18,6 +17,7 @@ from harness.compare.measured import (
     setup_of,
     told,
 )
+from harness.compare.measured import Measured
 from harness.results import RunResult, Scalar
 
 Side = Literal["base", "new"]

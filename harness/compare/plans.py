@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness.compare.measured import told
+from harness.compare.differences import told
 from harness.results import RunResult
 
 # What was decided; where that reads the same, what it came to.

@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from flexllmgen.errors import UsageError
-from harness.compare.measured import version_differences
+from harness.compare.differences import version_differences
 from harness.compare.pairing import Group, Pair, Unpaired
 from harness.compare.plans import PlanChange, plan_change
 from harness.compare.statistics import Change, compare, relative_spread

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from flexllmgen.units import gib
-from harness.compare.measured import told
+from harness.compare.differences import told
 from harness.compare.statistics import least_launches
 from harness.compare.verdict import CellComparison, Comparison, Mark, MetricComparison
 
