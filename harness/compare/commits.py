@@ -3,12 +3,14 @@
 All of it is best effort: without git, or for commits that this repository does not hold, the answers are empty.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from harness.provenance import git_output
 
+_SHA = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 # How many commits git is asked about at once: a command line is not endless.
 _BATCH = 200
 
@@ -32,13 +34,16 @@ def resolve(cwd: Path, name: str) -> str | None:
 def describe(cwd: Path, shas: Iterable[str]) -> Mapping[str, Commit]:
     """What the repository knows of these commits, by sha; the unknown are left out."""
     found: dict[str, Commit] = {}
-    known = [sha for sha in dict.fromkeys(shas) if sha and resolve(cwd, sha) == sha]
-    for start in range(0, len(known), _BATCH):
-        batch = known[start : start + _BATCH]
-        lines = git_output(cwd, "show", "--no-patch", "--format=%H%x09%ct%x09%s", *batch)
-        for line in (lines or "").splitlines():
-            sha, committed, subject = line.split("\t", 2)
-            found[sha] = Commit(sha=sha, committed_s=int(committed), subject=subject)
+    wanted = [sha for sha in dict.fromkeys(shas) if _SHA.fullmatch(sha)]
+    for start in range(0, len(wanted), _BATCH):
+        batch = wanted[start : start + _BATCH]
+        listing = ("--no-walk=unsorted", "--ignore-missing", "--format=%H%x09%ct%x09%s")
+        for line in (git_output(cwd, "log", *listing, *batch) or "").split("\n"):
+            sha, _, rest = line.partition("\t")
+            # Where all are missing, git shows the tip instead.
+            if sha in batch:
+                committed, _, subject = rest.partition("\t")
+                found[sha] = Commit(sha=sha, committed_s=int(committed), subject=subject)
     return found
 
 
