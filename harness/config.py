@@ -134,18 +134,28 @@ class EvalConfig(BaseModel):
         "-d",
         panel=_PROMPTS,
     )
-    num_prompts: Count = _option(8, "How many prompts to run.", "--num-prompts", "-n", panel=_PROMPTS, ge=1)
+    num_prompts: Count = _option(
+        8,
+        "Prompts to run: drawn by seed, repeated with a warning where there are fewer.",
+        "--num-prompts",
+        "-n",
+        panel=_PROMPTS,
+        ge=1,
+    )
     prompt_mode: Literal["pad", "fill"] = _option(
         "pad",
         "pad: a prompt a row, cut and left-padded to --input-len; fill: prompts joined until the row is full.",
         panel=_PROMPTS,
     )
     prompt_template: str | None = _option(
-        None, "How a row becomes a prompt, with {column} fields.", panel=_PROMPTS, metavar="TEXT"
+        None,
+        "How a row becomes a prompt, with its columns: '{question}', '{turns\\[0]}'.",
+        panel=_PROMPTS,
+        metavar="TEXT",
     )
     chat_template: Literal["auto", "on", "off"] = _option(
         "auto",
-        "Wrap prompts in the model's chat template; auto: for chat and instruction data.",
+        "Wrap prompts in the model's chat template; auto: for chat and instruction data when the model has one.",
         panel=_PROMPTS,
     )
     input_len: Count = _option(128, "Tokens of each prompt row.", panel=_PROMPTS, ge=1)
@@ -155,13 +165,13 @@ class EvalConfig(BaseModel):
     device: Literal["auto", "cuda", "cpu"] = _option("auto", "Where to compute.", panel=_MACHINE)
     gpu_mem: Size | None = _option(
         None,
-        "Use no more GPU memory than this (16GiB, 800MB): emulates a smaller GPU.",
+        "Use no more GPU memory than this (16GiB, 800MB): emulates a smaller GPU. Not given: what is free.",
         panel=_MACHINE,
         metavar="SIZE",
     )
     cpu_mem: Size | None = _option(
         None,
-        "Keep no more of the model in host memory than this: emulates a smaller machine.",
+        "Keep no more of the model in host memory than this: emulates a smaller machine. Not given: 90 % of what is free.",
         panel=_MACHINE,
         metavar="SIZE",
     )
