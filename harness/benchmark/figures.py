@@ -25,7 +25,7 @@ from harness.summary import position_medians
 
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 # Past this many times the longest bar a mark would squash the bars; words then tell it.
-IN_VIEW = 3.0
+IN_VIEW = 5.0
 MAX_POINTS = 1000
 
 

@@ -111,7 +111,7 @@ def time_by_resource(rows: Sequence[Row], results: Mapping[str, RunResult]) -> F
         axis = "" if column == 0 else "2"
         start, stop = ((0.0, 0.48), (0.52, 1.0))[column]
         drawn = _phase_traces(phase, rows, results, colours, styles)
-        values = [x for trace in drawn for x in trace["x"] if x]
+        values = [x for trace in drawn for x in _ends(trace) if x]
         horizontal: Figure = {
             "domain": [start, stop],
             "title": {"text": "seconds"},
@@ -217,6 +217,12 @@ def _phase_traces(
         texts = [f"{label(rows[at].name)}: {title} {seconds(value)}" for value, at in points]
         traces.append({**marks(title, points, marker, texts), "legendgroup": name})
     return traces
+
+
+def _ends(trace: Figure) -> list[float]:
+    """How far to the right the trace reaches, whiskers included."""
+    whiskers = trace.get("error_x", {}).get("array", [0.0] * len(trace["x"]))
+    return [x + more for x, more in zip(trace["x"], whiskers, strict=True)]
 
 
 def _resource_styles(results: Iterable[RunResult]) -> dict[str, tuple[str, str]]:

@@ -41,12 +41,15 @@ def memory_over_time(timeline: Timeline, *, top_bytes: float | None = None) -> F
     return _figure(timeline, traces, f"memory, {unit}", top / factor)
 
 
-def traffic_over_time(timeline: Timeline, *, top_bytes_per_s: float | None = None) -> Figure | None:
-    """Rates over the links and the disk; the disk's are the whole machine's, the links' the engine's own count."""
+def traffic_over_time(timeline: Timeline) -> Figure | None:
+    """Rates over the links and the disk; the disk's are the whole machine's, the links' the engine's own count.
+
+    The axis is this cell's own: what another process did to the disk may not flatten all the others.
+    """
     known = [(rates, style) for key, *style in _TRAFFIC if (rates := rates_of(timeline, key))]
     if not any(value for rates, _ in known for _, value in rates):
         return None
-    top = max([top_bytes_per_s or 0.0, *(value for rates, _ in known for _, value in rates)])
+    top = max(value for rates, _ in known for _, value in rates)
     unit, factor = ("GiB/s", GIB) if top >= GIB else ("MiB/s", MIB)
     traces = [
         _line(rates, factor, unit, *style) for rates, style in known if any(value for _, value in rates)
@@ -54,11 +57,11 @@ def traffic_over_time(timeline: Timeline, *, top_bytes_per_s: float | None = Non
     return _figure(timeline, traces, unit, top / factor)
 
 
-def top_of(timelines: Sequence[Timeline]) -> tuple[float, float]:
-    """The highest memory (bytes) and the highest rate (bytes per second) over several cells."""
-    memory = [value for one in timelines for key, *_ in _MEMORY for _, value in points_of(one, key)]
-    rates = [value for one in timelines for key, *_ in _TRAFFIC for _, value in rates_of(one, key)]
-    return max(memory, default=0.0), max(rates, default=0.0)
+def highest_memory(timelines: Sequence[Timeline]) -> float:
+    """The most bytes of any kind of memory in several cells."""
+    return max(
+        (value for one in timelines for key, *_ in _MEMORY for _, value in points_of(one, key)), default=0.0
+    )
 
 
 def points_of(timeline: Timeline, key: str) -> list[tuple[float, float]]:

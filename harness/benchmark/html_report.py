@@ -142,7 +142,7 @@ def _over_time(
         for cell in benchmark.cells
         if (shown := _timeline(cell_folder(folder, cell.name), cell))
     }
-    memory, rate = figures_over_time.top_of([timeline for timeline, _ in found.values()])
+    memory = figures_over_time.highest_memory([timeline for timeline, _ in found.values()])
     cells = []
     for index, row in enumerate(rows):
         if row.name not in found:
@@ -153,7 +153,7 @@ def _over_time(
             (
                 "traffic",
                 "Links and disk",
-                figures_over_time.traffic_over_time(timeline, top_bytes_per_s=rate),
+                figures_over_time.traffic_over_time(timeline),
             ),
         )
         panels = [

@@ -156,7 +156,7 @@ def _plan_facts(result: RunResult | None) -> Iterator[tuple[str, str]]:
         if len(set(bounds.values())) == 1:
             yield how, str(next(iter(bounds.values())))
         elif bounds:
-            yield how, ", ".join(f"{name} in {phase}" for phase, name in bounds.items())
+            yield how, " / ".join(str(name) for name in bounds.values())
     moved = (plan.get("predicted") or {}).get("decode_moved_bytes") or {}
     for link, title in (("h2d", "to device"), ("d2h", "from device"), ("disk_read", "read from disk")):
         if value := finite(moved.get(link)):

@@ -314,6 +314,14 @@ def test_busy_seconds_stand_beside_the_measured_phase(tmp_path: Path) -> None:
     assert decode["busy compute"]["x"][0] == plan["decode_busy_s"]["compute"]
     assert decode["predicted"]["x"][0] == plan["decode_s"]
     assert decode["accelerate"]["x"][0] == results["accelerate-b4"].metrics["decode_s"]
+    # Whiskers lie within the axes.
+    ends = [
+        x + more
+        for t in decode.values()
+        if "error_x" in t
+        for x, more in zip(t["x"], t["error_x"]["array"], strict=True)
+    ]
+    assert figure["layout"]["xaxis2"]["range"][1] > max(ends)
     styles = {(trace["marker"]["symbol"]) for name, trace in decode.items() if name.startswith("busy")}
     assert len(styles) == 3
 
