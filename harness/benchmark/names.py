@@ -101,7 +101,13 @@ def _part(key: str, value: Any) -> str:
         return _SHORT[key] + _size(int(value))
     if key in _SHORT:
         return f"{_SHORT[key]}{value}"
-    text = str(value).lower() if isinstance(value, bool) else str(value)
+    text = (
+        str(value).lower()
+        if isinstance(value, bool)
+        else f"{value:g}"
+        if isinstance(value, float)
+        else str(value)
+    )
     return f"{key.removesuffix('_percent')}-{text}"
 
 

@@ -1,0 +1,111 @@
+"""The launches of a cell as one result, and errors that name the peaks."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmark_records import make_benchmark, make_cell, make_launch_result
+
+from harness.benchmark.merge import explain, merge, write_cell
+from harness.benchmark.record import CellStatus, cell_folder
+from harness.results import Repeat, RunError, RunResult, RunStatus
+
+CELL = make_cell("flexgen", 4)
+
+
+def launch(speeds: list[float], **changes: Any) -> RunResult:
+    """A launch whose repeats had these throughputs."""
+    from statistics import median
+
+    result = make_launch_result(CELL, 0)
+    repeats = [
+        Repeat(index=n, ended_at_ms=n, metrics={"generation_tok_s": speed}) for n, speed in enumerate(speeds)
+    ]
+    metrics = {
+        "load_s": 2.0,
+        "predicted_tok_s": 20.0,
+        "limit_tok_s": 40.0,
+        **({"generation_tok_s": median(speeds)} if speeds else {}),
+    }
+    spread = {"generation_tok_s": (max(speeds) - min(speeds)) / median(speeds)} if len(speeds) > 1 else {}
+    return result.model_copy(
+        update={"repeats": repeats, "metrics": metrics, "spread": spread, "run_uuid": "l", **changes}
+    )
+
+
+def test_the_median_of_the_launches_medians_and_their_spread() -> None:
+    launches = [launch([10, 11, 30]), launch([12, 13, 13]), launch([20, 20, 9])]
+    result = merge(make_benchmark(), CELL, launches)
+    assert result.metrics["generation_tok_s"] == 13
+    assert result.spread["generation_tok_s"] == pytest.approx((20 - 11) / 13)
+    assert [(one.index, one.launch) for one in result.repeats] == [(index, index // 3) for index in range(9)]
+    assert result.metrics["attainment"] == pytest.approx(13 / 40)
+    assert result.metrics["prediction_error"] == pytest.approx(20 / 13 - 1)
+    assert (result.metrics["repeats"], result.metrics["launches"]) == (9, 3)
+    assert "load_s" not in result.spread
+
+
+def test_ratios_are_those_of_the_figures_beside_them() -> None:
+    result = merge(make_benchmark(), CELL, [launch([10.0]), launch([30.0])])
+    assert result.metrics["generation_tok_s"] == 20
+    assert result.metrics["prediction_error"] == 0.0
+
+
+def test_one_launch_keeps_the_spread_over_its_repeats() -> None:
+    one = launch([10, 11, 12])
+    assert merge(make_benchmark(), CELL, [one]).spread == one.spread
+
+
+def test_the_cell_says_where_it_stands() -> None:
+    benchmark = make_benchmark()
+    result = merge(benchmark, CELL, [launch([1.0], run_uuid="a"), launch([2.0], run_uuid="b")])
+    assert result.cell is not None
+    assert (result.cell.cell, result.cell.launches) == (CELL.name, ["a", "b"])
+    assert (result.run_name, result.run_uuid) == (CELL.name, f"{benchmark.benchmark_uuid}-{CELL.name}")
+    assert result.status is RunStatus.FINISHED
+    assert result.process == benchmark.process
+    assert RunResult.model_validate_json(result.model_dump_json()) == result
+
+
+def test_a_cell_that_is_not_done_is_running_or_was_killed() -> None:
+    pending = CELL.model_copy(update={"status": CellStatus.PENDING})
+    running = make_benchmark(status=RunStatus.RUNNING)
+    assert merge(running, pending, [launch([1.0])]).status is RunStatus.RUNNING
+    killed = make_benchmark(status=RunStatus.KILLED)
+    assert merge(killed, pending, [launch([1.0])]).status is RunStatus.KILLED
+
+
+def test_a_launch_that_measured_nothing_takes_nothing_from_the_others() -> None:
+    error = RunError(type="OutOfMemory", message="too big", exit_code=5)
+    failed = CELL.model_copy(update={"status": CellStatus.FAILED, "error": error})
+    result = merge(make_benchmark(), failed, [launch([10, 12]), launch([], plan={})])
+    assert result.status is RunStatus.FAILED
+    assert result.error == error
+    assert result.metrics["generation_tok_s"] == 11
+    assert result.plan != {}
+
+
+def test_the_cells_folder_is_a_result_folder(tmp_path: Path) -> None:
+    launch_folder = tmp_path / "launch"
+    launch_folder.mkdir()
+    (launch_folder / "requests.jsonl").write_text("{}\n")
+    (launch_folder / "timeline.json").write_text("{}")
+    result = merge(make_benchmark(), CELL, [launch([1.0])])
+    inside = cell_folder(tmp_path, CELL.name)
+    inside.mkdir(parents=True)
+    (inside / "memory.png").write_text("of fewer launches")
+    write_cell(tmp_path, result, launch_folder)
+    assert {file.name for file in inside.iterdir()} == {"result.json", "requests.jsonl", "timeline.json"}
+    assert RunResult.read(inside) == result
+
+
+def test_an_error_names_the_peaks_predicted_and_reached() -> None:
+    error = RunError(type="WorkerDied", message="killed")
+    result = launch([], metrics={"predicted_peak_cpu_bytes": float(3 << 30)}, plan={})
+    message = explain(error, result, {"cpu": 4 << 30}).message
+    assert message == (
+        "killed (peak in host memory predicted 3.00 GiB = 3221225472 bytes, reached 4.00 GiB = 4294967296 bytes)"
+    )
+    planned = launch([], metrics={}, plan={"predicted": {"peak_bytes": {"gpu": 1 << 30, "cpu": 0}}})
+    assert "on the compute device predicted 1.00 GiB" in explain(error, planned, {}).message
+    assert explain(error, None, {}) == error
