@@ -84,7 +84,7 @@ def machine_of(measured: Measured) -> str:
 
 
 def version_differences(base: Measured, new: Measured) -> dict[str, tuple[str, str]]:
-    """Installed packages that differ, as far as they are known by name; else their digests."""
+    """Installed packages that differ, as far as they are known by name; else their digests. And torch's threads."""
     one, other = base.result.provenance, new.result.provenance
     names = sorted(set(one.versions) & set(other.versions))
     found = {
@@ -95,6 +95,10 @@ def version_differences(base: Measured, new: Measured) -> dict[str, tuple[str, s
     digests = (one.versions_digest, other.versions_digest)
     if not found and None not in digests and digests[0] != digests[1]:
         found["other packages"] = (str(digests[0])[:SHORT], str(digests[1])[:SHORT])
+    # An environment variable decides on them, which no option of a run shows.
+    threads = (base.hardware.get("threads"), new.hardware.get("threads"))
+    if None not in threads and threads[0] != threads[1]:
+        found["torch threads"] = (str(threads[0]), str(threads[1]))
     return found
 
 

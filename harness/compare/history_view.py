@@ -20,6 +20,10 @@ _BARS = "▁▂▃▄▅▆▇█"
 _SUBJECT_MIN = 12
 # Okabe and Ito's colours, told apart under the common colour blindnesses.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+_EXPLAINED = (
+    "medians over launches; bars from the least to the largest; a triangle marks a step beyond the noise, pointing up where "
+    "it is for the better"
+)
 _MARKERS = {"": "circle", "better": "triangle-up", "worse": "triangle-down", "differs": "diamond"}
 
 
@@ -34,8 +38,9 @@ def as_text(all_series: Sequence[Series], width: int) -> str:
         lines += _with_subjects(
             table(COLUMNS, [_row(series, one) for one in series.points], width), series, width
         )
-    if any(point.mark.startswith("(") for series in all_series for point in series.points):
-        note = "(in brackets): too few launches to test; the step is larger than the spreads of both commits together"
+    steps = [point.step for series in all_series for point in series.points if point.step is not None]
+    if any(not step.change.can_tell for step in steps):
+        note = "(in brackets): too few launches to test; marked where the step is larger than both spreads together"
         lines += ["", *wrapped(note, width)]
     return "\n".join(lines)
 
@@ -67,16 +72,19 @@ def write_html(all_series: Sequence[Series], path: Path) -> Path:
     figure = graphs.Figure(
         data=[graphs.Scatter(**_trace(series, number)) for number, series in enumerate(all_series)],
         layout={
-            "title": {"text": f"{metric} by commit"},
+            "title": {"text": f"{metric} by commit", "subtitle": {"text": _EXPLAINED}},
             "template": "plotly_white",
             "hovermode": "closest",
-            "legend": {"orientation": "h", "yanchor": "top", "y": -0.3},
+            "showlegend": True,
+            "legend": {"orientation": "v", "xanchor": "left", "x": 0, "yanchor": "top", "y": -0.3},
             "xaxis": {"type": "category", "title": {"text": "commit, oldest first"}, "tickangle": -45,
                       "categoryorder": "array", "categoryarray": _categories(all_series)},
             "yaxis": {"title": {"text": metric}, "rangemode": "tozero"},
         },
     )  # fmt: skip
-    page = figure.to_html(include_plotlyjs=True, full_html=True, config={"displaylogo": False})
+    page = figure.to_html(
+        include_plotlyjs=True, full_html=True, default_height="96vh", config={"displaylogo": False}
+    )
     page = page.replace("<head>", f"<head><title>{html.escape(metric)} by commit</title>", 1)
     try:
         return write_text(path.expanduser(), page)
@@ -94,8 +102,14 @@ def _row(series: Series, point: Point) -> list[str]:
         value_text(series.metric, point.median),
         "-" if point.spread is None else f"{point.spread:.1%}",
         "" if point.step is None else share_text(point.step.change.change),
-        point.mark or ("" if point.step is None else "~"),
+        point.mark or _within_noise(point),
     ]
+
+
+def _within_noise(point: Point) -> str:
+    if point.step is None:
+        return ""
+    return "~" if point.step.change.can_tell else "(~)"
 
 
 def _with_subjects(lines: Sequence[str], series: Series, width: int) -> list[str]:
@@ -140,6 +154,7 @@ def _trace(series: Series, number: int) -> Mapping[str, Any]:
         "error_y": {
             "type": "data",
             "symmetric": False,
+            "thickness": 1,
             "array": [max(point.values) - point.median for point in series.points],
             "arrayminus": [point.median - min(point.values) for point in series.points],
         },

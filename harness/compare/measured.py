@@ -183,14 +183,14 @@ def _hardware(folder: Path) -> Mapping[str, Any]:
 
 
 def hardware_of_profile(content: bytes) -> Mapping[str, Any]:
-    """The machine's facts out of a hardware_profile.json.
+    """The machine's facts out of a hardware_profile.json, and `threads`: how many of its cores torch was given.
 
     Raises:
         ValueError: it is no JSON.
     """
     profile = json.loads(content)
     facts = profile.get("hardware", profile) if isinstance(profile, dict) else {}
-    return facts if isinstance(facts, dict) else {}
+    return {"threads": profile.get("threads"), **facts} if isinstance(facts, dict) else {}
 
 
 def _patch(folder: Path) -> str:

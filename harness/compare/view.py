@@ -150,7 +150,7 @@ def _notes(cell: CellComparison) -> Iterator[str]:
     if cell.differs:
         yield f"forced, although these differ: {told(cell.differs)}"
     if cell.versions:
-        yield f"versions differ: {told(cell.versions, between=' -> ')}"
+        yield f"what differs around it: {told(cell.versions, between=' -> ')}"
 
 
 def _row(one: MetricComparison) -> list[str]:

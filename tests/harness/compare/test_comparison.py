@@ -223,6 +223,16 @@ def test_versions_that_differ_are_told(tree: Tree) -> None:
     assert compared(tree, "HEAD~4", "HEAD~2")[0].cells[0].versions == {"other packages": ("0" * 8, "1" * 8)}
 
 
+def test_threads_that_the_environment_took_away_are_told(tree: Tree) -> None:
+    for sha, threads in zip(tree.commits, (2, 1), strict=False):
+        one = leave(tree.results, sha, 10)
+        profile = {"hardware": HARDWARE, "threads": threads}
+        (tree.results / one.run_uuid / "hardware_profile.json").write_text(json.dumps(profile))
+    comparison, _ = compared(tree, "HEAD~4", "HEAD~3")
+    assert comparison.cells[0].versions == {"torch threads": ("2", "1")}
+    assert "what differs around it: torch threads 2 -> 1" in as_text(comparison, 80)
+
+
 def test_strategies_of_a_benchmark_against_its_baseline(tree: Tree) -> None:
     make_benchmark_folder(tree.results, failed=["autoflex-b8"])
     comparison, _ = compared(tree, strategies=True)
