@@ -21,8 +21,8 @@ _SUBJECT_MIN = 12
 # Okabe and Ito's colours, told apart under the common colour blindnesses.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 _EXPLAINED = (
-    "medians over launches; bars from the least to the largest; a triangle marks a step beyond the noise, pointing up where "
-    "it is for the better"
+    "commits, oldest first; medians over launches; bars from the least to the largest; "
+    "a triangle marks a step beyond the noise, pointing up where it is for the better"
 )
 _MARKERS = {"": "circle", "better": "triangle-up", "worse": "triangle-down", "differs": "diamond"}
 
@@ -76,8 +76,8 @@ def write_html(all_series: Sequence[Series], path: Path) -> Path:
             "template": "plotly_white",
             "hovermode": "closest",
             "showlegend": True,
-            "legend": {"orientation": "v", "xanchor": "left", "x": 0, "yanchor": "top", "y": -0.3},
-            "xaxis": {"type": "category", "title": {"text": "commit, oldest first"}, "tickangle": -45,
+            "legend": {"orientation": "v", "xanchor": "left", "x": 0, "yref": "container", "yanchor": "bottom", "y": 0},
+            "xaxis": {"type": "category", "tickangle": -45, "automargin": True,
                       "categoryorder": "array", "categoryarray": _categories(all_series)},
             "yaxis": {"title": {"text": metric}, "rangemode": "tozero"},
         },
@@ -148,7 +148,7 @@ def _trace(series: Series, number: int) -> Mapping[str, Any]:
         "mode": "lines+markers",
         "line": {"color": _COLOURS[number % len(_COLOURS)]},
         "marker": {
-            "size": [12 if point.mark else 8 for point in series.points],
+            "size": [15 if point.mark else 8 for point in series.points],
             "symbol": [_MARKERS.get(point.mark.strip("()"), "circle") for point in series.points],
         },
         "error_y": {
