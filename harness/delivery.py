@@ -1,15 +1,21 @@
 """`harness sync`: brings result folders and benchmarks into an MLflow store, here or from another machine, once each."""
 
+import contextlib
+import logging
 from pathlib import Path
 
-from flexllmgen.errors import OffloadError
-from harness.benchmark.record import Benchmark, cell_folder, read_cells
+from flexllmgen.errors import OffloadError, UsageError
+from harness.benchmark.record import Benchmark, cell_folder
+from harness.benchmark.table import write_tables
 from harness.evaluation import draw_pictures
 from harness.folders import BENCHMARK, find_folders
+from harness.provenance import process_is_alive
 from harness.report import Report
-from harness.results import RunResult
+from harness.results import RunResult, RunStatus
 from harness.store import DeliveryError, resolve_store
 from harness.tracking import Tracker
+
+log = logging.getLogger(__name__)
 
 
 def sync(folder: Path, tracking_uri: str | None, report: Report) -> int:
@@ -26,7 +32,7 @@ def sync(folder: Path, tracking_uri: str | None, report: Report) -> int:
     for one in folders:
         try:
             if (one / BENCHMARK).is_file():
-                _draw_benchmark(one)
+                _complete(one)
                 words = f"{one} is benchmark run {tracker.deliver_benchmark(one)}"
             else:
                 draw_pictures(one, RunResult.read(one))
@@ -42,8 +48,27 @@ def sync(folder: Path, tracking_uri: str | None, report: Report) -> int:
     return code
 
 
-def _draw_benchmark(folder: Path) -> None:
-    """Draw and write what the benchmark's machine could not, for want of a library."""
+def _complete(folder: Path) -> None:
+    """Write what the folder lacks: pictures, tables, the report. A cell that cannot be read is told by its delivery."""
     benchmark = Benchmark.read(folder)
-    for name, result in read_cells(folder, benchmark).items():
-        draw_pictures(cell_folder(folder, name), result)
+    if benchmark.status is RunStatus.RUNNING and process_is_alive(benchmark.process):
+        return
+    with contextlib.suppress(UsageError):
+        for cell in benchmark.cells:
+            inside = cell_folder(folder, cell.name)
+            if (inside / "result.json").exists():
+                draw_pictures(inside, RunResult.read(inside))
+        if not (folder / "table.md").exists():
+            write_tables(folder)
+        if not (folder / "report.html").exists():
+            _write_report(folder)
+
+
+def _write_report(folder: Path) -> None:
+    """Write report.html; where the plotting library is not installed, a later `harness sync` does."""
+    try:
+        from harness.benchmark import html_report
+
+        html_report.write_report(folder)
+    except ImportError:
+        log.info("plotly is not installed here: no report")

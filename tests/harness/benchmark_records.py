@@ -243,7 +243,7 @@ def _common_fields(cell: Cell, benchmark: Benchmark) -> dict[str, Any]:
         "strategy": cell.axes["strategy"],
         "model": cell.common["model"],
         "started_at_ms": benchmark.started_at_ms + 1000 * benchmark_index(cell),
-        "ended_at_ms": benchmark.started_at_ms + 1000 * benchmark_index(cell) + 90_000,
+        "ended_at_ms": benchmark.started_at_ms + 1000 * benchmark_index(cell) + 150_000,
         "process": benchmark.process,
         "params": {
             **{name: value for name, value in cell.common.items() if not isinstance(value, list)},
