@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = {"torch", "transformers", "accelerate", "datasets", "mlflow", "matplotlib", "scipy"}
+HEAVY = {"torch", "transformers", "accelerate", "datasets", "mlflow", "matplotlib", "plotly", "scipy"}
 FLOORS = ("flexllmgen", "profiling", "strategies", "harness")
 
 

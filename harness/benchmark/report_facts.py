@@ -37,6 +37,8 @@ def verdicts(rows: Sequence[Row]) -> Iterator[str]:
             text += f", {number(best.ratio_to_baseline)}x the baseline {best.baseline}"
         if best.attainment:
             text += f", {percent(best.attainment)} of the physical limit"
+        if rivals := [row.name for row in group if row is not best and _overlap(row, best)]:
+            text += f"; its range overlaps that of {' and '.join(rivals) if len(rivals) < 3 else f'{len(rivals)} others'}"
         several = len({row.workload_key for row in measured}) > 1
         yield f"{workload}: {text}." if several and workload else f"{text}."
     if not measured:
@@ -46,6 +48,13 @@ def verdicts(rows: Sequence[Row]) -> Iterator[str]:
     if differing:
         where = ", ".join(differing) if len(differing) <= 4 else f"{len(differing)} of {len(rows)} cells"
         yield f"Not all tokens equal those of the baseline in {where}."
+
+
+def _overlap(one: Row, best: Row) -> bool:
+    """Whether what was measured of both leaves open which is faster."""
+    if one.high_tok_s is None or best.low_tok_s is None:
+        return False
+    return one.high_tok_s >= best.low_tok_s
 
 
 def counts(benchmark: Benchmark) -> str:

@@ -25,6 +25,7 @@ from harness.benchmark.figures_over_time import memory_over_time, rates_of, traf
 from harness.benchmark.html_report import write_report
 from harness.benchmark.pictures import draw_benchmark
 from harness.benchmark.record import Benchmark, CellStatus, read_cells
+from harness.benchmark.report_facts import verdicts
 from harness.benchmark.table import Row, rows_of
 from harness.results import RunResult, RunStatus, Timeline, write_text
 
@@ -150,6 +151,23 @@ def test_a_limit_out_of_sight_is_told_in_words() -> None:
     assert figure is not None
     assert [trace["name"] for trace in figure["data"]] == ["flexgen"]
     assert "limit 5,000 off scale" in figure["layout"]["yaxis"]["ticktext"][0]
+
+
+def test_a_winner_within_the_spread_is_told_with_it() -> None:
+    def row(name: str, low: float, high: float) -> Row:
+        middle = (low + high) / 2
+        return Row(
+            name=name,
+            strategy=name,
+            status="FINISHED",
+            generation_tok_s=middle,
+            low_tok_s=low,
+            high_tok_s=high,
+        )
+
+    close = [row("a", 9.0, 12.0), row("b", 9.5, 10.0), row("c", 1.0, 2.0)]
+    assert list(verdicts(close)) == ["a is the fastest at 10.5 tokens/s; its range overlaps that of b."]
+    assert list(verdicts([close[0], close[2]])) == ["a is the fastest at 10.5 tokens/s."]
 
 
 def test_names_are_text_everywhere(tmp_path: Path) -> None:
