@@ -59,7 +59,8 @@ def export(rows: Sequence[Mapping[str, Any]], output: Path | None, report: Repor
         raise UsageError(
             f"--output {output}: cannot be written ({error.strerror or error}); name another file"
         ) from error
-    report.say(f"{len(table)} runs, {len(table.columns)} columns: {output}")
+    runs = "1 run" if len(table) == 1 else f"{len(table)} runs"
+    report.say(f"{runs}, {len(table.columns)} columns: {output}")
     return 0
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import unquote
 
 from flexllmgen.errors import UsageError
 from harness.provenance import without_credentials
@@ -86,14 +87,14 @@ def resolve_store(tracking_uri: str | None, base: Path, *, create: bool = True) 
             folder that cannot be created.
     """
     folder = base.absolute() / "mlruns"
-    default = f"sqlite:///{folder / 'mlflow.db'}"
+    default = _sqlite_uri(folder / "mlflow.db")
     uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default
     scheme = _scheme(uri)
     if scheme in _SERVERS or uri.startswith("databricks"):
         return Store(tracking_uri=uri, artifact_location=None)
     if scheme not in _DATABASES:
         path = uri.removeprefix("file:")
-        nearest = default if "://" in path else f"sqlite:///{Path(path).absolute() / 'mlflow.db'}"
+        nearest = default if "://" in path else _sqlite_uri(Path(path).absolute() / "mlflow.db")
         raise UsageError(
             f"tracking URI {uri!r} is not a store that MLflow writes to; "
             f"give a database file as {nearest}, or a server as http://host:5000"
@@ -102,8 +103,9 @@ def resolve_store(tracking_uri: str | None, base: Path, *, create: bool = True) 
         path, _, options = uri.partition(":///")[2].partition("?")
         if path in ("", ":memory:"):
             raise UsageError(f"tracking URI {uri!r} names no database file; give one as {default}")
-        folder = Path(path).absolute().parent
-        uri = f"sqlite:///{Path(path).absolute()}" + (f"?{options}" if options else "")
+        database = Path(unquote(path)).absolute()
+        folder = database.parent
+        uri = _sqlite_uri(database) + (f"?{options}" if options else "")
     # A database that is not behind a server has nobody to decide where files go.
     artifacts = folder / "artifacts"
     try:
@@ -346,8 +348,13 @@ def _first_use(path: Path | None) -> contextlib.AbstractContextManager[None]:
     return alone(path.parent / f".{path.name}.lock", os.O_RDWR | os.O_CREAT)
 
 
+def _sqlite_uri(path: Path) -> str:
+    """The address of a database file. SQLAlchemy decodes it, so that a % of the path's own must be encoded."""
+    return f"sqlite:///{str(path).replace('%', '%25').replace('?', '%3F')}"
+
+
 def _sqlite_file(uri: str) -> str:
-    return uri.partition(":///")[2].partition("?")[0]
+    return unquote(uri.partition(":///")[2].partition("?")[0])
 
 
 def _scheme(uri: str) -> str:

@@ -144,7 +144,7 @@ def test_a_folder_that_is_no_good_disk(tmp_path: Path) -> None:
 
 
 def test_a_moved_store_is_found_and_mended(tmp_path: Path, empty_database: Path) -> None:
-    old = tmp_path / "old place é"
+    old = tmp_path / "old place %41? é"
     store = resolve_store(None, old)
     assert store.sqlite_path is not None
     shutil.copy(empty_database, store.sqlite_path)
