@@ -231,7 +231,10 @@ def _machine(result: RunResult) -> str:
             words.append(f"{what} cap {_bytes(size)}")
     for name, what in (("peak_device_allocated_bytes", "device"), ("peak_rss_bytes", "RSS")):
         if peak := result.metrics.get(name):
-            words.append(f"peak {what} {_bytes(peak)}")
+            planned = result.metrics.get("predicted_peak_gpu_bytes") if what == "device" else None
+            words.append(
+                f"peak {what} {_bytes(peak)}" + (f" (predicted {_bytes(planned)})" if planned else "")
+            )
     if commit := result.provenance.git_commit:
         words.append(
             f"commit `{commit[:8]}`" + (" with changes (`git.diff`)" if result.provenance.git_dirty else "")
@@ -270,7 +273,9 @@ def _figures(metrics: Mapping[str, float], spread: Mapping[str, float], repeats:
     for name, what in (("ttft_s", "TTFT"), ("tpot_s", "TPOT")):
         if (seconds := metrics.get(name)) is not None:
             parts.append(f"{what} {_seconds_text(seconds)}")
-    return f"**Measured**: {', '.join(parts)}" if parts else ""
+    # A run that failed may have been predicted and no more.
+    title = "Measured" if "generation_tok_s" in metrics else "Planned"
+    return f"**{title}**: {', '.join(parts)}" if parts else ""
 
 
 def _seconds_text(seconds: float) -> str:
