@@ -19,7 +19,7 @@ from flexllmgen.workload import Workload
 from profiling.cost_model import CostEstimate, engine_cost
 from profiling.layer_times import layer_times_for
 from profiling.profile import HardwareProfile
-from strategies.placement_program import KINDS, A, Cut, K, Limits, PlacementProgram, Solved, W
+from strategies.placement_program import KINDS, A, Cut, K, Kind, Limits, PlacementProgram, Solved, W
 
 Objective = Literal["throughput", "latency"]
 
@@ -28,6 +28,7 @@ _COUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
 _AT_ONCE = 24
 _MAX_SIMULATED = 3
 """Of so many cuts at once, so many are simulated at most."""
+_STEPS_UP = 4
 _REFINED = 2
 """Of the best so many are tried with deeper prefetch and with attention and MLP apart."""
 _REPAIRS = 24
@@ -46,6 +47,7 @@ class Candidate:
     policy: Policy
     placement: PlacementPlan
     cost: CostEstimate
+    cut: Cut
 
     @property
     def seconds(self) -> float:
@@ -143,6 +145,7 @@ class _Search:
                 self._simulate(sorted(solved, key=lambda each: each.bound_s))
         if not self.found:
             return None
+        self._climb(cuts)
         self._refine()
         best = min(self.found, key=_with_preference)
         others = sorted((each for each in self.found if each is not best), key=lambda each: each.seconds)
@@ -166,7 +169,20 @@ class _Search:
                 continue
             if (fitting := self._fit(each)) is not None:
                 priced += 1
-                self.found.append(self._priced(*fitting))
+                self.found.append(self._priced(*fitting, cut=each.cut))
+
+    def _climb(self, cuts: Sequence[Cut]) -> None:
+        """Walks from the best to cuts beside it while they are better: what bounds cannot tell apart, simulation can."""
+        tried = {each.cut for each in self.found}
+        for _ in range(_STEPS_UP):
+            best = min(self.found, key=lambda each: each.seconds)
+            beside = [cut for cut in _beside(best.cut, cuts) if cut not in tried]
+            tried |= set(beside)
+            kind = Kind(disk=best.placement.disk_bytes > 0, hidden_elsewhere=best.placement.hidden_slots > 0)
+            solved = [each for each in (self.program.solve(cut, kind) for cut in beside) if each is not None]
+            self._simulate(sorted(solved, key=lambda each: each.bound_s))
+            if min(each.seconds for each in self.found) >= best.seconds:
+                return
 
     def _refine(self) -> None:
         """The best with deeper prefetch, and with attention and MLP apart."""
@@ -174,7 +190,7 @@ class _Search:
             for policy in (replace(near.policy, overlap=2), replace(near.policy, sep_layer=True)):
                 placement = self._place(policy)
                 if policy != near.policy and self.program.limits.fits(placement):
-                    self.found.append(self._priced(policy, placement))
+                    self.found.append(self._priced(policy, placement, cut=near.cut))
 
     def _fit(self, solved: Solved) -> tuple[Policy, PlacementPlan] | None:
         """The cut's shares as the engine would place them, moved down a tier until they fit."""
@@ -204,11 +220,11 @@ class _Search:
             gpu_cap_bytes=program.limits.gpu_bytes,
         )
 
-    def _priced(self, policy: Policy, placement: PlacementPlan) -> Candidate:
+    def _priced(self, policy: Policy, placement: PlacementPlan, *, cut: Cut) -> Candidate:
         self.simulated += 1
         cost = engine_cost(placement, self.program.profile)
         assert cost is not None
-        return Candidate(policy=policy, placement=placement, cost=cost)
+        return Candidate(policy=policy, placement=placement, cost=cost, cut=cut)
 
     def _move_down(self, shares: list[float], plan: PlacementPlan) -> bool:
         """Takes what is over a tier's limit one tier down; false if there is nothing left to move."""
@@ -288,6 +304,16 @@ class _Search:
         search, cut = _Search(program), Cut(size=1, count=1, chunk=CHUNK_TOKENS[-1])
         solved = (program.solve(cut, kind) for kind in KINDS)
         return any(each is not None and search._fit(each) for each in solved)
+
+
+def _beside(cut: Cut, cuts: Sequence[Cut]) -> list[Cut]:
+    """Cuts of about the same block in other micro-batches, and the same with another chunk."""
+    block, near = cut.size * cut.count, []
+    for other in cuts:
+        alike = 0.75 <= other.size * other.count / block <= 1.34 and 0.4 <= other.size / cut.size <= 2.5
+        if other != cut and alike and (other.chunk == cut.chunk or other.size == cut.size):
+            near.append(other)
+    return near
 
 
 def _distinct(candidates: Sequence[Candidate]) -> Iterator[Candidate]:
