@@ -1,6 +1,7 @@
 """A benchmark in an MLflow store: a parent, a child for each cell, once each, from any state it can end in."""
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -28,7 +29,7 @@ from harness.benchmark.record import Benchmark, CellStatus, cell_folder
 from harness.delivery import sync
 from harness.provenance import process_identity
 from harness.report import Report
-from harness.results import RunResult, RunStatus, write_json, write_text
+from harness.results import RunResult, RunStatus, write_json, write_jsonl, write_text
 from harness.store import DeliveryError, Store
 from harness.tracking import Tracker
 
@@ -99,6 +100,9 @@ def test_failed_cells_are_failed_children_with_the_reason(
         assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert run.data.params["batch_size"] == "8"
         assert "CUDA ran out" in run.data.tags["mlflow.note.content"]
+    note = runs["flexgen-b8"].data.tags["mlflow.note.content"]
+    assert "**Planned**: predicted" in note
+    assert "peak device 7.9 GiB (predicted 5.76 GiB)" in note
     metrics = runs["flexgen-b8"].data.metrics
     assert metrics["peak_device_allocated_bytes"] > metrics["predicted_peak_gpu_bytes"]
 
@@ -209,8 +213,6 @@ def test_benchmark_of_another_running_process_is_not_delivered(tracker: Tracker,
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True
     ) as child:
-        import json
-
         assert child.stdout is not None
         process = json.loads(child.stdout.readline())
         folder = make_benchmark_folder(tmp_path, make_benchmark(status=RunStatus.RUNNING, process=process))
@@ -311,6 +313,9 @@ def test_every_kind_of_unicode_arrives(tracker: Tracker, client: Any, tmp_path: 
         name=STRANGE, cells=[cells[0], odd], tags={STRANGE: STRANGE}, hardware_summary=STRANGE, parity={}
     )
     folder = make_benchmark_folder(tmp_path / "results 日本語 \U0001f680", benchmark)
+    prompts = [{"prompt": STRANGE}, {"prompt": "half a pair \ud800"}]
+    requests = write_jsonl(cell_folder(folder, odd.name) / "requests.jsonl", prompts)
+    assert [json.loads(line) for line in requests.read_text(encoding="utf-8").splitlines()] == prompts
     run_id = tracker.deliver_benchmark(folder)
     assert tracker.deliver_benchmark(folder) == run_id
     parent = client.get_run(run_id)
