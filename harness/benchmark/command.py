@@ -15,17 +15,16 @@ from harness.benchmark.grid import Asked, Grid, make_grid
 from harness.benchmark.live import LiveGrid
 from harness.benchmark.names import short_model
 from harness.benchmark.record import Benchmark, CellStatus, read_cells
+from harness.benchmark.resume import find_benchmark, take_over
 from harness.benchmark.runner import Runner, adopt, merge_cell
 from harness.benchmark.table import as_json, rows_of
 from harness.config import EvalConfig, resolve
 from harness.evaluation import check_log_file
-from harness.provenance import collect_provenance, process_identity, process_is_alive, without_credentials
+from harness.provenance import collect_provenance, process_identity, without_credentials
 from harness.report import Report
 from harness.results import Provenance, RunStatus
 from harness.store import DeliveryError, resolve_store
 from harness.tracking import Tracker
-
-LATEST = "@latest"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +126,7 @@ def resume(
     now = resolve(options, config_file=None, assignments=[], environ=os.environ)
     common, sources = now.common, now.sources
     folder = find_benchmark(which, common.results_dir)
-    benchmark, provenance = _take_over(folder, report, argv)
+    benchmark, provenance = take_over(folder, report, argv)
     if wanted.launches not in (None, benchmark.launches):
         raise UsageError(
             f"--launches {wanted.launches}: this benchmark has {benchmark.launches}; leave it out, or start a new one"
@@ -146,46 +145,6 @@ def resume(
     }
     recorded = recorded.model_copy(update=told)
     return _Session(folder, benchmark, recorded, wanted, report, provenance).run()
-
-
-def find_benchmark(which: str, results_dir: Path) -> Path:
-    """The folder of a benchmark by its uuid (or the beginning of it), its folder, or @latest.
-
-    Raises:
-        UsageError: there is none, or several begin so.
-    """
-    files = list(results_dir.glob("*/benchmark.json"))
-    if which == LATEST:
-        if not files:
-            raise UsageError(
-                f"--resume @latest: {results_dir} holds no benchmark; name its folder, or give --results-dir"
-            )
-        return max(files, key=lambda file: Benchmark.read(file.parent).started_at_ms).parent
-    if (Path(which) / "benchmark.json").exists():
-        return Path(which)
-    found = [file.parent for file in files if which and file.parent.name.startswith(which)]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise UsageError(f"--resume {which}: {len(found)} benchmarks begin so; name more of the uuid")
-    raise UsageError(
-        f"--resume {which}: no such benchmark in {results_dir}; name its folder, or take {LATEST}"
-    )
-
-
-def _take_over(folder: Path, report: Report, argv: Sequence[str]) -> tuple[Benchmark, Provenance]:
-    benchmark = Benchmark.read(folder)
-    if benchmark.status is RunStatus.RUNNING and process_is_alive(benchmark.process):
-        raise UsageError(
-            f"{folder} is still running (pid {benchmark.process.get('pid')}); wait for it, or interrupt it first"
-        )
-    now = collect_provenance(Path.cwd(), argv)
-    was = benchmark.provenance
-    if (was.git_commit, was.patch_digest) != (now.git_commit, now.patch_digest):
-        report.warn("the code has changed since this benchmark was started; its cells are not of one state")
-    if was.versions_digest != now.versions_digest:
-        report.warn("installed packages have changed since this benchmark was started")
-    return benchmark, now
 
 
 class _Session:

@@ -13,27 +13,16 @@ from typing import Any
 
 from flexllmgen.errors import OffloadError, UsageError
 from flexllmgen.policy import Placement
+from harness.benchmark.layers import AXES, Block, Layers, keys_of, read_assignment
 from harness.benchmark.names import axes_of, unique_names
 from harness.benchmark.record import Cell
 from harness.benchmark.suite import Suite, read_suite, read_toml
-from harness.config import ENV_PREFIX, EvalConfig, Settings, flag_of, resolve
+from harness.config import ENV_PREFIX, EvalConfig, Settings
 from strategies.registry import find_strategy, strategy_names
 
-# Options that may be given several times, in the order of the cells: the first varies slowest.
-AXES = (
-    "model",
-    "dtype",
-    "num_prompts",
-    "input_len",
-    "gen_len",
-    "gpu_mem",
-    "cpu_mem",
-    "batch_size",
-    "strategy",
-)
 # The seed's three; flexgen's own defaults keep all on the compute device.
 DEFAULT_STRATEGIES = ("accelerate", "flexgen", "autoflex")
-# What one process alone can be told; cells are no processes of the user's.
+# Options whose one value is a list; it is no axis.
 _LISTS = ("tag",)
 
 
@@ -59,16 +48,6 @@ class Grid:
     suite: Suite | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Block:
-    """A part of the grid: the product of `values`. `named` keys must mean something to one of its strategies."""
-
-    values: Mapping[str, Sequence[Any]]
-    source: str
-    policy: str | None = None
-    named: frozenset[str] = frozenset()
-
-
 def make_grid(asked: Asked, environ: Mapping[str, str]) -> Grid:
     """The cells that were asked for.
 
@@ -91,8 +70,8 @@ def make_grid(asked: Asked, environ: Mapping[str, str]) -> Grid:
     else:
         blocks = _blocks(given.pop("strategy", []), asked.policies, config, environ)
     strategies = list(dict.fromkeys(name for block in blocks for name in block.values["strategy"]))
-    assignments = [_assignment(text, strategies) for text in asked.assignments]
-    layer = _Layer(given, config, assignments, environ, asked.config_file)
+    assignments = [read_assignment(text, strategies) for text in asked.assignments]
+    layer = Layers(given, config, assignments, environ, asked.config_file)
     settings: list[tuple[Settings, str | None]] = []
     for values, block in _expand(blocks, given, crossed=suite is None):
         resolved = layer.resolve(values, block)
@@ -120,14 +99,14 @@ def make_grid(asked: Asked, environ: Mapping[str, str]) -> Grid:
 
 def _blocks(
     strategies: Sequence[str], policies: Sequence[Path], config: Mapping[str, Any], environ: Mapping[str, str]
-) -> list[_Block]:
+) -> list[Block]:
     named = (
         strategies
         or [name for name in (environ.get(ENV_PREFIX + "STRATEGY"), config.get("strategy")) if name][:1]
     )
     if not named and not policies:
         named = DEFAULT_STRATEGIES
-    blocks = [_Block(values={"strategy": [find_strategy(name).name]}, source="") for name in named]
+    blocks = [Block(values={"strategy": [find_strategy(name).name]}, source="") for name in named]
     for path in policies:
         values = read_toml(path, "--policy")
         if not isinstance(values.get("strategy"), str):
@@ -136,7 +115,7 @@ def _blocks(
             )
         find_strategy(values["strategy"])
         blocks.append(
-            _Block(
+            Block(
                 values={key: [value] for key, value in values.items()},
                 source=f"--policy {path}",
                 policy=path.stem,
@@ -146,7 +125,7 @@ def _blocks(
     return blocks
 
 
-def _suite_blocks(suite: Suite, wanted: Sequence[str]) -> list[_Block]:
+def _suite_blocks(suite: Suite, wanted: Sequence[str]) -> list[Block]:
     """A block for each [[cells]] that has a strategy among `wanted`; all, where none is named."""
     for name in wanted:
         find_strategy(name)
@@ -174,7 +153,7 @@ def _suite_blocks(suite: Suite, wanted: Sequence[str]) -> list[_Block]:
                 {key for key in suite.common if raw[key] == suite.common[key]} if not wanted else set(raw)
             )
             blocks.append(
-                _Block(values=values, source=source, policy=policy[0], named=frozenset(set(values) - shared))
+                Block(values=values, source=source, policy=policy[0], named=frozenset(set(values) - shared))
             )
     _check_common(suite)
     if not blocks:
@@ -185,7 +164,7 @@ def _suite_blocks(suite: Suite, wanted: Sequence[str]) -> list[_Block]:
 
 
 def _check_common(suite: Suite) -> None:
-    keys = {key for name in strategy_names() for key in _keys_of(name)}
+    keys = {key for name in strategy_names() for key in keys_of(name)}
     for key in suite.common:
         if key not in EvalConfig.model_fields and key not in keys and key != "policy":
             raise UsageError(
@@ -194,8 +173,8 @@ def _check_common(suite: Suite) -> None:
 
 
 def _expand(
-    blocks: Sequence[_Block], given: Mapping[str, Any], *, crossed: bool
-) -> Iterator[tuple[dict[str, Any], _Block]]:
+    blocks: Sequence[Block], given: Mapping[str, Any], *, crossed: bool
+) -> Iterator[tuple[dict[str, Any], Block]]:
     """Every combination of every block.
 
     Crossed, the blocks are the innermost axis: the strategies of one workload stand beside each other.
@@ -220,96 +199,6 @@ def _expand(
                 yield values, block
 
 
-class _Layer:
-    """Resolves a cell: what it says itself, over what holds for all of them."""
-
-    def __init__(
-        self,
-        given: Mapping[str, Any],
-        config: Mapping[str, Any],
-        assignments: Sequence[tuple[str | None, str, str]],
-        environ: Mapping[str, str],
-        config_file: Path | None,
-    ) -> None:
-        self.given, self.config, self.assignments = given, dict(config), assignments
-        self.environ = environ
-        self.config_file = config_file
-        self.config.pop("strategy", None)
-
-    def resolve(self, values: Mapping[str, Any], block: _Block) -> Settings:
-        strategy = find_strategy(str(values["strategy"])).name
-        own = _keys_of(strategy)
-        options: dict[str, Any] = {}
-        sets: dict[str, str] = {}
-        sources: dict[str, str] = {}
-
-        def layer(pairs: Mapping[str, Any], source: str, named: frozenset[str]) -> None:
-            for key, value in pairs.items():
-                if key in EvalConfig.model_fields:
-                    options[key] = value
-                elif key in own:
-                    sets[key] = _as_toml(value)
-                elif key in named:
-                    # resolve knows the nearest name.
-                    sets[key] = _as_toml(value)
-                else:
-                    continue
-                sources[key] = source
-
-        fallback = {
-            key: value for key, value in self.config.items() if ENV_PREFIX + key.upper() not in self.environ
-        }
-        unknown = [key for key in self.config if key not in EvalConfig.model_fields and not _known(key)]
-        layer(fallback, f"file {self.config_file}", frozenset(unknown))
-        # A key that is named may be another strategy's of the same [[cells]].
-        strategies = [str(name) for name in block.values["strategy"]]
-        others = {key for name in strategies if name != strategy for key in _keys_of(name)}
-        layer(values, block.source, block.named - others)
-        for key in self.given:
-            # What of an axis is this cell's own is in `values` already.
-            if key not in AXES:
-                options[key] = self.given[key]
-            sources[key] = f"option {flag_of(key)}"
-        for of, key, value in self.assignments:
-            if of in (None, strategy) and key in own:
-                sets[key] = value
-                sources[key] = f"option --set {key}"
-        try:
-            settings = resolve(
-                options,
-                config_file=None,
-                assignments=[f"{key}={value}" for key, value in sets.items()],
-                environ=self.environ,
-            )
-        except UsageError as error:
-            if not block.source:
-                raise
-            raise UsageError(f"{block.source}: {str(error).removeprefix('--set: ')}") from None
-        common = settings.common
-        if common.gpu_mem is not None or common.cpu_mem is not None:
-            common = common.model_copy(update={"tag": [*common.tag, "emulated=true"]})
-        return Settings(
-            common=common,
-            strategy=settings.strategy,
-            sources={**settings.sources, **{key: text for key, text in sources.items() if text}},
-        )
-
-
-def _assignment(text: str, strategies: Sequence[str]) -> tuple[str | None, str, str]:
-    """`key=value` for the strategies that have the key, or `strategy.key=value` for one: (strategy, key, value)."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise UsageError(f"--set {text!r}: write it as KEY=VALUE or STRATEGY.KEY=VALUE")
-    of, dot, key = name.strip().rpartition(".")
-    if key in EvalConfig.model_fields:
-        raise UsageError(f"--set {key}: this is an option of every strategy; give it as {flag_of(key)}")
-    if dot and of not in strategies:
-        raise UsageError(f"--set {text}: no cell runs {of!r}; the strategies are {', '.join(strategies)}")
-    if not any(key in _keys_of(strategy) for strategy in ([of] if dot else strategies)):
-        raise UsageError(f"--set {text}: {' and '.join([of] if dot else strategies)} have no key {key!r}")
-    return of or None, key, value.strip()
-
-
 def _check(settings: Settings) -> None:
     """What can be wrong with a cell and be seen by names and numbers alone.
 
@@ -331,25 +220,6 @@ def _check(settings: Settings) -> None:
         check_context(config, source)
     except OffloadError as error:
         raise UsageError(str(error)) from error
-
-
-def _as_toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(value) if isinstance(value, int | float) else _quoted(str(value))
-
-
-def _quoted(text: str) -> str:
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-    return f'"{escaped}"'
-
-
-def _keys_of(strategy: str) -> list[str]:
-    return list(find_strategy(strategy).load_config()[0].model_fields)
-
-
-def _known(key: str) -> bool:
-    return any(key in _keys_of(name) for name in strategy_names())
 
 
 def _same(one: Settings, other: Settings) -> bool:
