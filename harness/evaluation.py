@@ -3,19 +3,16 @@
 import logging
 import os
 import shlex
-import signal
 import threading
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from flexllmgen.errors import OffloadError, UsageError
 from harness.config import Settings
 from harness.job import Job
-from harness.launch import Launch
+from harness.launch import Launch, one_signal_ignored
 from harness.provenance import collect_provenance, without_credentials
 from harness.report import Report
 from harness.results import RunResult, Timeline
@@ -76,7 +73,7 @@ class _Evaluation:
             self.report.error(ended.error.message)
             return ended.error.exit_code
         folder, result = ended.folder, ended.result
-        with self._one_signal_ignored():
+        with one_signal_ignored(self.report.warn):
             draw_pictures(folder, result)
             delivered = self._deliver(folder)
         self._show(result, folder, delivered)
@@ -84,24 +81,6 @@ class _Evaluation:
             self.report.error(result.error.message)
             return result.error.exit_code
         return 0 if delivered else EXIT_NOT_DELIVERED
-
-    @contextmanager
-    def _one_signal_ignored(self) -> Iterator[None]:
-        """While in here, a first SIGINT or SIGTERM is answered with a word; a second interrupts."""
-
-        def on_signal(_signum: int, _frame: FrameType | None) -> None:
-            self.report.warn("delivering what was measured; interrupt again to leave it to `harness sync`")
-            for number in previous:
-                signal.signal(number, signal.default_int_handler)
-
-        previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        for number in previous:
-            signal.signal(number, on_signal)
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     def _on_event(self, event: Mapping[str, Any]) -> None:
         match event["event"]:

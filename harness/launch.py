@@ -6,9 +6,11 @@ Knows nothing of how a run is recorded or shown: the verbs that launch a worker 
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from flexllmgen.errors import OutOfMemory
@@ -40,6 +42,25 @@ class Ended:
     result: RunResult | None
     error: RunError | None
     interrupted: bool
+
+
+@contextmanager
+def one_signal_ignored(tell: Callable[[str], None]) -> Iterator[None]:
+    """While in here, a first SIGINT or SIGTERM is answered with a word; a second interrupts."""
+
+    def on_signal(_signum: int, _frame: FrameType | None) -> None:
+        tell("delivering what was measured; interrupt again to leave it to `harness sync`")
+        for number in previous:
+            signal.signal(number, signal.default_int_handler)
+
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in previous:
+        signal.signal(number, on_signal)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class Launch:

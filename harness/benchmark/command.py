@@ -5,6 +5,7 @@ import shlex
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from harness.benchmark.runner import Runner, adopt, merge_cell
 from harness.benchmark.table import as_json, rows_of
 from harness.config import EvalConfig, resolve
 from harness.evaluation import check_log_file
+from harness.launch import one_signal_ignored
 from harness.provenance import collect_provenance, process_identity, without_credentials
 from harness.report import Report
 from harness.results import Provenance, RunStatus
@@ -193,10 +195,13 @@ class _Session:
             self.folder, self.benchmark, live, provenance=self.provenance, verbose=self.report.verbose
         )
         runner.run()
-        self.benchmark, warnings = close(self.folder, runner.benchmark)
-        for warning in [*warnings, *write_reports(self.folder)]:
-            self.report.warn(warning)
-        delivered = self._deliver()
+        # Who has interrupted already may end this too; what was measured is written down.
+        patient = nullcontext() if runner.interrupted else one_signal_ignored(self.report.warn)
+        with patient:
+            self.benchmark, warnings = close(self.folder, runner.benchmark)
+            for warning in [*warnings, *write_reports(self.folder)]:
+                self.report.warn(warning)
+            delivered = self._deliver()
         self._show(delivered)
         return exit_code(self.benchmark, delivered=delivered, fail_on=self.wanted.fail_on)
 

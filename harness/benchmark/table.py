@@ -111,7 +111,7 @@ def baseline_of(cell: Cell, benchmark: Benchmark, results: Mapping[str, RunResul
     """The cell that `cell` is held against: of the same workload and machine, and most like it otherwise.
 
     `benchmark.baseline` names a cell or a strategy. Where the grid has several workloads or batch sizes, each has its
-    own cell of the baseline's strategy.
+    own cell of the baseline's strategy; one in whose grid that strategy has no part, its first cell.
     """
     cells = {one.name: one for one in benchmark.cells}
     named = cells.get(benchmark.baseline)
@@ -124,6 +124,20 @@ def baseline_of(cell: Cell, benchmark: Benchmark, results: Mapping[str, RunResul
         and cell.name in results
         and _same_workload(results[one.name], results[cell.name])
     ]
+    if not candidates and not any(
+        # It may have been of this workload.
+        one.name not in results and _strategy(one, results) == wanted
+        for one in benchmark.cells
+    ):
+        candidates = [
+            one
+            for one in benchmark.cells
+            if one.name in results
+            and cell.name in results
+            and _same_workload(results[one.name], results[cell.name])
+        ]
+        # A cell that is alone with its workload has nothing to be held against.
+        candidates = candidates[:1] if len(candidates) > 1 else []
     if not candidates:
         return None
     # The most equal axes; among equals the one that was named, then the first of the grid.

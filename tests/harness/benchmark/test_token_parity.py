@@ -11,6 +11,7 @@ from harness.benchmark.ending import exit_code, unequal
 from harness.benchmark.merge import launch_folder
 from harness.benchmark.parity import Sequences, compare, parity_of, read_sequences, with_parity
 from harness.benchmark.record import Benchmark, Parity, read_cells
+from harness.benchmark.table import baseline_of
 from harness.results import write_jsonl
 
 PROMPTS = [[1, 2], [3, 4], [5, 6], [7, 8]]
@@ -91,6 +92,19 @@ def test_a_cell_with_other_prompts_has_no_parity_and_is_told(folder: Path) -> No
     assert len(found) == 5
     assert len(refused) == 1
     assert "flexgen-b4 and accelerate-b4" in refused[0]
+
+
+def test_a_workload_without_the_baselines_strategy_has_its_first_cell(folder: Path) -> None:
+    benchmark = Benchmark.read(folder)
+    results = dict(read_cells(folder, benchmark))
+    for name in ("flexgen-b8", "autoflex-b8"):
+        results[name] = results[name].model_copy(update={"workload_key": "another"})
+    assert baseline_of(benchmark.cells[5], benchmark, results) == "flexgen-b8"
+    assert baseline_of(benchmark.cells[4], benchmark, results) == "flexgen-b8"
+    assert baseline_of(benchmark.cells[1], benchmark, results) == "accelerate-b4"
+    # A baseline that failed before it had a workload may have been of this one.
+    del results["accelerate-b8"]
+    assert baseline_of(benchmark.cells[5], benchmark, results) is None
 
 
 def test_a_launch_that_was_cut_short_is_not_compared(folder: Path) -> None:
