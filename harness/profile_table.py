@@ -21,7 +21,6 @@ _TITLES = {
     "d2h_both_ways_bytes_per_s": "device to host, both ways",
     "h2d_under_reads_bytes_per_s": "host to device, CPU reading",
     "h2d_pageable_bytes_per_s": "host to device, not page-locked",
-    "stream_waits_per_s": "waits of a stream for another, a second",
     "cpu_attention_bytes_per_s": "CPU attention, KV read",
     "cpu_attention_under_copies_bytes_per_s": "CPU attention under copies",
     "disk_read_bytes_per_s": "disk, read",
@@ -77,7 +76,7 @@ def _rate_row(name: str, measured: Measurement) -> tuple[str, ...]:
     def reading(rate: float) -> str:
         if name == "compute_flops_per_s":
             return f"{rate / 1e12:,.2f} TFLOP/s"
-        if name in ("disk_reads_per_s", "disk_writes_per_s", "stream_waits_per_s"):
+        if name in ("disk_reads_per_s", "disk_writes_per_s"):
             return f"{rate:,.0f} /s"
         return f"{rate / 1e9:,.2f} GB/s"
 

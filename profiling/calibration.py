@@ -22,7 +22,7 @@ class Calibration:
     """By what the machine was slower than its profile said; 1 is as predicted.
 
     `pace` is of decode steps, in what computes them: the layers on a CPU, where disk reads take their share of the cores;
-    on an accelerator the host that issues its work. Prompts were not tried and stay as profiled.
+    on an accelerator how work is issued and started. Prompts were not tried and stay as profiled.
     """
 
     pace: float = 1.0
@@ -118,6 +118,7 @@ def _slower_layers(table: LayerTimes, computes: float, issues: float) -> LayerTi
         issue_s=table.issue_s * issues,
         chunk_issue_s=table.chunk_issue_s * issues,
         kv_issue_s=table.kv_issue_s * issues,
+        replay_s=table.replay_s * issues,
         step=slower(table.step),
         head=tuple(replace(point, head_s=point.head_s * computes) for point in table.head),
     )

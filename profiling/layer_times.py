@@ -79,6 +79,7 @@ class LayerTimes:
         chunk_issue_s: host seconds to issue the operations of a chunk of a prompt, or of a step; 0 on the CPU, where it is the
             layer's own time, and where the host waits within a layer anyhow.
         kv_issue_s: what a step takes more to issue where its KV is loaded and stored.
+        replay_s: what a layer replayed from a graph takes beyond its kernels, waiting for its weights.
         recorded: points of a decode step that is replayed from a graph: it attends to all positions there is room
             for, under a mask. Empty on the CPU.
         prompt: points over positions of a chunk of a prompt.
@@ -95,6 +96,7 @@ class LayerTimes:
     head: tuple[HeadPoint, ...]
     chunk_issue_s: float = 0.0
     kv_issue_s: float = 0.0
+    replay_s: float = 0.0
     recorded: tuple[Point, ...] = ()
     spread: float = 0.0
 
@@ -147,6 +149,7 @@ class LayerTimes:
             issue_s=self.issue_s,
             chunk_issue_s=self.chunk_issue_s,
             kv_issue_s=self.kv_issue_s,
+            replay_s=self.replay_s,
             recorded=tuple(scale(point, cached) for point in self.recorded),
             waits=shape.num_experts > 0,
             prompt=tuple(scale(point, heads) for point in self.prompt),

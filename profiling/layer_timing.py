@@ -32,6 +32,7 @@ _ROTATED_BYTES = 128 << 20
 _KV_BYTES = 1 << 30
 _TRIALS = 4
 _ISSUED = 32
+_MANY_ROWS, _SUSTAINED_S = 4096, 0.3
 _LONG_S = 0.1
 """A point that takes longer ends its row: what is larger runs at the same rate."""
 
@@ -55,6 +56,7 @@ def measure_layer_times(spec: ModelSpec, *, dtype: str, device: str) -> LayerTim
         issue_s=issue.step_s,
         chunk_issue_s=issue.chunk_s,
         kv_issue_s=issue.kv_s,
+        replay_s=issue.replay_s,
         recorded=recorded,
         waits=spec.num_experts > 0,
         prompt=prompt,
@@ -150,7 +152,7 @@ class _Bench:
             for weights, segment in zip(layers, segments, strict=True):
                 self.decoder.attention(weights, x_BTD, 0, span, segment)
 
-        return self._seconds(work) / len(layers)
+        return self._seconds(work, sustained=prompt and rows >= _MANY_ROWS) / len(layers)
 
     def mlp_s(self, layers: list[Tensors], rows: int) -> float:
         x_BTD = torch.randn(rows, 1, self.spec.hidden_size, device=self.device).to(self.dtype)
@@ -159,10 +161,13 @@ class _Bench:
             for weights in layers:
                 self.decoder.mlp(weights, x_BTD)
 
-        return self._seconds(work) / len(layers)
+        return self._seconds(work, sustained=rows >= _MANY_ROWS) / len(layers)
 
     def operations_s(self) -> float:
         """Host seconds to issue a layer's operations for one sequence; with those the device hardly takes time."""
+        return min(timed_runs(self._layers_of_one(), self.device.type, 2 * _TRIALS)) / _ISSUED
+
+    def _layers_of_one(self) -> Callable[[], None]:
         x_BTD = torch.randn(1, 1, self.spec.hidden_size, device=self.device).to(self.dtype)
         positions = torch.full((1, 1), 7, device=self.device)
         cos, sin = self.decoder.rotations(positions)
@@ -175,20 +180,35 @@ class _Bench:
                 self.decoder.attention(weights, x_BTD, 0, span, segments)
                 self.decoder.mlp(weights, x_BTD)
 
-        return min(timed_runs(work, self.device.type, 2 * _TRIALS)) / _ISSUED
+        return work
+
+    def replayed_s(self) -> float:
+        """Seconds of a layer's kernels for one sequence, as a graph runs them."""
+        assert self.stream is not None
+        return self._seconds(self._layers_of_one()) / _ISSUED
 
     def _head_s(self, weights: Tensors, rows: int) -> float:
         x_RD = torch.randn(rows, self.spec.hidden_size, device=self.device).to(self.dtype)
         return self._seconds(lambda: self.decoder.logits(weights, x_RD).argmax(dim=-1))
 
-    def _seconds(self, work: Callable[[], object]) -> float:
+    def _seconds(self, work: Callable[[], object], *, sustained: bool = False) -> float:
         run = work
         if self.stream is not None and not self.spec.num_experts:
             run = _recorded(work, self.stream)
+        if sustained and self.stream is not None:
+            self._warm(run)
         seconds = timed_runs(run, self.device.type, _TRIALS)
         self.spreads.append((max(seconds) - min(seconds)) / statistics.median(seconds))
         # The quickest, because on a shared machine the others say how busy it was just then.
         return min(seconds)
+
+    def _warm(self, run: Callable[[], object]) -> None:
+        """Until the GPU's clocks are those of long work: of matrix products they drop by a tenth and more."""
+        started = time.perf_counter()
+        while time.perf_counter() - started < _SUSTAINED_S:
+            for _ in range(8):
+                run()
+            torch.cuda.synchronize()
 
     def _weights(self, shapes: Mapping[str, tuple[int, ...]]) -> Tensors:
         return {
@@ -211,11 +231,15 @@ def _recorded(work: Callable[[], object], stream: torch.cuda.Stream) -> Callable
 
 @dataclass(frozen=True, slots=True)
 class _Issue:
-    """Host seconds of a compute step: the engine's loop with its load of weights, its operations, its KV's moves."""
+    """Host seconds of a compute step: the engine's loop with its load of weights, its operations, its KV's moves.
+
+    `replay_s` is what a layer replayed from a graph takes beyond its kernels.
+    """
 
     step_s: float
-    chunk_s: float
-    kv_s: float
+    chunk_s: float = 0.0
+    kv_s: float = 0.0
+    replay_s: float = 0.0
 
     @staticmethod
     def measured(spec: ModelSpec, dtype: str, device: str) -> "_Issue":
@@ -233,10 +257,12 @@ class _Issue:
         with torch.inference_mode():
             tiny = _Bench(_tiny(spec, 2), torch.device(device), getattr(torch, dtype))
             operations_s = tiny.operations_s()
-        if device == "cpu" or spec.num_experts:
-            return _Issue(max(0.0, plain_s - operations_s), 0.0, 0.0)
-        # The tiny model's layers are replayed from graphs, as a real one's are: its operations are not in `plain_s`.
-        return _Issue(plain_s, operations_s, max(0.0, per_layer(ON_CPU) - plain_s))
+            if device == "cpu" or spec.num_experts:
+                return _Issue(max(0.0, plain_s - operations_s))
+            replayed_s = tiny.replayed_s()
+        # With its KV on the device the tiny model's layers are replayed from graphs: no operations are in `plain_s`.
+        kv_s = per_layer(ON_CPU) - plain_s - operations_s
+        return _Issue(plain_s, operations_s, max(0.0, kv_s), max(0.0, plain_s - replayed_s))
 
 
 def _tiny(spec: ModelSpec, layers: int) -> ModelSpec:

@@ -18,8 +18,6 @@ from profiling.profile import Measurement
 
 COPY_BYTES = 256 * MIB
 _TRIALS = 5
-_ROUNDS, _WAITED_BYTES = 32, 8 * MIB
-"""A copy lasts long enough for the host to issue the next ones before it ends."""
 _SIDE_BY_SIDE_S = 0.25
 """How long copies and the CPU run beside each other: some rounds of what the CPU does."""
 
@@ -57,30 +55,6 @@ class Links:
             "d2h_bytes_per_s": _measure(self.down.start),
             "h2d_pageable_bytes_per_s": _measure(lambda: self.up.target.copy_(pageable)),
         }
-
-    def waits(self) -> dict[str, Measurement]:
-        """How often a second streams can wait for each other's work, copies and kernels in turn."""
-        return {"stream_waits_per_s": Measurement.of(2 * _ROUNDS, [self._waits_s() for _ in range(_TRIALS)])}
-
-    def _waits_s(self) -> float:
-        """Seconds of copies and kernels in turn on two streams, beyond those of the same on one."""
-        target, source = self.up.target[:_WAITED_BYTES], self.up.source[:_WAITED_BYTES]
-        number, other = torch.zeros(1, device=target.device), torch.cuda.Stream()
-
-        def chain(copies: torch.cuda.Stream, kernels: torch.cuda.Stream) -> None:
-            for _ in range(_ROUNDS):
-                with torch.cuda.stream(copies):
-                    target.copy_(source, non_blocking=True)
-                kernels.wait_stream(copies)
-                with torch.cuda.stream(kernels):
-                    number.add_(1)
-                copies.wait_stream(kernels)
-
-        one_s, two_s = (
-            min(timed_runs(lambda stream=stream: chain(self.up.stream, stream), "cuda", 2))  # type: ignore[misc]
-            for stream in (self.up.stream, other)
-        )
-        return max(two_s - one_s, _ROUNDS * 1e-7)
 
     def both_ways(self) -> dict[str, Measurement]:
         """Rates of each direction while the other runs too."""

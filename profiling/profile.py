@@ -70,9 +70,8 @@ class Rates:
 
     `compute_flops_per_s` and `device_*` are of the compute device; `h2d` and `d2h` are its links to and from
     page-locked host memory: alone, `_both_ways` while the other direction runs too, `_under_reads` while the CPU
-    reads memory. `stream_waits_per_s` is how often one of its streams can wait for another, wait after wait. Disk rates
-    bypass the page cache, `_alone` with one piece under way; reads and writes per second are of single pages;
-    `cached_file_bytes_per_s` is reading a file that lies in it.
+    reads memory. Disk rates bypass the page cache, `_alone` with one piece under way; reads and writes per second are of
+    single pages; `cached_file_bytes_per_s` is reading a file that lies in it.
     """
 
     compute_flops_per_s: float
@@ -87,7 +86,6 @@ class Rates:
     d2h_both_ways_bytes_per_s: float | None = None
     h2d_under_reads_bytes_per_s: float | None = None
     h2d_pageable_bytes_per_s: float | None = None
-    stream_waits_per_s: float | None = None
     cpu_attention_bytes_per_s: float | None = None
     cpu_attention_under_copies_bytes_per_s: float | None = None
     disk_read_bytes_per_s: float

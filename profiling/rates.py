@@ -94,7 +94,6 @@ def _links(links: Links, dtype: torch.dtype) -> Iterator[Part]:
         return {"cpu_attention_under_copies_bytes_per_s": attention}
 
     yield "links", links.alone
-    yield "waits between streams", links.waits
     yield "links both ways", links.both_ways
     yield "links while the CPU reads", beside_reads
     yield "attention on the CPU under copies", beside_attention

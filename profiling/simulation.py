@@ -52,15 +52,9 @@ class _Clocks:
         self.busy = [{} for _ in range(self.passes)]
         self.moved = [dict.fromkeys(LINKS, 0.0) for _ in range(self.passes)]
 
-    def run(
-        self, resource: str, lane: str, ready: float, seconds: float, token: int, wait_s: float = 0.0
-    ) -> float:
-        """Occupies a resource from when it and its lane are free; returns the end.
-
-        Args:
-            wait_s: how long after that the lane notices.
-        """
-        start = max(self.free.get(resource, 0.0), max(ready, self.free.get(lane, 0.0)) + wait_s)
+    def run(self, resource: str, lane: str, ready: float, seconds: float, token: int) -> float:
+        """Occupies a resource from when it and its lane are free; returns the end."""
+        start = max(ready, self.free.get(resource, 0.0), self.free.get(lane, 0.0))
         if self.together:  # Without overlap nothing begins before everything else has ended.
             start = max([start, *self.free.values()])
         end = start + seconds
@@ -124,7 +118,6 @@ class _Simulation:
             depth=plan.policy.overlap,
             spare_kv_slots=plan.spare_kv_slots,
         )
-        self.wait_s = 1 / rates.stream_waits_per_s if rates.stream_waits_per_s else 0.0
         self.clocks = _Clocks(together=plan.policy.overlap == 0, passes=1 + len(contexts))
         self.issued = 0.0
         self.weight_ready: dict[int, float] = {}
@@ -177,11 +170,9 @@ class _Simulation:
             end = self._disk("weights disk", ready, disk, step.token, under_way=under_way)
         if not self.on_cpu and (host or disk):
             copied = ready
-            # Its first part waits for the slot; the others follow it in the same lane.
-            wait_s = self.wait_s if step.part == 0 else 0.0
             if host:
                 paged = 0.0 if self.plan.policy.pin_weight else self.rates.h2d_pageable_bytes_per_s
-                copied = self._up("weights up", ready, host, step.token, rate=paged or None, wait_s=wait_s)
+                copied = self._up("weights up", ready, host, step.token, rate=paged or None)
             if disk:
                 copied = self._up("weights up", copied, disk, step.token)
                 # Copies follow their reads, and the lane waits for the last one.
@@ -203,8 +194,7 @@ class _Simulation:
         if disk:
             end = self._disk(f"kv up {step.slot}", ready, disk * positions, step.token)
         if not self.on_cpu and cpu + disk:
-            lane, num_bytes = f"kv up {step.slot}", (cpu + disk) * positions
-            end = self._up(lane, end, num_bytes, step.token, wait_s=self.wait_s)
+            end = self._up(f"kv up {step.slot}", end, (cpu + disk) * positions, step.token)
         self.kv_ready[step.slot] = end
 
     def _store_kv(self, step: Step) -> None:
@@ -247,21 +237,14 @@ class _Simulation:
         self.hidden_busy[step.slot] = end
 
     def _up(
-        self,
-        lane: str,
-        ready: float,
-        num_bytes: float,
-        token: int,
-        *,
-        rate: float | None = None,
-        wait_s: float = 0.0,
+        self, lane: str, ready: float, num_bytes: float, token: int, *, rate: float | None = None
     ) -> float:
         self.clocks.moved[token][H2D] += num_bytes
-        return self.clocks.run(UP, lane, ready, num_bytes / (rate or self._up_rate), token, wait_s)
+        return self.clocks.run(UP, lane, ready, num_bytes / (rate or self._up_rate), token)
 
     def _down(self, lane: str, ready: float, num_bytes: float, token: int) -> float:
         self.clocks.moved[token][D2H] += num_bytes
-        return self.clocks.run(DOWN, lane, ready, num_bytes / self._down_rate, token, self.wait_s)
+        return self.clocks.run(DOWN, lane, ready, num_bytes / self._down_rate, token)
 
     def _disk(
         self,
@@ -297,8 +280,6 @@ class _Simulation:
             self._kv_wait(step),
             self.hidden_ready.get(step.hidden_slot, 0.0) if step.hidden_slot >= 0 else 0.0,
         )
-        if ready > self.clocks.free.get(COMPUTE, 0.0):
-            ready += self.wait_s
         seconds = self._compute_seconds(step)
         issue = self._issue_seconds(step)
         if self.on_cpu:
@@ -352,7 +333,8 @@ class _Simulation:
             return rows * self.plan.spec.hidden_bytes(1, self.plan.dtype_bytes) / self._copy_rate
         window = self._window(layer)
         if token > 0 and self.plan.recording != "none":
-            return self.times.recorded_s(kind, sequences, self.plan.max_context)
+            starts_s = self.times.replay_s if self.plan.recording == "layers" else 0.0
+            return starts_s + self.times.recorded_s(kind, sequences, self.plan.max_context)
         if token > 0:
             context = self.contexts[token - 1]
             return self.times.step_s(kind, sequences, min(context, window) if window else context)

@@ -142,7 +142,7 @@ class _Search:
                     if program.cheap_bound(cut) * (1 + _WORTH) < best_s
                 ]
                 solved = [each for each in (program.solve(cut, kind) for cut in hopeful) if each is not None]
-                self._simulate(sorted(solved, key=lambda each: each.bound_s))
+                self._simulate(sorted(solved, key=lambda each: each.bound_s), most=_MAX_SIMULATED)
         if not self.found:
             return None
         self._climb(cuts)
@@ -161,11 +161,11 @@ class _Search:
     def _best_s(self) -> float:
         return min((each.seconds for each in self.found), default=float("inf"))
 
-    def _simulate(self, solved: Sequence[Solved]) -> None:
+    def _simulate(self, solved: Sequence[Solved], *, most: int) -> None:
         priced = 0
         for each in solved:
             self.bound_s = min(self.bound_s, each.bound_s)
-            if priced == _MAX_SIMULATED or each.bound_s * (1 + _WORTH) >= self._best_s():
+            if priced == most or each.bound_s * (1 + _WORTH) >= self._best_s():
                 continue
             if (fitting := self._fit(each)) is not None:
                 priced += 1
@@ -180,7 +180,7 @@ class _Search:
             tried |= set(beside)
             kind = Kind(disk=best.placement.disk_bytes > 0, hidden_elsewhere=best.placement.hidden_slots > 0)
             solved = [each for each in (self.program.solve(cut, kind) for cut in beside) if each is not None]
-            self._simulate(sorted(solved, key=lambda each: each.bound_s))
+            self._simulate(sorted(solved, key=lambda each: each.bound_s), most=len(solved))
             if min(each.seconds for each in self.found) >= best.seconds:
                 return
 

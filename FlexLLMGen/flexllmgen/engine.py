@@ -271,7 +271,8 @@ class FlexEngine:
     def probe(self, *, steps: bool = True, trials: int = 3) -> Probe:
         """Times what a plan's rates can be corrected by: loading one layer, and a few decode steps of a whole block.
 
-        The steps follow a prompt of one token, so that they take the least. Call it between blocks.
+        The steps are those after a prompt of the workload's length, of which all but the last token is skipped: the KV
+        they read is whatever lies there. Call it between blocks.
 
         Args:
             steps: false where a step takes too long for a try.
@@ -279,16 +280,18 @@ class FlexEngine:
         with torch.inference_mode():
             stage, load_s = self._executor.probe_load(trials)
         moments = []
-        if steps and self.placement.max_context > trials + 1:
+        tokens, workload = trials + 2, self.placement.workload
+        skipped = min(workload.prompt_tokens, self.placement.max_context - tokens) - 1
+        if steps and skipped >= 0:
             # Different tokens, so that experts are chosen as they are in a run.
             generator = torch.Generator().manual_seed(0)
             ids = torch.randint(self.spec.vocab_size, (self.block_size, 1), generator=generator)
-            for _ in self.generate(ids, max_new_tokens=trials + 2):
+            for _ in self._generate(ids, None, Greedy(), tokens, skipped=skipped):
                 moments.append(time.perf_counter())  # noqa: PERF401 - the moment it comes, not after
         # The first step still finds loads that ran while the prompt did.
         gaps = [after - before for before, after in itertools.pairwise(moments[1:])]
         step_s = statistics.median(gaps) if gaps else None
-        return Probe(stage=stage, load_s=load_s, step_s=step_s, context=3)
+        return Probe(stage=stage, load_s=load_s, step_s=step_s, context=skipped + 4)
 
     def stats(self) -> EngineStats:
         """What is held and was moved until now."""
@@ -366,7 +369,13 @@ class FlexEngine:
 
     @torch.inference_mode()  # As a decorator it is left at each yield: the consumer's code is not in it.
     def _generate(
-        self, ids: torch.Tensor, mask: torch.Tensor | None, sampling: Sampling, tokens: int
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor | None,
+        sampling: Sampling,
+        tokens: int,
+        *,
+        skipped: int = 0,
     ) -> Iterator[torch.Tensor]:
         def head(w: Weights, x_BTD: torch.Tensor, first: int, token: int) -> torch.Tensor:
             # Only the last position decides the next token.
@@ -374,7 +383,7 @@ class FlexEngine:
 
         stops = torch.tensor(sampling.stop_ids, dtype=torch.int64)
         ended = torch.zeros(len(ids), dtype=torch.bool)
-        for column in self._executor.run(ids, mask, tokens, head):
+        for column in self._executor.run(ids, mask, tokens, head, skipped=skipped):
             shown = torch.where(ended, sampling.pad_id, column)
             ended = ended | torch.isin(column, stops)
             yield shown

@@ -63,7 +63,13 @@ class Executor:
         self._records: dict[tuple[int, ...], RecordedDecode] = {}
 
     def run(
-        self, ids_BT: torch.Tensor, mask_BT: torch.Tensor | None, num_tokens: int, head: Head
+        self,
+        ids_BT: torch.Tensor,
+        mask_BT: torch.Tensor | None,
+        num_tokens: int,
+        head: Head,
+        *,
+        skipped: int = 0,
     ) -> Iterator[torch.Tensor]:
         """Yields what `head` makes of each pass: the prompt's first, then one new position after another.
 
@@ -71,9 +77,11 @@ class Executor:
             ids_BT: all sequences of the block, padded on the left.
             mask_BT: false on padding; None without.
             head: run on the hidden states after the last layer. For a next pass it must give token ids [B].
+            skipped: positions before the prompt that are taken for computed: steps then take what they would after a
+                prompt so much longer, and mean nothing.
         """
-        prompt = ids_BT.shape[1]
-        batches = self._begin(ids_BT, mask_BT)
+        prompt = skipped + ids_BT.shape[1]
+        batches = self._begin(ids_BT, mask_BT, skipped)
         shape = self._shape(num_tokens, len(batches))
         record = self._record([batch.count for batch in batches])
         try:
@@ -85,7 +93,7 @@ class Executor:
                     if step.token + 1 < num_tokens:
                         self._advance(batches, prompt + step.token, record)
                 else:
-                    self._move(step, shape, prompt)
+                    self._move(step, shape, skipped, prompt)
         finally:
             # A consumer may stop early: loads that ran ahead must end before their slots are used again.
             self._weights.drain()
@@ -129,7 +137,7 @@ class Executor:
             spare_kv_slots=self._plan.spare_kv_slots,
         )
 
-    def _begin(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor | None) -> list[_MicroBatch]:
+    def _begin(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor | None, skipped: int) -> list[_MicroBatch]:
         count, prompt = ids_BT.shape
         padded = mask_BT is not None and not bool(mask_BT.all())
         ids_BT = ids_BT.to(self._device)
@@ -139,11 +147,11 @@ class Executor:
         for size in micro_batch_sizes(count, self._plan.policy):
             keep = mask[first : first + size] if mask is not None else None
             if keep is None:
-                positions = torch.arange(prompt, device=self._device).expand(size, prompt)
+                positions = torch.arange(skipped, skipped + prompt, device=self._device).expand(size, prompt)
             else:
                 positions = (keep.long().cumsum(dim=1) - 1).clamp(min=0)
             cos, sin = self._rotations(positions, same=keep is None)
-            span = Span(first=0, prompt=True, positions_BT=positions, cos=cos, sin=sin, keep_BT=keep)
+            span = Span(first=skipped, prompt=True, positions_BT=positions, cos=cos, sin=sin, keep_BT=keep)
             batches.append(_MicroBatch(first, ids_BT[first : first + size], span))
             first += size
         return batches
@@ -198,15 +206,17 @@ class Executor:
                 first=position, prompt=False, positions_BT=positions, cos=cos, sin=sin, bias_B11S=bias
             )
 
-    def _move(self, step: Step, shape: Shape, prompt: int) -> None:
-        """Starts a load or a store."""
+    def _move(self, step: Step, shape: Shape, skipped: int, prompt: int) -> None:
+        """Starts a load or a store; the first pass computes positions [skipped, prompt)."""
         layer = self._plan.stages[step.stage].layer
         if step.action is Action.LOAD_WEIGHTS:
             self._weights.load(step.stage, step.slot, step.part, shape.num_micro_batches)
         elif step.action is Action.LOAD_KV:
             self._kv.load(layer, step.micro_batch, step.slot, prompt + step.token - 1)
         elif step.action is Action.STORE_KV:
-            first, stop = (0, prompt) if step.token == 0 else (prompt + step.token - 1, prompt + step.token)
+            first, stop = (
+                (skipped, prompt) if step.token == 0 else (prompt + step.token - 1, prompt + step.token)
+            )
             self._kv.store(layer, step.micro_batch, step.slot, first, stop, self._computed)
         elif step.action is Action.LOAD_HIDDEN:
             self._hidden.load(step.micro_batch, step.slot)

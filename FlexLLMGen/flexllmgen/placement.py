@@ -181,14 +181,16 @@ class PlacementPlan:
     def recording(self) -> Literal["none", "layers", "step"]:
         """What of a decode step a CUDA device replays from a graph: all of it, or each layer's work for a micro-batch.
 
-        A graph cannot wait within itself, as a mixture of experts does, nor attend to a window that moves.
+        Only work that attends to KV on the device. A graph cannot wait within itself, as a mixture of experts does,
+        nor attend to a window that moves.
         """
         spec = self.spec
         windowed = any(0 < window < self.max_context for window in spec.sliding_windows)
         if windowed or spec.num_experts or self.in_place:
             return "none"
-        elsewhere = self.weights.cpu + self.kv_cache.cpu + self.activations.cpu + self.disk_bytes
-        return "layers" if elsewhere else "step"
+        if self.kv_slots or self.hidden_slots:
+            return "none"  # The link sets the pace, and each graph starts and ends later than its kernels alone would.
+        return "layers" if self.weights.cpu + self.weights.disk else "step"
 
     def describe(self) -> str:
         """Achieved shares and bytes on one line, for the log."""
@@ -506,8 +508,8 @@ def plan_placement(
     staging += kv_slots * slot_kv_disk * (not in_place)
     staged_hidden = max((round_up(each.disk * hidden_row, PAGE) for each in hidden_splits), default=0)
     staging += hidden_slots * staged_hidden
-    # A decode step recorded as a graph has memory of its own; only where nothing is streamed is there one.
-    recorded = 0 if weight_slots + kv_slots + hidden_slots else 256 << 20
+    # What is recorded has memory of its own; a layer's work takes less than a step of all layers.
+    recorded = 0 if kv_slots + hidden_slots else (96 << 20 if weight_slots else 256 << 20)
     plan = None
     for chunk_tokens in CHUNK_TOKENS:
         plan = PlacementPlan(

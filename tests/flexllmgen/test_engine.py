@@ -156,11 +156,16 @@ def test_shorter_prompts_and_generations_than_planned_are_served(tiny: Any, tmp_
         assert torch.equal(columns(engine, ids, mask, max_new_tokens=4), want)
 
 
-@pytest.mark.parametrize("placement", ["device", "host", "mixed"])
+@pytest.mark.parametrize("weights", [ON_GPU, ON_CPU, MIXED], ids=["device", "host", "mixed"])
 @pytest.mark.parametrize("name", ["opt-350m", "llama3", "qwen3"])
 @pytest.mark.parametrize("micro_batches", [1, 3])
 def test_a_recordable_step_computes_the_same(
-    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, micro_batches: int, placement: str
+    tiny: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    micro_batches: int,
+    weights: Placement,
 ) -> None:
     """What CUDA graphs would replay, run as it is: fixed shapes, everything else in buffers."""
     recorded: set[Hashable] = set()
@@ -171,17 +176,14 @@ def test_a_recordable_step_computes_the_same(
 
     monkeypatch.setattr(RecordedDecode, "run", run)
     model = tiny(name)
-    place = {"device": ON_GPU, "host": ON_CPU, "mixed": MIXED}[placement]
-    policy = Policy(
-        micro_batch_size=6 // micro_batches, num_micro_batches=micro_batches, weights=place, kv_cache=place
-    )
+    policy = Policy(micro_batch_size=6 // micro_batches, num_micro_batches=micro_batches, weights=weights)
     with load(model, policy, tmp_path, in_place=False) as engine:
         engine._executor._recording = engine.placement.recording
         for count, length, padded in ((6, PROMPT, False), (6, 7, True), (5, PROMPT, True)):
             ids, mask = prompts(count, length, padded=padded, seed=length)
             want, _ = model.greedy(ids, mask, TOKENS)
             assert torch.equal(columns(engine, ids, mask), want)
-    if placement == "device":
+    if weights == ON_GPU:
         assert recorded == {"advance", "step"}
     else:
         layers = {key[:2] for key in recorded if isinstance(key, tuple)}

@@ -13,7 +13,7 @@ from profiling.disk import measure_disk
 from profiling.profile import NOISY, Measurement, Rates
 from profiling.rates import measure_rates
 
-GPU_ONLY = {"h2d", "d2h", "under", "stream"}
+GPU_ONLY = {"h2d", "d2h", "under"}
 
 
 @pytest.fixture

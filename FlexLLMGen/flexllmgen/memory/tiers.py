@@ -30,8 +30,7 @@ class BlockSize:
 class Lanes:
     """Where copies run: host to device, device to host; and the threads that read and write the disk.
 
-    Several lanes up take turns by slot: on a GPU a copy that has waited for another stream starts some 90 us after it
-    could, and meanwhile the other lanes keep the link busy.
+    Several lanes up take turns by slot, so that a copy that waits for its slot holds up no other.
     """
 
     up: tuple[Lane, ...]
