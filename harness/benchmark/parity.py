@@ -91,11 +91,11 @@ def parity_of(
 
 def with_parity(result: RunResult, parity: Parity) -> RunResult:
     """The result with its parity among the metrics; no divergence is no metric."""
-    metrics = {name: value for name, value in result.metrics.items() if name != "parity_first_divergence"} | {
-        "parity_equal_share": parity.equal_share
+    metrics = {name: value for name, value in result.metrics.items() if name != "first_divergence"} | {
+        "parity": parity.equal_share
     }
     if parity.first_divergence is not None:
-        metrics["parity_first_divergence"] = float(parity.first_divergence)
+        metrics["first_divergence"] = float(parity.first_divergence)
     return result.model_copy(update={"metrics": metrics})
 
 

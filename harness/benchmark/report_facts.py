@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 
 from harness.benchmark.record import Benchmark
-from harness.benchmark.table import Row, finite
+from harness.benchmark.table import Row, fastest, finite, measured_rows
 from harness.benchmark.table_text import number, percent, size
 from harness.results import RunResult
 
@@ -26,10 +26,11 @@ _PLAN_TITLES = (
 
 def verdicts(rows: Sequence[Row]) -> Iterator[str]:
     """One sentence for each workload: which cell was fastest, by how much, and how near to the limit."""
-    measured = [row for row in rows if row.generation_tok_s]
+    measured = measured_rows(rows)
     for workload in dict.fromkeys(row.workload_key for row in measured):
         group = [row for row in measured if row.workload_key == workload]
-        best = max(group, key=lambda row: row.generation_tok_s or 0.0)
+        best = fastest(group)
+        assert best is not None
         words = [f"{best.name} is the fastest" if len(group) > 1 else f"{best.name} makes"]
         words.append(f"{'at ' if len(group) > 1 else ''}{number(best.generation_tok_s or 0)} tokens/s")
         text = " ".join(words)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from harness.benchmark.record import Benchmark, Cell, CellStatus
-from harness.benchmark.table import Row, as_markdown
+from harness.benchmark.table import Row, as_markdown, fastest, measured_rows
 from harness.benchmark.table_text import number, percent
 from harness.results import CellLink, RunError, RunResult, RunStatus, Scalar
 from harness.summary import PARAM_LIMIT, MetricRow, clean_name, origin_tags, param_text, shorten
@@ -59,7 +59,7 @@ def benchmark_metrics(benchmark: Benchmark, rows: Sequence[Row], at_ms: int) -> 
         "cells_failed": states.count(CellStatus.FAILED),
     }
     for strategy in dict.fromkeys(row.strategy for row in rows):
-        mine = [row for row in rows if row.strategy == strategy]
+        mine = [row for row in measured_rows(rows) if row.strategy == strategy]
         for key, name in (
             ("generation_tok_s", "best_tok_s"),
             ("ratio_to_baseline", "best_ratio"),
@@ -93,12 +93,10 @@ def benchmark_tags(benchmark: Benchmark, error: RunError | None) -> dict[str, st
 
 def best_tag(rows: Sequence[Row]) -> dict[str, str]:
     """The fastest cell in few words: the row of a folded benchmark in the table of runs has no figures of its own."""
-    measured = [(row.generation_tok_s, row) for row in rows if row.generation_tok_s is not None]
-    if not measured:
+    if (row := fastest(rows)) is None:
         return {}
-    tok_s, row = max(measured, key=lambda pair: pair[0])
     ratio = "" if row.ratio_to_baseline is None else f", {number(row.ratio_to_baseline)}x {row.baseline}"
-    return {"harness.best": f"{row.name}: {number(tok_s)} tok/s{ratio}"}
+    return {"harness.best": f"{row.name}: {number(row.generation_tok_s or 0)} tok/s{ratio}"}
 
 
 def describe_benchmark(
@@ -131,17 +129,10 @@ def describe_benchmark(
 
 
 def cell_metrics(row: Row, at_ms: int) -> list[MetricRow]:
-    """What a cell's run has beside its own measurements: how it compares with the baseline."""
-    metrics = {
-        "ratio_to_baseline": row.ratio_to_baseline,
-        "parity": row.parity,
-        "first_divergence": row.first_divergence,
-    }
-    return [
-        MetricRow(key=name, value=float(value), timestamp_ms=at_ms, step=0)
-        for name, value in metrics.items()
-        if value is not None
-    ]
+    """What a cell's run has beside its result's own metrics: how fast it is beside the baseline."""
+    if row.ratio_to_baseline is None:
+        return []
+    return [MetricRow(key="ratio_to_baseline", value=row.ratio_to_baseline, timestamp_ms=at_ms, step=0)]
 
 
 def cell_tags(benchmark: Benchmark, cell: Cell, row: Row) -> dict[str, str]:
@@ -178,11 +169,9 @@ def lost_result(benchmark: Benchmark, cell: Cell) -> RunResult:
 
 
 def _best(rows: Sequence[Row]) -> str:
-    measured = [(row.generation_tok_s, row) for row in rows if row.generation_tok_s is not None]
-    if not measured:
+    if (row := fastest(rows)) is None:
         return ""
-    tok_s, row = max(measured, key=lambda pair: pair[0])
-    words = [f"{row.name} with **{number(tok_s)} tokens/s**"]
+    words = [f"{row.name} with **{number(row.generation_tok_s or 0)} tokens/s**"]
     if row.ratio_to_baseline is not None and row.baseline != row.name:
         words.append(f"{number(row.ratio_to_baseline)}x {row.baseline}")
     if row.attainment is not None:

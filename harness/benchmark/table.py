@@ -148,6 +148,16 @@ def baseline_of(cell: Cell, benchmark: Benchmark, results: Mapping[str, RunResul
     return best[1].name
 
 
+def measured_rows(rows: Sequence[Row]) -> list[Row]:
+    """The cells that have figures and did not fail: what a failed one measured until then makes no winner."""
+    return [row for row in rows if row.generation_tok_s and row.status != CellStatus.FAILED]
+
+
+def fastest(rows: Sequence[Row]) -> Row | None:
+    """The measured cell with most generated tokens per second; None without one."""
+    return max(measured_rows(rows), key=lambda row: row.generation_tok_s or 0.0, default=None)
+
+
 def finite(value: object) -> float | None:
     """A number that JSON can hold, or None."""
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -79,7 +79,7 @@ class Measured:
         return self.result.cell.cell if self.result.cell else self.result.run_name
 
     def values(self, metric: str) -> list[float]:
-        """One value per launch: the median over its repeats, or what the launch has once."""
+        """One value per launch: the median over its repeats, or what the launch has once; else the cell's only value."""
         found = []
         for launch in self.launches:
             by_launch: dict[int, list[float]] = {}
@@ -89,6 +89,9 @@ class Measured:
             found += [median(values) for _, values in sorted(by_launch.items())]
             if not by_launch and metric in launch.metrics:
                 found.append(launch.metrics[metric])
+        if not found and metric in self.result.metrics:
+            # What only the launches together have, as the parity of a cell.
+            found = [self.result.metrics[metric]]
         return found
 
     def repeated(self, metric: str) -> list[float]:

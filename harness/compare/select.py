@@ -231,12 +231,15 @@ def _nth_group(
 ) -> list[Measured]:
     """The run, or the cells of the benchmark, that comes `back` places after the newest; of the latter perhaps one."""
     groups: dict[str, list[Measured]] = {}
+    # A group counts by what it finished, and has all of its cells, also those that failed after that.
+    counting: dict[str, None] = {}
     for one in newest_first:
-        if one.group in groups or (one.finished and strategy in (None, one.result.strategy)):
-            groups.setdefault(one.group, []).insert(0, one)
-            if first_only and len(groups) > back:
+        groups.setdefault(one.group, []).insert(0, one)
+        if one.finished and strategy in (None, one.result.strategy):
+            counting[one.group] = None
+            if first_only and len(counting) > back:
                 break
-    return [*groups.values()][back] if len(groups) > back else []
+    return groups[[*counting][back]] if len(counting) > back else []
 
 
 def _of_strategy(found: Sequence[Measured], strategy: str | None) -> list[Measured]:

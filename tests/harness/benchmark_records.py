@@ -13,6 +13,7 @@ from typing import Any
 
 from records import START_MS
 
+from harness.benchmark.parity import with_parity
 from harness.benchmark.record import Benchmark, Cell, CellStatus, Parity, cell_folder
 from harness.config import EvalConfig
 from harness.provenance import process_identity
@@ -204,6 +205,8 @@ def make_benchmark_folder(
                     "error": cell.error,
                 }
             )
+        elif cell.name in benchmark.parity:
+            result = with_parity(result, benchmark.parity[cell.name])
         _write_result_folder(inside, result, cell)
         if launch_folders and cell.name not in failed:
             for launch, uuid in enumerate(cell.launches):

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from harness.benchmark.html_report import write_report
 from harness.benchmark.pictures import draw_benchmark
 from harness.benchmark.record import Benchmark, CellStatus, read_cells
 from harness.benchmark.report_facts import verdicts
-from harness.benchmark.table import Row, rows_of
+from harness.benchmark.table import Row, fastest, rows_of
 from harness.results import RunResult, RunStatus, Timeline, write_text
 
 NASTY = "</script><script>alert(1)</script>&\"'<b>größe</b> 大"
@@ -168,6 +169,11 @@ def test_a_winner_within_the_spread_is_told_with_it() -> None:
     close = [row("a", 9.0, 12.0), row("b", 9.5, 10.0), row("c", 1.0, 2.0)]
     assert list(verdicts(close)) == ["a is the fastest at 10.5 tokens/s; its range overlaps that of b."]
     assert list(verdicts([close[0], close[2]])) == ["a is the fastest at 10.5 tokens/s."]
+    # One that was cut short may have been fast until then.
+    cut_short = replace(row("d", 20.0, 21.0), status="FAILED", reason="OutOfMemory: no more")
+    assert list(verdicts([*close, cut_short])) == list(verdicts(close))
+    assert fastest([*close, cut_short]) == close[0]
+    assert fastest([cut_short]) is None
 
 
 def test_names_are_text_everywhere(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_parity_is_in_the_record_and_on_each_cell(tmp_path: Path) -> None:
     assert (ended.parity["autoflex"].equal_share, ended.parity["autoflex"].first_divergence) == (0.5, 1)
     assert ended.parity["flexgen"].equal_share == 1.0
     metrics = read_cells(tmp_path, ended)["autoflex"].metrics
-    assert (metrics["parity_equal_share"], metrics["parity_first_divergence"]) == (0.5, 1.0)
+    assert (metrics["parity"], metrics["first_divergence"]) == (0.5, 1.0)
     assert exit_code(ended, delivered=True, fail_on="parity") == 3
     assert exit_code(ended, delivered=True, fail_on=None) == 0
 

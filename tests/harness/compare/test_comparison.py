@@ -47,6 +47,15 @@ def test_four_launches_a_side_give_a_verdict(faster: Tree) -> None:
     assert [one.mark for one in cell.metrics] == [Mark.BETTER, Mark.BETTER, Mark.BETTER, Mark.SAME]
 
 
+def test_parity_is_compared_although_no_single_launch_has_it(tree: Tree) -> None:
+    make_benchmark_folder(tree.results)
+    comparison, failed = compared(tree, strategies=True, metrics=["parity"], fail_on=["parity:1%"])
+    by_label = {cell.label.split()[0]: cell.metrics[0] for cell in comparison.cells}
+    assert (by_label["flexgen"].new, by_label["autoflex"].new) == (1.0, 0.875)
+    assert len(failed) == 2
+    assert all("autoflex" in line for line in failed)
+
+
 def test_swapped_sides_mirror_the_verdict(faster: Tree) -> None:
     (cell,) = compared(faster, "trunk", "v1")[0].cells
     assert [one.mark for one in cell.metrics] == [Mark.WORSE, Mark.WORSE, Mark.WORSE, Mark.SAME]

@@ -8,7 +8,7 @@ from benchmark_records import BENCHMARK_UUID, make_benchmark_folder
 from compare_records import Tree, commit, leave, leave_failed, leave_many
 
 from flexllmgen.errors import UsageError
-from harness.results import RunStatus
+from harness.results import RunResult, RunStatus
 
 
 def uuids(tree: Tree, name: str) -> list[str]:
@@ -74,6 +74,17 @@ def test_a_benchmark_counts_as_one_and_has_its_cells(tree: Tree) -> None:
     assert len(uuids(tree, "@latest:flexgen")) == 2
     assert len(uuids(tree, "@latest~1")) == 1
     assert uuids(tree, f"{BENCHMARK_UUID}-flexgen-b4") == [f"{BENCHMARK_UUID}-flexgen-b4"]
+
+
+def test_a_cell_that_failed_last_belongs_to_its_benchmark(tree: Tree) -> None:
+    folder = make_benchmark_folder(tree.results, failed=["autoflex-b8"])
+    late = RunResult.read(folder / "cells" / "autoflex-b8")
+    late.model_copy(update={"started_at_ms": late.started_at_ms + 10**6}).write(
+        folder / "cells" / "autoflex-b8"
+    )
+    chosen = tree.records().select("@latest")
+    assert len(chosen.measured) == 5
+    assert [one.name for one in chosen.failed] == ["autoflex-b8"]
 
 
 def test_launches_without_their_own_folders_are_told_apart_by_their_repeats(tree: Tree) -> None:
