@@ -216,12 +216,12 @@ class EvalConfig(BaseModel):
         return self.input_len + self.gen_len
 
     def tags(self) -> dict[str, str]:
-        """The tags given as KEY=VALUE.
+        """The tags given as KEY=VALUE, and `emulated` under a cap: such figures are of no real machine.
 
         Raises:
             UsageError: a tag has no `=`.
         """
-        pairs = {}
+        pairs = {} if self.gpu_mem is None and self.cpu_mem is None else {"emulated": "true"}
         for text in self.tag:
             key, equals, value = text.partition("=")
             if not equals or not key.strip():

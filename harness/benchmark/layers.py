@@ -101,11 +101,8 @@ class Layers:
             if not block.source:
                 raise
             raise UsageError(f"{block.source}: {str(error).removeprefix('--set: ')}") from None
-        common = settings.common
-        if common.gpu_mem is not None or common.cpu_mem is not None:
-            common = common.model_copy(update={"tag": [*common.tag, "emulated=true"]})
         return Settings(
-            common=common,
+            common=settings.common,
             strategy=settings.strategy,
             sources={**settings.sources, **{key: text for key, text in sources.items() if text}},
         )

@@ -215,6 +215,12 @@ def test_an_unknown_strategy_names_those_there_are() -> None:
 def test_tags_are_pairs() -> None:
     assert settled({"tag": ["team=a=b", " k = v "]}).common.tags() == {"team": "a=b", "k": "v"}
     assert settled(environ={"HARNESS_TAG": "a=1,b=2"}).common.tags() == {"a": "1", "b": "2"}
+
+
+@pytest.mark.parametrize("cap", ["gpu_mem", "cpu_mem"])
+def test_a_run_under_a_cap_is_tagged_as_emulated(cap: str) -> None:
+    assert settled({cap: "1GiB", "tag": ["team=a"]}).common.tags() == {"emulated": "true", "team": "a"}
+    assert settled().common.tags() == {}
     for bad in ("team", "=x"):
         assert "KEY=VALUE" in refusal(options={"tag": [bad]})
 
