@@ -5,7 +5,7 @@ Knows nothing of how a run looks on disk or in a benchmark: it is given a `RunVi
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -119,17 +119,6 @@ def log_tags(client: Any, run_id: str, tags: Mapping[str, str]) -> None:
 
     for batch in _batches([RunTag(name, value) for name, value in tags.items()], PARAMS_PER_BATCH):
         client.log_batch(run_id, tags=batch)
-
-
-def pages(search: Callable[..., Any], **arguments: Any) -> Iterator[Any]:
-    """All that a paged search of MLflow finds."""
-    token: str | None = None
-    while True:
-        page = search(**arguments, page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return
 
 
 def quoted(text: str) -> str:

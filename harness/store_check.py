@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from harness.provenance import process_is_alive
+from harness.run_writer import PARENT_TAG, UUID_TAG
 from harness.store import PROBE_TIMEOUT_S, Connection, DeliveryError, Store, alone
 from harness.store_runs import pages
 
@@ -56,17 +57,28 @@ def stale_runs(store: Store) -> list[str]:
     Raises:
         DeliveryError: the store is unreachable.
     """
+    return Connection(store).call(lambda client: [run.info.run_name for run, _ in find_stale(client)])
+
+
+def find_stale(client: Any) -> list[tuple[Any, str]]:
+    """The runs that a dead process of this host left RUNNING, each with why it counts as dead."""
     host = socket.gethostname()
-
-    def ask(client: Any) -> list[str]:
-        experiments = [one.experiment_id for one in pages(client.search_experiments)]
-        query = f"attributes.status = 'RUNNING' and tags.`harness.host` = '{host}'"
-        runs = (
-            pages(client.search_runs, experiment_ids=experiments, filter_string=query) if experiments else ()
-        )
-        return [run.info.run_name for run in runs if _is_stale(run.data.tags, host)]
-
-    return Connection(store).call(ask)
+    experiments = [one.experiment_id for one in pages(client.search_experiments)]
+    if not experiments:
+        return []
+    query = f"attributes.status = 'RUNNING' and tags.`harness.host` = '{host}'"
+    # Listed whole: runs that stop matching while they are paged through would shift the pages.
+    running = list(pages(client.search_runs, experiment_ids=experiments, filter_string=query))
+    stale: dict[str, tuple[Any, str]] = {}
+    for run in running:
+        if _is_stale(run.data.tags, host):
+            pid = run.data.tags.get("harness.pid")
+            stale[run.info.run_id] = (run, f"process died: pid {pid} on {host} is gone")
+    # A child that names no process of its own, or an earlier one's, ends with its parent.
+    for run in running:
+        if run.info.run_id not in stale and run.data.tags.get(PARENT_TAG) in stale:
+            stale[run.info.run_id] = (run, f"process died: that of its benchmark on {host} is gone")
+    return [*stale.values()]
 
 
 def moved_artifacts(database: Path) -> tuple[dict[str, str], list[str]]:
@@ -135,7 +147,7 @@ def _is_stale(tags: Mapping[str, str], host: str) -> bool:
         "pid": tags.get("harness.pid"),
         "pid_started": tags.get("harness.pid_started"),
     }
-    return "harness.run_uuid" in tags and process_is_alive(process) is False
+    return UUID_TAG in tags and process_is_alive(process) is False
 
 
 @contextlib.contextmanager

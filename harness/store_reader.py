@@ -15,12 +15,12 @@ from typing import Any, TypeVar
 from flexllmgen.errors import UsageError
 from harness.compare.measured import Measured, hardware_of_profile
 from harness.results import RunResult, RunStatus
+from harness.run_writer import PARENT_TAG, UUID_TAG
 from harness.store import BULK_TIMEOUT_S, Connection, DeliveryError, Store
 from harness.store_runs import pages
 
 log = logging.getLogger(__name__)
 
-_UUID_TAG, _PARENT_TAG = "harness.run_uuid", "mlflow.parentRunId"
 _COMMIT_TAG = "mlflow.source.git.commit"
 _PAGE = 200
 
@@ -52,7 +52,7 @@ class StoreReader:
         found = self._call(lambda client: _run_of(client, name))
         if found is None:
             return []
-        children = self._find(f"tags.`{_PARENT_TAG}` = '{found.info.run_id}'")
+        children = self._find(f"tags.`{PARENT_TAG}` = '{found.info.run_id}'")
         return children or self._call(partial(self._read_all, run=found))
 
     def newest(self, *, but: Collection[str] = ()) -> Iterator[Measured]:
@@ -62,7 +62,7 @@ class StoreReader:
             UsageError: the store is unreachable.
         """
         for run in self._call(lambda client: list(_search(client, ""))):
-            if run.data.tags[_UUID_TAG] not in but:
+            if run.data.tags[UUID_TAG] not in but:
                 yield from self._call(partial(self._read_all, run=run))
 
     def commits(self) -> dict[str, int]:
@@ -95,7 +95,7 @@ class StoreReader:
 
     def _read(self, client: Any, run: Any) -> Iterator[Measured]:
         """The run's result; nothing for a parent, or for one that has not delivered its result."""
-        run_id, parent = run.info.run_id, run.data.tags.get(_PARENT_TAG, "")
+        run_id, parent = run.info.run_id, run.data.tags.get(PARENT_TAG, "")
         try:
             result = _result(client, run_id, "result.json")
         except UsageError as error:
@@ -147,12 +147,12 @@ def _search(client: Any, query: str) -> Iterator[Any]:
         order_by=order,
         max_results=_PAGE,
     ):
-        if _UUID_TAG in run.data.tags:
+        if UUID_TAG in run.data.tags:
             yield run
 
 
 def _run_of(client: Any, name: str) -> Any:
-    for query in (f"tags.`{_UUID_TAG}` = '{name}'", f"attributes.run_id = '{name}'"):
+    for query in (f"tags.`{UUID_TAG}` = '{name}'", f"attributes.run_id = '{name}'"):
         if (found := next(_search(client, query), None)) is not None:
             return found
     return None

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from flexllmgen.errors import UsageError
+from harness.run_writer import PARENT_TAG, UUID_TAG
 from harness.store import BULK_TIMEOUT_S, Connection, Store
 
 _PAGE = 500
-_PARENT = "mlflow.parentRunId"
 _BENCHMARK = "harness.benchmark_uuid"
 # Tags that are columns of their own; the rest of MLflow's describe the UI, not the run.
 _COLUMNS = {
-    "harness.run_uuid": "run_uuid",
+    UUID_TAG: "run_uuid",
     "harness.strategy": "strategy",
     "harness.model": "model",
     _BENCHMARK: "benchmark_uuid",
@@ -61,7 +61,7 @@ def _rows(client: Any, experiments: Sequence[str], path: Path | None) -> list[di
     names = {known[name]: name for name in experiments or known}
     order = ["attributes.start_time ASC"]
     runs = list(pages(client.search_runs, experiment_ids=[*names], order_by=order, max_results=_PAGE))
-    uuids = {run.info.run_id: run.data.tags.get("harness.run_uuid") for run in runs}
+    uuids = {run.info.run_id: run.data.tags.get(UUID_TAG) for run in runs}
     uuids |= {run.info.run_id: run.data.tags[_BENCHMARK] for run in runs if _BENCHMARK in run.data.tags}
     return [
         _row(run, names[run.info.experiment_id], uuids)
@@ -72,7 +72,7 @@ def _rows(client: Any, experiments: Sequence[str], path: Path | None) -> list[di
 
 def _row(run: Any, experiment: str, uuids: Mapping[str, str | None]) -> dict[str, Any]:
     info, data = run.info, run.data
-    parent = data.tags.get(_PARENT)
+    parent = data.tags.get(PARENT_TAG)
     row: dict[str, Any] = {
         "run_id": info.run_id,
         "parent_run_id": parent,

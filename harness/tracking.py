@@ -7,7 +7,6 @@ runs tracking_benchmark.py's.
 """
 
 import logging
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,13 @@ from harness.run_writer import (
     ERROR_TAG,
     LAYOUT,
     NOTE_TAG,
-    PARENT_TAG,
-    UUID_TAG,
     VIEW_NAME,
     VIEW_TAG,
     RunWriter,
-    pages,
 )
 from harness.store import Store, alone
+from harness.store_check import find_stale
+from harness.store_runs import pages
 from harness.summary import describe, tags_of
 from harness.tracking_benchmark import deliver_benchmark, open_benchmark
 
@@ -146,37 +144,12 @@ class Tracker:
 
 
 def _reap(client: Any) -> int:
-    host = socket.gethostname()
-    experiments = [one.experiment_id for one in pages(client.search_experiments)]
-    if not experiments:
-        return 0
-    query = f"attributes.status = 'RUNNING' and tags.`harness.host` = '{host}'"
-    # Listed first: runs that stop matching while they are paged through would shift the pages.
-    running = list(pages(client.search_runs, experiment_ids=experiments, filter_string=query))
-    reaped: set[str] = set()
-    for run in running:
-        tags = run.data.tags
-        process = {
-            "host": host,
-            "pid": tags.get("harness.pid"),
-            "pid_started": tags.get("harness.pid_started"),
-        }
-        if UUID_TAG not in tags or process_is_alive(process) is not False:
-            continue
-        _reap_one(client, run, f"process died: pid {process['pid']} on {host} is gone")
-        reaped.add(run.info.run_id)
-    # A child that names no process of its own, or an earlier one's, ends with its parent.
-    for run in running:
-        if run.info.run_id not in reaped and run.data.tags.get(PARENT_TAG) in reaped:
-            _reap_one(client, run, f"process died: that of its benchmark on {host} is gone")
-            reaped.add(run.info.run_id)
-    return len(reaped)
-
-
-def _reap_one(client: Any, run: Any, message: str) -> None:
-    client.set_tag(run.info.run_id, ERROR_TAG, message)
-    client.update_run(run.info.run_id, status="FAILED")
-    log.info("run %s was left by a dead process; it is FAILED now", run.info.run_name)
+    stale = find_stale(client)
+    for run, message in stale:
+        client.set_tag(run.info.run_id, ERROR_TAG, message)
+        client.update_run(run.info.run_id, status="FAILED")
+        log.info("run %s was left by a dead process; it is FAILED now", run.info.run_name)
+    return len(stale)
 
 
 def _latest_run(client: Any) -> Any:

@@ -38,10 +38,10 @@ from harness.run_writer import (
     RunWriter,
     holds,
     log_tags,
-    pages,
     quoted,
 )
 from harness.store import alone
+from harness.store_runs import pages
 
 CELL_TAG, LAUNCHES_TAG = "harness.cell", "harness.launches"
 

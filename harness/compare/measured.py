@@ -15,11 +15,11 @@ from typing import Any
 from flexllmgen.errors import UsageError
 from harness.benchmark.record import Benchmark, CellStatus, cell_folder
 from harness.benchmark.summary import lost_result
+from harness.folders import MARKER
 from harness.provenance import short_digest
 from harness.results import RunResult, RunStatus
 
 SHORT = 8  # digits of a commit or digest, as people see them
-MARKER = ".delivered.json"
 
 Warn = Callable[[str], None]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from flexllmgen.errors import UsageError
 from harness.benchmark.record import Benchmark
 from harness.doctor.finding import Finding, note, ok, problem
+from harness.folders import BENCHMARK, MARKER, RESULT
 from harness.provenance import process_is_alive
 from harness.results import RunResult, RunStatus
 from harness.store import DeliveryError, Store
@@ -20,8 +21,6 @@ from harness.store_check import (
     relocate_artifacts,
     stale_runs,
 )
-
-_MARKER = ".delivered.json"
 
 
 def check_results(results_dir: Path) -> Iterator[Finding]:
@@ -34,9 +33,7 @@ def check_results(results_dir: Path) -> Iterator[Finding]:
     running = undelivered = abandoned = 0
     for folder in folders:
         try:
-            record = (
-                Benchmark.read(folder) if (folder / "benchmark.json").exists() else RunResult.read(folder)
-            )
+            record = Benchmark.read(folder) if (folder / BENCHMARK).exists() else RunResult.read(folder)
         except UsageError as error:
             damaged.append(str(error))
             continue
@@ -124,11 +121,11 @@ def _stale_finding(store: Store, *, fix: bool) -> Finding:
 
 
 def _is_record(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("result.json", "benchmark.json"))
+    return any((folder / name).exists() for name in (RESULT, BENCHMARK))
 
 
 def _is_delivered(folder: Path) -> bool:
     try:
-        return bool(json.loads((folder / _MARKER).read_text(encoding="utf-8"))["run_id"])
+        return bool(json.loads((folder / MARKER).read_text(encoding="utf-8"))["run_id"])
     except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -31,6 +31,7 @@ from harness.provenance import process_identity
 from harness.report import Report
 from harness.results import RunResult, RunStatus, write_json, write_jsonl, write_text
 from harness.store import DeliveryError, Store
+from harness.store_check import stale_runs
 from harness.tracking import Tracker
 
 
@@ -196,7 +197,9 @@ def test_parent_of_a_dead_process_is_reaped_with_its_children(
     experiment = client.get_run(run_id).info.experiment_id
     tags = {"mlflow.parentRunId": run_id, "harness.host": str(benchmark.process["host"])}
     child = client.create_run(experiment, tags=tags).info.run_id
+    assert len(stale_runs(tracker.store)) == 2
     assert tracker.reap() == 2
+    assert stale_runs(tracker.store) == []
     assert {client.get_run(one).info.status for one in (run_id, child)} == {"FAILED"}
     # What it measured until then arrives all the same.
     assert tracker.deliver_benchmark(folder) == run_id
