@@ -321,6 +321,8 @@ class FlexEngine:
                 torch.cuda.synchronize(self.device)
             self._close_parts()
             if self.device.type == "cuda":
+                # Each stream that multiplied has a workspace of its own, which outlives it.
+                torch._C._cuda_clearCublasWorkspaces()
                 torch.cuda.empty_cache()
 
     def __enter__(self) -> "FlexEngine":
