@@ -7,7 +7,7 @@ from pathlib import Path
 from flexllmgen.errors import OffloadError, UsageError
 from harness.benchmark.record import Benchmark, cell_folder
 from harness.benchmark.table import write_tables
-from harness.evaluation import draw_pictures
+from harness.evaluation import try_pictures
 from harness.folders import BENCHMARK, find_folders
 from harness.provenance import process_is_alive
 from harness.report import Report
@@ -32,10 +32,10 @@ def sync(folder: Path, tracking_uri: str | None, report: Report) -> int:
     for one in folders:
         try:
             if (one / BENCHMARK).is_file():
-                _complete(one)
+                _complete(one, report)
                 words = f"{one} is benchmark run {tracker.deliver_benchmark(one)}"
             else:
-                draw_pictures(one, RunResult.read(one))
+                try_pictures(one, RunResult.read(one), report.warn)
                 words = f"{one} is run {tracker.deliver(one)}"
         except DeliveryError as error:
             report.error(f"{one}: {error}")
@@ -48,7 +48,7 @@ def sync(folder: Path, tracking_uri: str | None, report: Report) -> int:
     return code
 
 
-def _complete(folder: Path) -> None:
+def _complete(folder: Path, report: Report) -> None:
     """Write what the folder lacks: pictures, tables, the report. A cell that cannot be read is told by its delivery."""
     benchmark = Benchmark.read(folder)
     if benchmark.status is RunStatus.RUNNING and process_is_alive(benchmark.process):
@@ -57,11 +57,14 @@ def _complete(folder: Path) -> None:
         for cell in benchmark.cells:
             inside = cell_folder(folder, cell.name)
             if (inside / "result.json").exists():
-                draw_pictures(inside, RunResult.read(inside))
-        if not (folder / "table.md").exists():
-            write_tables(folder)
-        if not (folder / "report.html").exists():
-            _write_report(folder)
+                try_pictures(inside, RunResult.read(inside), report.warn)
+        try:
+            if not (folder / "table.md").exists():
+                write_tables(folder)
+            if not (folder / "report.html").exists():
+                _write_report(folder)
+        except OSError as error:
+            report.warn(f"tables and report of {folder} cannot be written: {error.strerror or error}")
 
 
 def _write_report(folder: Path) -> None:

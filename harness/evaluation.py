@@ -5,7 +5,7 @@ import os
 import shlex
 import threading
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +68,19 @@ class _Evaluation:
             if self.as_json:
                 # Whoever reads JSON gets JSON, also where there is nothing else to tell.
                 self.report.json(
-                    {"run_id": None, "run_uuid": None, "status": "FAILED", "error": ended.error.message}
+                    {
+                        "run_id": None,
+                        "run_uuid": None,
+                        "strategy": self.job.common.strategy,
+                        "status": "FAILED",
+                        "error": ended.error.message,
+                    }
                 )
             self.report.error(ended.error.message)
             return ended.error.exit_code
         folder, result = ended.folder, ended.result
         with one_signal_ignored(self.report.warn):
-            draw_pictures(folder, result)
+            try_pictures(folder, result, self.report.warn)
             delivered = self._deliver(folder)
         self._show(result, folder, delivered)
         if result.error is not None:
@@ -133,6 +139,7 @@ class _Evaluation:
                 {
                     "run_id": self.run_id,
                     "run_uuid": result.run_uuid,
+                    "strategy": result.strategy,
                     "status": result.status.value,
                     "delivered": delivered and self.tracker is not None,
                     "result_path": str(folder / "result.json"),
@@ -159,7 +166,11 @@ class _Evaluation:
 
 
 def draw_pictures(folder: Path, result: RunResult) -> None:
-    """Draw the pictures that the folder lacks; where matplotlib is not installed, `harness sync` draws them later."""
+    """Draw the pictures that the folder lacks; where matplotlib is not installed, `harness sync` draws them later.
+
+    Raises:
+        UsageError: the folder cannot be written, or its timeline is damaged.
+    """
     try:
         from harness.pictures import draw_memory, draw_plan, draw_token_latency
     except ImportError:
@@ -167,12 +178,24 @@ def draw_pictures(folder: Path, result: RunResult) -> None:
         return
     latency, memory, timeline = folder / "token_latency.png", folder / "memory.png", folder / "timeline.json"
     plan = folder / "plan_vs_measured.png"
-    if result.repeats and not latency.exists():
-        draw_token_latency(result, latency)
-    if timeline.exists() and not memory.exists():
-        draw_memory(Timeline.model_validate_json(timeline.read_bytes()), result, memory)
-    if result.repeats and result.plan.get("predicted") and not plan.exists():
-        draw_plan(result, plan)
+    try:
+        if result.repeats and not latency.exists():
+            draw_token_latency(result, latency)
+        if timeline.exists() and not memory.exists():
+            draw_memory(Timeline.model_validate_json(timeline.read_bytes()), result, memory)
+        if result.repeats and result.plan.get("predicted") and not plan.exists():
+            draw_plan(result, plan)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        raise UsageError(f"pictures of {folder} cannot be drawn: {reason}") from error
+
+
+def try_pictures(folder: Path, result: RunResult, warn: Callable[[str], None]) -> None:
+    """As `draw_pictures`; what goes wrong costs a warning, since the figures are in the record."""
+    try:
+        draw_pictures(folder, result)
+    except UsageError as error:
+        warn(str(error))
 
 
 def check_log_file(path: Path) -> None:

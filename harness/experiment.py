@@ -6,10 +6,12 @@ happens, the folder says so. Knows nothing of MLflow and prints nothing: it send
 
 import json
 import logging
+import os
+import shutil
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,12 +31,14 @@ from harness.prepare import Prepared, prepare
 from harness.prompts import PromptSet
 from harness.provenance import environment_freeze, git_diff, without_credentials
 from harness.results import (
+    UNWRITABLE,
     Repeat,
     RunError,
     RunResult,
     RunStatus,
     Scalar,
     Timeline,
+    unwritable,
     write_json,
     write_jsonl,
     write_text,
@@ -45,6 +49,7 @@ from strategies.base import CountsTraffic, Engine, Placed, Plan
 log = logging.getLogger(__name__)
 
 _PROGRESS_INTERVAL_S = 0.1
+_RESERVE_BYTES = 256 << 10  # a result of hundreds of repeats
 
 
 def run_experiment(job: Job, events: EventWriter, wait_for_go: Callable[[], None]) -> int:
@@ -69,7 +74,9 @@ def run_experiment(job: Job, events: EventWriter, wait_for_go: Callable[[], None
         run.write_plan()
         _send_plan(events, prepared, folder=folder)
     except OSError as error:
-        events.send("error", message=f"cannot write {folder}: {error}", exit_code=2, type="UsageError")
+        # Nothing is measured yet; half a folder is of use to nobody.
+        shutil.rmtree(folder, ignore_errors=True)
+        events.send("error", message=unwritable(folder, error), exit_code=2, type=UNWRITABLE)
         return 2
     return run.execute(wait_for_go)
 
@@ -102,10 +109,12 @@ class _Run:
         self.plan = prepared.plan
         self.sampler: Sampler | None = None
         self.result = self._opening_result()
+        self.reserve = Reserve(folder / ".reserve")
 
     def write_plan(self) -> None:
         """Make the folder, with all that is known before a weight is loaded."""
         self.folder.mkdir(parents=True)
+        self.reserve.take()
         handler = logging.FileHandler(self.folder / "run.log", encoding="utf-8")
         handler.setFormatter(logging.Formatter(LOG_FORMAT))
         logging.getLogger().addHandler(handler)
@@ -146,10 +155,14 @@ class _Run:
                     problem, f"{type(problem).__name__}: {_first_line(problem)}", _exit_code(problem)
                 )
         try:
-            self._finish(sampler, status, error)
-        except KeyboardInterrupt:
-            # The first signal came this late; the worker ignores further ones, so this time it is written.
-            self._finish(sampler, status, error)
+            try:
+                self._finish(sampler, status, error)
+            except KeyboardInterrupt:
+                # The first signal came this late; the worker ignores further ones, so this time it is written.
+                self._finish(sampler, status, error)
+        except OSError as problem:
+            log.exception("the result cannot be written")
+            error = RunError(type=UNWRITABLE, message=unwritable(self.folder, problem), exit_code=2)
         if error is not None:
             self.events.send("error", message=error.message, exit_code=error.exit_code, type=error.type)
             return error.exit_code
@@ -216,7 +229,8 @@ class _Run:
         self.passes.append(measured.batches)
         self.output_ids = self.output_ids or measured.output_ids
         # Whoever kills this process cannot be caught; what is on the disk by then is what remains.
-        self.result.model_copy(update=self._figures()).write(self.folder)
+        with self._unless_full("result.json"):
+            self.result.model_copy(update=self._figures()).write(self.folder)
 
     def _pass(self, name: str, engine: Engine, batches: Sequence[Batch], measured: Pass) -> None:
         gen_len = self.job.common.gen_len
@@ -317,12 +331,18 @@ class _Run:
 
     def _finish(self, sampler: Sampler, status: RunStatus, error: RunError | None) -> None:
         plan = {**self.result.plan, **self._read_back()}
-        write_json(self.folder / "plan.json", plan)
         timeline = Timeline.model_validate(asdict(sampler.samples()))
-        write_text(self.folder / "timeline.json", timeline.model_dump_json())
-        self._write_requests()
+        with self._unless_full("plan.json"):
+            write_json(self.folder / "plan.json", plan)
+        with self._unless_full("timeline.json"):
+            write_text(self.folder / "timeline.json", timeline.model_dump_json())
+        with self._unless_full("requests.jsonl"):
+            self._write_requests()
         if error is not None and error.traceback:
-            write_text(self.folder / "error.txt", error.traceback)
+            with self._unless_full("error.txt"):
+                write_text(self.folder / "error.txt", error.traceback)
+        # Last, since it says that the run has ended.
+        self.reserve.give_back()
         result = self.result.model_copy(
             update={
                 "status": status,
@@ -334,6 +354,19 @@ class _Run:
             }
         )
         result.write(self.folder)
+
+    @contextmanager
+    def _unless_full(self, name: str) -> Iterator[None]:
+        """A file that cannot be written costs a warning, not the measurement."""
+        try:
+            yield
+        except OSError as problem:
+            log.exception("%s cannot be written", name)
+            # result.json is written again at the end.
+            if name != "result.json":
+                message = f"{name} could not be written: {problem.strerror or problem}"
+                self.warnings.append(message)
+                self.events.send("warning", message=message)
 
     def _figures(self) -> dict[str, Any]:
         """The fields of the result that hold what was measured so far."""
@@ -381,6 +414,22 @@ class _Run:
                 }
             )
         write_jsonl(self.folder / "requests.jsonl", rows)
+
+
+class Reserve:
+    """Room set aside for the end of a run, so that it can be written on a disk that fills up meanwhile."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def take(self) -> None:
+        """Raises OSError where there is none left."""
+        with self.path.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, _RESERVE_BYTES)
+
+    def give_back(self) -> None:
+        """To be called right before the room is needed."""
+        self.path.unlink(missing_ok=True)
 
 
 LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"

@@ -3,6 +3,7 @@
 Knows nothing of how a run is recorded or shown: the verbs that launch a worker (`eval`, `benchmark`) do that.
 """
 
+import logging
 import signal
 import threading
 import time
@@ -14,8 +15,10 @@ from types import FrameType
 from typing import Any
 
 from flexllmgen.errors import OutOfMemory
-from harness.results import RunError, RunResult, RunStatus, write_text
+from harness.results import UNWRITABLE, RunError, RunResult, RunStatus, unwritable, write_text
 from harness.supervise import Worker
+
+log = logging.getLogger(__name__)
 
 EXIT_INTERRUPTED = 130
 TIMED_OUT = "CellTimeout"
@@ -136,6 +139,9 @@ class Launch:
             # The worker could not write its own end.
             status = RunStatus.KILLED
             error = RunError(type="Interrupted", message="interrupted and killed", exit_code=EXIT_INTERRUPTED)
+        elif self._error is not None and self._error.get("type") == UNWRITABLE:
+            # It could not write its own end, for want of room; nor may this process be able to.
+            return self._unwritten(result)
         else:
             if code == -signal.SIGKILL:
                 reason = _OUT_OF_MEMORY
@@ -150,10 +156,23 @@ class Launch:
             )
         ended_at_ms = result.ended_at_ms or int(time.time() * 1000)
         result = result.model_copy(update={"status": status, "error": error, "ended_at_ms": ended_at_ms})
-        result.write(folder)
-        if error.traceback:
-            write_text(folder / "error.txt", error.traceback + "\n")
+        # What the worker set aside for its end serves for this one.
+        (folder / ".reserve").unlink(missing_ok=True)
+        try:
+            result.write(folder)
+            if error.traceback:
+                write_text(folder / "error.txt", error.traceback + "\n")
+        except OSError as problem:
+            log.warning("%s", unwritable(folder, problem))
         return result
+
+    def _unwritten(self, result: RunResult) -> RunResult:
+        assert self._error is not None
+        message = str(self._error["message"]) + (
+            "; what was written until then is kept" if result.repeats else ""
+        )
+        error = RunError(type=UNWRITABLE, message=message, exit_code=int(self._error["exit_code"]))
+        return result.model_copy(update={"status": RunStatus.FAILED, "error": error})
 
     def _early_end(self, code: int) -> RunError | None:
         """Why there is no run; None where there was to be none."""

@@ -24,11 +24,14 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flexllmgen.errors import UsageError
 
 SCHEMA_VERSION: Literal[2] = 2
+
+# The type of the RunError of a run that could not write its own folder.
+UNWRITABLE = "ResultsUnwritable"
 
 Scalar = str | int | float | bool | None
 
@@ -196,7 +199,7 @@ class RunResult(_Record):
         try:
             return cls.model_validate_json(content)
         except ValueError as error:
-            reason = str(error).splitlines()[0]
+            reason = why_unreadable(content, error, newest=SCHEMA_VERSION)
             raise UsageError(
                 f"{source} is not a result of schema version {SCHEMA_VERSION}: {reason}"
             ) from error
@@ -204,6 +207,26 @@ class RunResult(_Record):
     def write(self, folder: Path) -> Path:
         """Write `folder/result.json` atomically and return its path."""
         return write_text(folder / "result.json", self.model_dump_json(indent=2) + "\n")
+
+
+def why_unreadable(content: bytes, error: ValueError, *, newest: int) -> str:
+    """In words what is wrong with the content of a record that `error` refuses; `newest` is the schema version known here."""
+    try:
+        record = json.loads(content)
+    except ValueError:
+        return "it is no whole JSON; put back a copy, or move the folder away"
+    version = record.get("schema_version") if isinstance(record, dict) else None
+    if isinstance(version, int) and version > newest:
+        return f"it is of version {version}, written by a newer harness; read it with that one"
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc'])) or 'the record'}: {first['msg']}"
+    return str(error).splitlines()[0]
+
+
+def unwritable(folder: Path, error: OSError) -> str:
+    """What to tell of a result folder that cannot be written, with the way out."""
+    return f"{folder} cannot be written ({error.strerror or error}); make room, or name another --results-dir"
 
 
 def write_text(path: Path, text: str) -> Path:

@@ -11,6 +11,7 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class AccelerateStrategy:
                 is off and the model does not fit, or the disk is too full.
             UsageError: a key of the configuration cannot work here.
         """
+        request = _with_one_memory(request)
         config, machine = self.config, request.machine
         warnings = []
         if config.quantize != "none":
@@ -60,8 +62,6 @@ class AccelerateStrategy:
                 "enable_kv_offload has no effect without a GPU: the KV cache is in host memory already"
             )
             kv_offload = False
-        if machine.gpu_capped and machine.device == "cpu":
-            warnings.append("--gpu-mem has no effect without a GPU; --cpu-mem caps host memory")
 
         model = meta_model(request.model, request.dtype, config.attn_implementation)
         sizes = WeightSizes.of(model, bits=_BITS[config.quantize])
@@ -167,6 +167,27 @@ class AccelerateStrategy:
             finally:
                 if engine is not None:
                     engine.close()
+
+
+def _with_one_memory(request: PlanRequest) -> PlanRequest:
+    """Where --gpu-mem emulates a GPU on the CPU, its memory and the host's count as one.
+
+    accelerate has no second device there to copy modules to: it computes where they lie, so that only the sum of the two
+    caps can hold. What is beyond it goes to disk, as it does for the other strategies.
+    """
+    machine = request.machine
+    if machine.device != "cpu" or machine.gpu_bytes is None:
+        return request
+    return replace(
+        request,
+        machine=replace(
+            machine,
+            gpu_bytes=None,
+            cpu_bytes=machine.gpu_bytes + machine.cpu_bytes,
+            gpu_capped=False,
+            cpu_capped=machine.gpu_capped or machine.cpu_capped,
+        ),
+    )
 
 
 @contextmanager

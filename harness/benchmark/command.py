@@ -127,7 +127,7 @@ def resume(
         )
     now = resolve(options, config_file=None, assignments=[], environ=os.environ)
     common, sources = now.common, now.sources
-    folder = find_benchmark(which, common.results_dir)
+    folder = find_benchmark(which, common.results_dir, report)
     benchmark, provenance = take_over(folder, report, argv)
     if wanted.launches not in (None, benchmark.launches):
         raise UsageError(
@@ -136,7 +136,9 @@ def resume(
     update: dict[str, Any] = {"process": process_identity(), "status": RunStatus.RUNNING, "ended_at_ms": None}
     if wanted.cell_timeout_s is not None:
         update["cell_timeout_s"] = wanted.cell_timeout_s
-    benchmark = adopt(folder, benchmark.model_copy(update=update))
+    benchmark, unread = adopt(folder, benchmark.model_copy(update=update))
+    for reason in unread:
+        report.warn(f"measured again: {reason}")
     for cell in benchmark.cells:
         merge_cell(folder, benchmark, cell)
     recorded = EvalConfig.model_validate(benchmark.cells[0].common)

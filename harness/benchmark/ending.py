@@ -62,24 +62,38 @@ def close(folder: Path, benchmark: Benchmark) -> tuple[Benchmark, list[str]]:
 def write_reports(folder: Path) -> list[str]:
     """Draw each cell's pictures, write table.md, table.json and report.html; return a line for what could not be made.
 
-    The figures are safe already, so that nothing that goes wrong here may cost the benchmark its end.
+    The figures are safe already, so that nothing that goes wrong here may cost the benchmark its end, nor one of these
+    the others.
     """
+    problems: list[str] = []
+    for what, make in (
+        ("tables", write_tables),
+        ("pictures", _draw_pictures),
+        ("report", _write_report),
+    ):
+        try:
+            make(folder)
+        except ImportError as error:
+            log.info("%s: %s is not installed here", what, error.name)
+        except Exception as error:
+            log.debug(what, exc_info=True)
+            problems.append(f"the {what} could not be made: {' '.join(str(error).split())}")
+    return problems
+
+
+def _draw_pictures(folder: Path) -> None:
+    from harness.benchmark.pictures import draw_benchmark
     from harness.evaluation import draw_pictures
 
-    write_tables(folder)
-    problems = []
-    try:
-        for name, result in read_cells(folder, Benchmark.read(folder)).items():
-            draw_pictures(cell_folder(folder, name), result)
-        from harness.benchmark.html_report import write_report
-        from harness.benchmark.pictures import draw_benchmark
+    for name, result in read_cells(folder, Benchmark.read(folder)).items():
+        draw_pictures(cell_folder(folder, name), result)
+    draw_benchmark(folder)
 
-        draw_benchmark(folder)
-        write_report(folder)
-    except Exception as error:
-        log.debug("reports", exc_info=True)
-        problems.append(f"not all pictures and reports could be made: {error}")
-    return problems
+
+def _write_report(folder: Path) -> None:
+    from harness.benchmark.html_report import write_report
+
+    write_report(folder)
 
 
 def exit_code(benchmark: Benchmark, *, delivered: bool, fail_on: str | None) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from flexllmgen.units import gib
 from harness.benchmark.record import Benchmark, Cell, CellStatus, cell_folder
-from harness.results import CellLink, RunError, RunResult, RunStatus
+from harness.results import CellLink, RunError, RunResult, RunStatus, write_text
 
 # What a result folder holds beside the result; one launch's stand for all.
 _BULK = (
@@ -22,6 +22,8 @@ _BULK = (
     "git.diff",
     "run.log",
 )
+# What an error's message goes on with where it tells of peaks.
+PEAKS = " (peak "
 _TIERS = {"gpu": "on the compute device", "cpu": "in host memory", "disk": "on disk"}
 
 
@@ -92,7 +94,7 @@ def write_cell(folder: Path, result: RunResult, bulk_of: Path) -> None:
             shutil.copyfile(bulk_of / name, temporary)
             temporary.replace(inside / name)
     if result.error is not None and result.error.traceback:
-        (inside / "error.txt").write_text(result.error.traceback, encoding="utf-8")
+        write_text(inside / "error.txt", result.error.traceback)
     else:
         (inside / "error.txt").unlink(missing_ok=True)
     for picture in inside.glob("*.png"):
@@ -128,7 +130,7 @@ def explain(error: RunError, result: RunResult | None, seen: Mapping[str, int]) 
         words.append(f"{place} " + ", ".join(text for text in texts if text))
     if not words:
         return error
-    return error.model_copy(update={"message": f"{error.message} (peak {'; '.join(words)})"})
+    return error.model_copy(update={"message": f"{error.message}{PEAKS}{'; '.join(words)})"})
 
 
 def _bytes(size: float) -> str:

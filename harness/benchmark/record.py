@@ -18,10 +18,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from flexllmgen.errors import UsageError
-from harness.results import Provenance, RunError, RunResult, RunStatus, Scalar, write_text
+from harness.results import Provenance, RunError, RunResult, RunStatus, Scalar, why_unreadable, write_text
 
 SCHEMA_VERSION: Literal[1] = 1
 
@@ -101,13 +101,17 @@ class Benchmark(_Record):
         """
         path = folder / "benchmark.json"
         try:
-            return cls.model_validate_json(path.read_bytes())
+            content = path.read_bytes()
         except FileNotFoundError:
             raise UsageError(
                 f"{folder} holds no benchmark.json; name a folder that `harness benchmark` wrote"
             ) from None
-        except (OSError, ValidationError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+        except OSError as error:
+            raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+        try:
+            return cls.model_validate_json(content)
+        except ValueError as error:
+            reason = why_unreadable(content, error, newest=SCHEMA_VERSION)
             raise UsageError(
                 f"{path} is not a benchmark of schema version {SCHEMA_VERSION}: {reason}"
             ) from error

@@ -12,19 +12,25 @@ from harness.results import Provenance, RunStatus
 LATEST = "@latest"
 
 
-def find_benchmark(which: str, results_dir: Path) -> Path:
-    """The folder of a benchmark by its uuid (or the beginning of it), its folder, or @latest.
+def find_benchmark(which: str, results_dir: Path, report: Report) -> Path:
+    """The folder of a benchmark by its uuid (or the beginning of it), its folder, or @latest of those that can be read.
 
     Raises:
         UsageError: there is none, or several begin so.
     """
     files = list(results_dir.glob("*/benchmark.json"))
     if which == LATEST:
-        if not files:
+        started = {}
+        for file in files:
+            try:
+                started[file.parent] = Benchmark.read(file.parent).started_at_ms
+            except UsageError as error:
+                report.warn(f"left out: {error}")
+        if not started:
             raise UsageError(
                 f"--resume @latest: {results_dir} holds no benchmark; name its folder, or give --results-dir"
             )
-        return max(files, key=lambda file: Benchmark.read(file.parent).started_at_ms).parent
+        return max(started, key=lambda folder: started[folder])
     if (Path(which) / "benchmark.json").exists():
         return Path(which)
     found = [file.parent for file in files if which and file.parent.name.startswith(which)]

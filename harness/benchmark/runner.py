@@ -5,6 +5,7 @@ nothing of MLflow or of how a benchmark ends (ending.py).
 """
 
 import resource
+import shlex
 import signal
 import sys
 import uuid
@@ -14,14 +15,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from flexllmgen.errors import OffloadError
+from flexllmgen.errors import OffloadError, UsageError
 from harness.benchmark.live import LiveGrid
 from harness.benchmark.merge import explain, launch_folder, merge, write_cell
 from harness.benchmark.record import Benchmark, Cell, CellStatus, cell_folder
 from harness.config import EvalConfig
 from harness.job import Job
 from harness.launch import Ended, Launch
-from harness.results import Provenance, RunError, RunResult, RunStatus
+from harness.results import UNWRITABLE, Provenance, RunError, RunResult, RunStatus
 from harness.supervise import Worker
 
 
@@ -63,6 +64,7 @@ class Runner:
 
         Raises:
             OSError: benchmark.json or a cell's result cannot be written.
+            UsageError: a launch's result cannot be written.
             KeyboardInterrupt: a second interruption while no process ran.
         """
         with self._signals(), self.live:
@@ -129,6 +131,12 @@ class Runner:
 
     def _take_up(self, cell: Cell, run_uuid: str, ended: Ended) -> None:
         """Write down what a launch came to."""
+        if ended.error is not None and ended.error.type == UNWRITABLE:
+            # The fault is not the cell's: it stays pending, and the next would fare no better.
+            raise UsageError(
+                f"{ended.error.message.partition('; ')[0]}; what was measured is kept: make room, then "
+                f"harness benchmark --resume {shlex.quote(str(self.folder))}"
+            )
         finished = ended.error is None and ended.result is not None
         stopped = ended.interrupted or (ended.error is not None and self.interrupted)
         self.interrupted |= ended.interrupted
@@ -214,22 +222,30 @@ def merge_cell(
     return result
 
 
-def adopt(folder: Path, benchmark: Benchmark) -> Benchmark:
-    """The benchmark with those launches counted that had finished when the process that ran it was killed."""
+def adopt(folder: Path, benchmark: Benchmark) -> tuple[Benchmark, list[str]]:
+    """The benchmark with those launches counted that had finished when the process that ran it was killed.
+
+    A launch whose result cannot be read does not count; why it cannot is the second value, a line each.
+    """
     cells = []
+    unread = []
     for cell in benchmark.cells:
         missing = benchmark.launches - len(cell.launches)
         found = []
         for path in sorted((cell_folder(folder, cell.name) / "launches").glob("*/result.json")):
             if cell.status is CellStatus.PENDING and path.parent.name not in cell.launches:
-                result = RunResult.read(path.parent)
+                try:
+                    result = RunResult.read(path.parent)
+                except UsageError as error:
+                    unread.append(str(error))
+                    continue
                 if result.status is RunStatus.FINISHED:
                     found.append((result.started_at_ms, path.parent.name))
         launches = [*cell.launches, *(name for _, name in sorted(found)[:missing])]
         done = cell.status is CellStatus.PENDING and len(launches) >= benchmark.launches
         status = CellStatus.FINISHED if done else cell.status
         cells.append(cell.model_copy(update={"launches": launches, "status": status}))
-    return benchmark.model_copy(update={"cells": cells})
+    return benchmark.model_copy(update={"cells": cells}), unread
 
 
 def _peak_of_children_bytes() -> int:

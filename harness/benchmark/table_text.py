@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from harness.benchmark.merge import PEAKS
 from harness.benchmark.table import Row
 
 MIB, GIB = 2.0**20, 2.0**30
@@ -83,10 +84,11 @@ def name_limit(width: int) -> int:
 
 
 def failures(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
-    """Cells that failed, and why, with predicted and actual peak where either is known."""
+    """Cells that failed, and why, with predicted and actual peak where either is known and the reason does not say so."""
     for row in rows:
         if row.reason:
-            yield row.name, "; ".join([row.reason, *peaks(row)])
+            more = () if PEAKS in row.reason else peaks(row)
+            yield row.name, "; ".join([row.reason, *more])
 
 
 def peaks(row: Row) -> Iterator[str]:

@@ -33,7 +33,13 @@ SEVERAL = (
 
 
 @app.command("benchmark", rich_help_panel=RUNNING)
-@partial(takes_run_options, several=SEVERAL, strategy="accelerate, flexgen, autoflex")
+@partial(
+    takes_run_options,
+    several=SEVERAL,
+    first=("suite", "policy", "baseline"),
+    set_help="STRATEGY.KEY=VALUE changes it for that strategy alone, KEY=VALUE for every one that has it.",
+    strategy="accelerate, flexgen, autoflex",
+)
 def benchmark_command(
     *,
     options: dict[str, Any],

@@ -6,6 +6,7 @@ Nothing heavy is imported here: help must be cheap.
 import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, get_args, get_origin
 
@@ -29,14 +30,20 @@ _RunOptions = {
 
 
 def takes_run_options(
-    function: Callable[..., None], *, several: Sequence[str] = (), **defaults: str
+    function: Callable[..., None],
+    *,
+    several: Sequence[str] = (),
+    first: Sequence[str] = (),
+    set_help: str = "",
+    **defaults: str,
 ) -> Callable[..., None]:
     """Give a verb every field of EvalConfig as an option, and --config, --set with its short forms, -v and -q.
 
     The function is called with `options` (what was given, by field name), `config`, `assignments`, `verbose` and
     `quiet`; parameters of its own stay. This is what keeps options, environment, file and `config show` the same
     list. `defaults` are shown where the verb has others than EvalConfig; options named in `several` may be given
-    several times, and come as lists.
+    several times, and come as lists. Parameters of its own named in `first` come first in the help; `set_help` is what it
+    says of --set beside the rest.
     """
     own = [
         parameter
@@ -48,9 +55,11 @@ def takes_run_options(
     ]
     parameters += [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-        for name, (annotation, default) in _RunOptions.items()
+        for name, (annotation, default) in {**_RunOptions, **_set_option(set_help)}.items()
     ]
-    parameters += [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
+    own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
+    leading = [parameter for parameter in own if parameter.name in first]
+    parameters = [*leading, *parameters, *(parameter for parameter in own if parameter.name not in first)]
 
     def verb(**given: Any) -> None:
         options = {name: given.pop(name) for name in EvalConfig.model_fields}
@@ -63,6 +72,14 @@ def takes_run_options(
     verb.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     verb.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return verb
+
+
+def _set_option(more: str) -> dict[str, Any]:
+    annotation, default = _RunOptions["assignments"]
+    if more:
+        default = copy(default)
+        default.help = f"{default.help} {more}"
+    return {"assignments": (annotation, default)}
 
 
 def _short_forms(objective: str | None, no_calibrate: bool) -> Iterator[str]:

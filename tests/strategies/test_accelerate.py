@@ -91,12 +91,33 @@ def request_for(tmp_path: Path) -> Request:
     return make
 
 
+def on_emulated_gpu(request: PlanRequest, gpu_bytes: int, cpu_bytes: int) -> PlanRequest:
+    """The same request on the CPU under both caps."""
+    machine = dataclasses.replace(request.machine, gpu_bytes=gpu_bytes, gpu_capped=True, cpu_bytes=cpu_bytes)
+    return dataclasses.replace(request, machine=machine)
+
+
 def on_gpu(request: PlanRequest, gpu_bytes: int, cpu_bytes: int = 2**33) -> PlanRequest:
     """The same request for a machine with a GPU; planning needs none."""
     machine = dataclasses.replace(
         request.machine, device="cuda", gpu_bytes=gpu_bytes, gpu_capped=True, cpu_bytes=cpu_bytes
     )
     return dataclasses.replace(request, machine=machine)
+
+
+def test_on_the_cpu_both_caps_hold_as_one(request_for: Request) -> None:
+    one = create(config()).plan(request_for(source_of("llama"), cpu_bytes=300_000))
+    two = create(config()).plan(
+        on_emulated_gpu(request_for(source_of("llama")), gpu_bytes=100_000, cpu_bytes=200_000)
+    )
+    assert one.weight_bytes["disk"] > 0
+    assert (two.weight_bytes, two.details, two.warnings) == (one.weight_bytes, one.details, one.warnings)
+    assert sum(two.peak_bytes[tier] for tier in ("gpu", "cpu")) <= 300_000
+    assert two.as_dict()["cpu_cap_bytes"] == 300_000
+    with pytest.raises(PlanInfeasible):
+        create(config()).plan(
+            on_emulated_gpu(request_for(source_of("llama")), gpu_bytes=30_000, cpu_bytes=30_000)
+        )
 
 
 # Sizes

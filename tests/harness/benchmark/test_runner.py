@@ -156,7 +156,7 @@ def test_an_interruption_ends_it_and_the_rest_can_be_run_later(tmp_path: Path, w
     assert [results[name].status.value for name in STRATEGIES] == ["FINISHED", "KILLED", "KILLED"]
 
     again = Script()
-    kept = adopt(tmp_path, Benchmark.read(tmp_path).model_copy(update={"status": RunStatus.RUNNING}))
+    kept = adopt(tmp_path, Benchmark.read(tmp_path).model_copy(update={"status": RunStatus.RUNNING}))[0]
     resumed = run(tmp_path, kept, again)
     assert again.started == ["flexgen", "autoflex"]
     assert resumed.status is RunStatus.FINISHED
@@ -179,7 +179,7 @@ def test_a_command_that_dies_loses_no_launch_that_had_ended(tmp_path: Path) -> N
         else cell
         for cell in left.cells
     ]
-    kept = adopt(tmp_path, left.model_copy(update={"cells": forgotten}))
+    kept = adopt(tmp_path, left.model_copy(update={"cells": forgotten}))[0]
     assert kept == left
     for cell in kept.cells:
         assert merge_cell(tmp_path, kept, cell) is not None
@@ -192,7 +192,7 @@ def test_a_command_that_dies_loses_no_launch_that_had_ended(tmp_path: Path) -> N
 def test_a_failed_cell_is_not_missing(tmp_path: Path) -> None:
     ended = run(tmp_path, a_benchmark(), Script({("flexgen", 1): "fails"}))
     again = Script()
-    run(tmp_path, adopt(tmp_path, ended), again)
+    run(tmp_path, adopt(tmp_path, ended)[0], again)
     assert again.started == []
 
 

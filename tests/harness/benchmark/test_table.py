@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,11 @@ def test_failed_and_pending_cells_have_rows_with_reasons(tmp_path: Path) -> None
     assert failed.peak_device_bytes == 7.9 * GIB
     told = dict(failures(list(rows.values())))
     assert "device peak predicted 5.76 GiB, actual 7.90 GiB" in told["flexgen-b8"]
+    # What the runner has said already is not said twice.
+    explained = replace(
+        failed, reason="OutOfMemory: CUDA ran out of memory (peak on disk reached 1 GiB = 1073741824 bytes)"
+    )
+    assert dict(failures([explained])) == {"flexgen-b8": explained.reason}
     assert set(told) == {"flexgen-b8", "accelerate-b8"}
     assert rows["autoflex-b8"].status == "PENDING"
     assert column(list(rows.values()), "generation_tok_s")[3:] == ["failed", "failed", "pending"]
