@@ -10,12 +10,12 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexllmgen.errors import UsageError
-from harness.benchmark.record import Benchmark, read_cells
+from harness.benchmark.record import Benchmark, CellStatus, cell_folder, read_cells
 from harness.config import EvalConfig
 from harness.report import Report
 from harness.results import RunResult
@@ -93,18 +93,31 @@ def folder_rows(results_dir: Path, report: Report) -> list[dict[str, Any]]:
         found += is_run or is_benchmark
         try:
             if is_benchmark:
-                benchmark = Benchmark.read(folder)
-                rows += [
-                    result_row(result, folder / "cells" / name, benchmark)
-                    for name, result in read_cells(folder, benchmark).items()
-                ]
+                rows += _cell_rows(folder)
             elif is_run:
                 rows.append(result_row(RunResult.read(folder), folder))
         except UsageError as error:
             report.warn(f"left out: {error}")
     if not found:
+        if not results_dir.exists():
+            raise UsageError(
+                f"there is no folder {results_dir}; name results/ or a folder results/<uuid> in it"
+            )
         raise UsageError(f"{results_dir} holds no result; name results/ or a folder results/<uuid> in it")
     return sorted(rows, key=lambda row: row["started_at_ms"])
+
+
+def _cell_rows(folder: Path) -> Iterator[dict[str, Any]]:
+    """A benchmark's cells: those with a result, and those that failed before they could leave one."""
+    from harness.benchmark.summary import lost_result
+
+    benchmark = Benchmark.read(folder)
+    results = read_cells(folder, benchmark)
+    for cell in benchmark.cells:
+        if cell.name in results:
+            yield result_row(results[cell.name], cell_folder(folder, cell.name), benchmark)
+        elif cell.status is CellStatus.FAILED:
+            yield result_row(lost_result(benchmark, cell), folder, benchmark)
 
 
 def result_row(result: RunResult, folder: Path, benchmark: Benchmark | None = None) -> dict[str, Any]:

@@ -4,16 +4,17 @@ Writes nothing and creates nothing. Knows MLflow through `store.py` only, and th
 """
 
 import contextlib
-import json
 import logging
 import tempfile
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from flexllmgen.errors import UsageError
-from harness.compare.measured import Measured, hardware_of_profile
+from harness.benchmark.record import Benchmark, CellStatus
+from harness.compare.measured import Measured, hardware_of_profile, lost_cell
 from harness.results import RunResult, RunStatus
 from harness.run_writer import PARENT_TAG, UUID_TAG
 from harness.store import BULK_TIMEOUT_S, Connection, DeliveryError, Store
@@ -34,6 +35,7 @@ class StoreReader:
         self.store = store
         self._warn = warn
         self._connection = Connection(store)
+        self._benchmarks: dict[str, Benchmark | None] = {}
 
     def of_commit(self, commit: str) -> list[Measured]:
         """Results of a commit, clean or not; `commit` may be the beginning of one.
@@ -61,7 +63,7 @@ class StoreReader:
         Raises:
             UsageError: the store is unreachable.
         """
-        for run in self._call(lambda client: list(_search(client, ""))):
+        for run in self._call(lambda client: list(_measuring(client, ""))):
             if run.data.tags[UUID_TAG] not in but:
                 yield from self._call(partial(self._read_all, run=run))
 
@@ -72,14 +74,14 @@ class StoreReader:
             UsageError: the store is unreachable.
         """
         found: dict[str, int] = {}
-        for run in self._call(lambda client: list(_search(client, ""))):
+        for run in self._call(lambda client: list(_measuring(client, ""))):
             if commit := run.data.tags.get(_COMMIT_TAG):
                 found[commit] = found.get(commit, 0) + 1
         return found
 
     def _find(self, query: str) -> list[Measured]:
         def read(client: Any) -> list[Measured]:
-            return [one for run in _search(client, query) for one in self._read(client, run)][::-1]
+            return [one for run in _measuring(client, query) for one in self._read(client, run)][::-1]
 
         return self._call(read)
 
@@ -94,14 +96,20 @@ class StoreReader:
         return [*self._read(client, run)]
 
     def _read(self, client: Any, run: Any) -> Iterator[Measured]:
-        """The run's result; nothing for a parent, or for one that has not delivered its result."""
+        """The run's result, or what its benchmark says of a cell that left none; else nothing."""
         run_id, parent = run.info.run_id, run.data.tags.get(PARENT_TAG, "")
         try:
             result = _result(client, run_id, "result.json")
         except UsageError as error:
             self._warn(f"left out: run {run_id}: {error}")
             return
+        benchmark = self._benchmark(client, parent) if parent else None
+        baseline = benchmark.baseline if benchmark else ""
         if result is None:
+            name = run.data.tags.get("harness.cell")
+            for cell in benchmark.cells if benchmark else ():
+                if benchmark and cell.name == name and cell.status is CellStatus.FAILED:
+                    yield replace(lost_cell(benchmark, cell), run_ids=(run_id, parent))
             return
         launches = []
         for uuid in result.cell.launches if result.cell else ():
@@ -119,19 +127,20 @@ class StoreReader:
                 launches=tuple(launches) or (result,),
                 hardware=hardware_of_profile(profile) if profile else {},
                 group=result.cell.benchmark_uuid if result.cell else result.run_uuid,
-                baseline=self._baseline(client, parent),
+                baseline=baseline,
                 run_ids=tuple(filter(None, (run_id, parent))),
                 source=f"run {run_id}",
                 patch=result.provenance.patch_digest or "",
             )
 
-    def _baseline(self, client: Any, parent: str) -> str:
-        content = _artifact(client, parent, "benchmark.json") if parent else None
-        if content is None:
-            return ""
-        with contextlib.suppress(ValueError):
-            return str(json.loads(content).get("baseline", ""))
-        return ""
+    def _benchmark(self, client: Any, parent: str) -> Benchmark | None:
+        """The record of the benchmark that a parent run is of; None where it cannot be read."""
+        if parent not in self._benchmarks:
+            content = _artifact(client, parent, "benchmark.json")
+            self._benchmarks[parent] = None
+            with contextlib.suppress(ValueError):
+                self._benchmarks[parent] = Benchmark.model_validate_json(content) if content else None
+        return self._benchmarks[parent]
 
 
 def _search(client: Any, query: str) -> Iterator[Any]:
@@ -149,6 +158,11 @@ def _search(client: Any, query: str) -> Iterator[Any]:
     ):
         if UUID_TAG in run.data.tags:
             yield run
+
+
+def _measuring(client: Any, query: str) -> Iterator[Any]:
+    """Of those the ones that hold a result: not the parent of a benchmark's cells."""
+    return (run for run in _search(client, query) if run.data.tags.get("harness.kind") != "benchmark")
 
 
 def _run_of(client: Any, name: str) -> Any:

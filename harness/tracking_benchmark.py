@@ -68,8 +68,9 @@ def open_benchmark(writer: RunWriter, folder: Path) -> str:
 def deliver_benchmark(writer: RunWriter, folder: Path, run_id: str | None) -> str:
     """See `Tracker.deliver_benchmark`."""
     benchmark = Benchmark.read(folder)
-    mine = benchmark.process.get("pid") == os.getpid()
-    if benchmark.status is RunStatus.RUNNING and process_is_alive(benchmark.process) and not mine:
+    alive = bool(process_is_alive(benchmark.process))
+    mine = alive and benchmark.process.get("pid") == os.getpid()
+    if benchmark.status is RunStatus.RUNNING and alive and not mine:
         raise UsageError(
             f"{folder} is still running (pid {benchmark.process.get('pid')}); deliver it when it has ended"
         )

@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from flexllmgen.errors import UsageError
-from harness.benchmark.record import Benchmark, CellStatus, cell_folder
+from harness.benchmark.record import Benchmark, Cell, CellStatus, cell_folder
 from harness.benchmark.summary import lost_result
 from harness.folders import MARKER
 from harness.provenance import short_digest
@@ -131,9 +131,16 @@ def read_folder(folder: Path) -> list[Measured]:
         if (inside / "result.json").is_file():
             found.append(_of_folder(inside, benchmark, folder))
         elif cell.status is CellStatus.FAILED:
-            lost = lost_result(benchmark, cell)
-            found.append(Measured(result=lost, launches=(lost,), group=benchmark.benchmark_uuid))
+            found.append(lost_cell(benchmark, cell))
     return found
+
+
+def lost_cell(benchmark: Benchmark, cell: Cell) -> Measured:
+    """Stands for a cell that failed before it could leave a result."""
+    result = lost_result(benchmark, cell)
+    return Measured(
+        result=result, launches=(result,), group=benchmark.benchmark_uuid, baseline=benchmark.baseline
+    )
 
 
 def read_file(path: Path) -> list[Measured]:

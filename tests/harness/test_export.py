@@ -60,7 +60,7 @@ def test_a_folder_of_results_is_a_row_per_run_and_cell(tmp_path: Path) -> None:
     make_folder(tmp_path, make_result(metrics={"ttft_s": 0.5}))
     benchmark = make_benchmark(tmp_path)
     table = make_table(folder_rows(tmp_path, Report(quiet=True)))
-    assert len(table) == 2
+    assert len(table) == 3
     cell = table[table["cell"] == "accelerate"].iloc[0]
     assert cell["benchmark_uuid"] == benchmark.name
     assert cell["benchmark"] == "nightly"
@@ -75,7 +75,7 @@ def test_a_folder_of_results_is_a_row_per_run_and_cell(tmp_path: Path) -> None:
     assert table.columns[:4].to_list() == ["run_name", "strategy", "model", "status"]
     # One folder alone, and a benchmark alone.
     assert [row["run_uuid"] for row in folder_rows(tmp_path / UUID, Report(quiet=True))] == [UUID]
-    assert [row["cell"] for row in folder_rows(benchmark, Report(quiet=True))] == ["accelerate"]
+    assert {row["cell"] for row in folder_rows(benchmark, Report(quiet=True))} == {"accelerate", "flexgen"}
 
 
 def test_a_damaged_or_newer_record_costs_a_warning(
@@ -86,7 +86,7 @@ def test_a_damaged_or_newer_record_costs_a_warning(
     (tmp_path / "torn" / "result.json").write_text('{"schema_version": 99')
     assert len(folder_rows(tmp_path, Report(quiet=True))) == 1
     assert "torn" in capsys.readouterr().err
-    with pytest.raises(UsageError, match="holds no result"):
+    with pytest.raises(UsageError, match="there is no folder"):
         folder_rows(tmp_path / "torn" / "nowhere", Report(quiet=True))
 
 
@@ -168,6 +168,16 @@ def test_cells_of_a_benchmark_in_the_store_name_it(store: Store, tracker: Tracke
             assert (pandas.isna(mine) and pandas.isna(other)) or mine == other, (cell, name)
     assert set(theirs["benchmark_uuid"]) == {folder.name}
     assert set(theirs["kind"]) == {"cell"}
+
+
+def test_a_cell_that_left_no_result_is_a_row_all_the_same(tmp_path: Path) -> None:
+    folder = make_benchmark_folder(tmp_path, lost=["flexgen-b8"])
+    rows = {row["cell"]: row for row in folder_rows(folder, Report(quiet=True))}
+    assert len(rows) == 6
+    lost = rows["flexgen-b8"]
+    assert (lost["status"], lost["strategy"], lost["exit_code"]) == ("FAILED", "flexgen", 5)
+    assert "out of memory" in lost["error"]
+    assert make_table([*rows.values()])["metrics.generation_tok_s"].notna().sum() == 5
 
 
 def test_only_what_was_asked_for() -> None:

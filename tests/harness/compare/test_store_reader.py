@@ -60,6 +60,10 @@ def test_a_benchmark_by_its_parent_and_by_its_cells(tree: Tree, store: Store) ->
             assert one.baseline == "accelerate-b4"
             assert one.group == BENCHMARK_UUID
             assert one.values("generation_tok_s") == pytest.approx(local[cell].values("generation_tok_s"))
+        # Also the one that failed before it could leave a result.
+        assert [one.name for one in records.select(name).failed] == ["autoflex-b8"]
+    with pytest.raises(UsageError, match=r"commits with results: \w+ \(6\)"):
+        records.select("nonsense")
     child = found["flexgen-b8"].run_ids[0]
     assert [one.name for one in records.select(child).measured] == ["flexgen-b8"]
     comparison, _ = compare_names(records, [], strategies=True, metrics=(), fail_on=(), force=False)
