@@ -18,6 +18,8 @@ from flexllmgen.checkpoint import RandomCheckpoint
 from flexllmgen.engine import FlexEngine
 from flexllmgen.kv_cache import Segment
 from flexllmgen.models.decoder import Decoder, Span
+from flexllmgen.models.experts import stack_experts
+from flexllmgen.placement import ALIGNMENT, round_up
 from flexllmgen.policy import ON_CPU, ON_GPU, Placement, Policy
 from flexllmgen.spec import ModelSpec
 from flexllmgen.workload import Workload
@@ -211,10 +213,14 @@ class _Bench:
             torch.cuda.synchronize()
 
     def _weights(self, shapes: Mapping[str, tuple[int, ...]]) -> Tensors:
-        return {
-            name: torch.randn(shape, device=self.device, dtype=self.dtype).mul_(0.02)
-            for name, shape in shapes.items()
-        }
+        """Random weights, one after another in memory as the engine has them."""
+        sizes = {name: round_up(math.prod(shape), ALIGNMENT) for name, shape in shapes.items()}
+        memory = torch.randn(sum(sizes.values()), device=self.device, dtype=self.dtype).mul_(0.02)
+        parts = zip(shapes.items(), memory.split(list(sizes.values())), strict=True)
+        weights = {name: part[: math.prod(shape)].view(shape) for (name, shape), part in parts}
+        if "router.weight" in weights:
+            weights |= stack_experts(weights, self.spec.num_experts)
+        return weights
 
 
 def _recorded(work: Callable[[], object], stream: torch.cuda.Stream) -> Callable[[], object]:

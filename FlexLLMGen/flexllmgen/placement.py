@@ -417,11 +417,16 @@ def workspace_bytes(
     rows = min(max(chunk_tokens, prompt), batch * prompt)
     sequences = max(1, rows // prompt)
     inner = spec.intermediate_size * (3 if spec.traits.gated else 2)
-    routed = spec.experts_per_token * spec.hidden_size + spec.num_experts if spec.num_experts else 0
     # Attention: the norm, q/k/v as one, rotated copies of q and k (expanded to all heads where a mask is),
     # output.
     attention = 2 * spec.hidden_size + 5 * spec.query_size + 6 * spec.kv_size
-    mlp = 2 * spec.hidden_size + inner + 4 * routed
+    mlp = 2 * spec.hidden_size + inner
+    if spec.num_experts:
+        # A row for each of a token's experts: taken together and put back, or padded to twice as many and computed.
+        chosen = 4 * spec.hidden_size
+        if spec.many_experts:
+            chosen = max(chosen, 2 * (spec.hidden_size + 3 * spec.intermediate_size))
+        mlp += chosen * spec.experts_per_token + 4 * spec.num_experts
     context = round_up(workload.max_context, 8)
     mask = sequences * prompt * prompt * 2 + batch * context * 2
     fp32 = 2 if dtype_bytes == 2 else 1

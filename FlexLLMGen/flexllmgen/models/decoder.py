@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from flexllmgen.attention import append, decode_attention, prompt_attention
 from flexllmgen.kv_cache import Segment
+from flexllmgen.models.experts import grouped_experts
 from flexllmgen.models.linear import linear
 from flexllmgen.models.rope import angles, inverse_frequencies, rotate
 from flexllmgen.spec import ModelSpec
@@ -75,6 +76,8 @@ class Decoder:
 
     def __init__(self, spec: ModelSpec, *, device: torch.device, dtype: torch.dtype) -> None:
         self.spec, self._dtype = spec, dtype
+        # On a CPU arithmetic counts, and padding is arithmetic.
+        self._groups_experts = device.type == "cuda" and spec.many_experts
         self._activation = _ACTIVATIONS[spec.activation]
         self._frequencies = (
             inverse_frequencies(spec.rope, spec.head_dim).to(device)
@@ -185,6 +188,10 @@ class Decoder:
     def _experts(self, w: Weights, x_RD: torch.Tensor) -> torch.Tensor:
         """Sends each row to its experts; each expert takes its rows at once."""
         weights, experts = self._route(w, x_RD)
+        if self._groups_experts:
+            out = grouped_experts(w, x_RD, weights, experts, self._gate, self.spec.num_experts)
+            if out is not None:
+                return out
         chosen = self.spec.experts_per_token
         order = experts.flatten().argsort(stable=True)
         rows = order // chosen
