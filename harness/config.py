@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -29,6 +29,9 @@ from pydantic import (
 
 from flexllmgen.errors import UsageError
 from strategies.registry import STRATEGIES, find_strategy
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 ENV_PREFIX = "HARNESS_"
 
@@ -64,7 +67,7 @@ def parse_size(value: Any) -> int:
 def _whole_number(value: Any) -> Any:
     """Refuse what pydantic would take for 0 and 1."""
     if isinstance(value, bool):
-        raise ValueError("Input should be a whole number")
+        raise ValueError("must be a whole number")
     return value
 
 
@@ -129,7 +132,7 @@ class EvalConfig(BaseModel):
 
     dataset: str = _option(
         "humaneval",
-        "An alias (see `harness datasets`), owner/name\\[:config/split\\[@revision]], or a json, jsonl, csv or parquet file.",
+        "An alias (see `harness datasets`), owner/name\\[:config\\[/split]]\\[@revision], or a json, jsonl, csv or parquet file.",
         "--dataset",
         "-d",
         panel=_PROMPTS,
@@ -165,7 +168,8 @@ class EvalConfig(BaseModel):
     device: Literal["auto", "cuda", "cpu"] = _option("auto", "Where to compute.", panel=_MACHINE)
     gpu_mem: Size | None = _option(
         None,
-        "Use no more GPU memory than this (16GiB, 800MB): emulates a smaller GPU. Not given: what is free.",
+        "Use no more GPU memory than this (16GiB, 800MB): emulates a smaller GPU. Without a GPU: what stands in for its "
+        "memory; accelerate then has this and --cpu-mem as one. Not given: what is free.",
         panel=_MACHINE,
         metavar="SIZE",
     )
@@ -391,7 +395,35 @@ def _validate(model: type[Model], raw: Mapping[str, Any], sources: Mapping[str, 
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0]) if first["loc"] else ""
-        reason = first["msg"].removeprefix("Value error, ")
         name = flag_of(key) if key in EvalConfig.model_fields else key
-        value = first.get("input")
-        raise UsageError(f"{name} {value!r}: {reason} (from {sources.get(key, 'default')})") from None
+        source = sources.get(key, "default")
+        told = "" if source == f"option {name}" else f" (from {source})"
+        raise UsageError(f"{name} {first.get('input')!r}: {_in_plain_words(first)}{told}") from None
+
+
+def _in_plain_words(error: "ErrorDetails") -> str:
+    """Why a value does not fit, for people who have never heard of pydantic."""
+    kind, bounds = error["type"], error.get("ctx", {})
+    if kind == "greater_than_equal":
+        return f"must be {_bound(bounds['ge'])} or more"
+    if kind == "less_than_equal":
+        return f"must be {_bound(bounds['le'])} or less"
+    if kind == "greater_than":
+        return f"must be more than {_bound(bounds['gt'])}"
+    if kind == "less_than":
+        return f"must be less than {_bound(bounds['lt'])}"
+    if kind in ("int_parsing", "int_from_float", "int_type"):
+        return "must be a whole number"
+    if kind in ("float_parsing", "float_type"):
+        return "must be a number"
+    if kind in ("bool_parsing", "bool_type"):
+        return "must be true or false"
+    if kind == "literal_error":
+        return f"must be {bounds['expected']}"
+    if kind == "string_type":
+        return "must be a text, in quotes"
+    return error["msg"].removeprefix("Value error, ").replace("Input should be", "must be", 1)
+
+
+def _bound(number: float) -> str:
+    return f"{number:g}" if abs(number) < 1e6 else str(number)

@@ -48,6 +48,8 @@ def _found(path: Path, names: Sequence[str]) -> list[Path]:
         return [path]
     found = {file.parent: file.stat().st_mtime for name in names for file in path.glob(f"*/{name}")}
     if not found:
+        if not path.exists():
+            raise UsageError(f"there is no folder {path}; name results/ or a folder results/<uuid> in it")
         raise UsageError(f"{path} holds no result; name results/ or a folder results/<uuid> in it")
     return sorted(found, key=lambda folder: found[folder])
 

@@ -145,10 +145,11 @@ class PlanView:
         """The run in three lines."""
         plan, request = self.plan, self.plan.request
         workload = request.workload
+        prompts = "1 prompt" if workload.num_sequences == 1 else f"{workload.num_sequences} prompts"
         return (
             f"plan: {plan.strategy}, {request.model.name}, {request.dtype} on {request.machine.device} "
             f"({self.profile.hardware.summary})\n"
-            f"  {workload.num_sequences} prompts x {workload.prompt_tokens} tokens, {workload.gen_tokens} tokens each, "
+            f"  {prompts} x {workload.prompt_tokens} tokens, {workload.gen_tokens} tokens each, "
             f"{plan.batch_size} at a time\n"
             f"  {self._policy()}\n"
         )

@@ -160,9 +160,10 @@ class Report:
             return
         device = _DEVICE_NAMES[plan["device"]]
         weights, kv = _tiers(plan["weight_bytes"], device), _tiers(plan["kv_bytes"], device)
+        prompts = "1 prompt" if plan["num_sequences"] == 1 else f"{plan['num_sequences']} prompts"
         lines = [
             f"plan: {plan['strategy']}, {plan['model']}, {plan['dtype']} on {plan['device']} ({hardware})",
-            f"  {plan['num_sequences']} prompts x {plan['prompt_tokens']} tokens in batches of {plan['batch_size']}, "
+            f"  {prompts} x {plan['prompt_tokens']} tokens in batches of {plan['batch_size']}, "
             f"{plan['gen_tokens']} tokens each",
             f"  weights {weights}; KV cache {kv} a batch; workspace {gib(plan['workspace_bytes'])}",
         ]

@@ -3,6 +3,7 @@
 Knows nothing of the grid around the cell.
 """
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,7 +124,12 @@ def read_assignment(text: str, strategies: Sequence[str]) -> tuple[str | None, s
     if dot and of not in strategies:
         raise UsageError(f"--set {text}: no cell runs {of!r}; the strategies are {', '.join(strategies)}")
     if not any(key in keys_of(strategy) for strategy in ([of] if dot else strategies)):
-        raise UsageError(f"--set {text}: {' and '.join([of] if dot else strategies)} have no key {key!r}")
+        asked = [of] if dot else list(strategies)
+        known = sorted({name for strategy in asked for name in keys_of(strategy)})
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        has = f"{asked[0]} has no" if len(asked) == 1 else f"none of {', '.join(asked)} has a"
+        raise UsageError(f"--set {text}: {has} key {key!r}; {hint}")
     return of or None, key, value.strip()
 
 

@@ -31,7 +31,7 @@ def datasets_command() -> None:
 
     def run(report: "Report") -> int:
         report.rows(
-            "Also owner/name[:config/split[@revision]] with --prompt-template, and local json, jsonl, csv, parquet.",
+            "Also owner/name[:config[/split]][@revision] with --prompt-template, and local json, jsonl, csv, parquet.",
             ("dataset", "offline", "licence", "what it is"),
             [
                 (alias, "yes" if entry.offline else "", entry.licence, entry.summary)

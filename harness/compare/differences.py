@@ -56,8 +56,15 @@ def key_differences(
             present = base if name in base_keys else new
             same = present.param_sources.get(name, "").startswith("default")
         if not same:
-            found[name] = (scalar_text(base_keys.get(name)), scalar_text(new_keys.get(name)))
+            found[name] = (setting_text(name, base_keys.get(name)), setting_text(name, new_keys.get(name)))
     return found
+
+
+def setting_text(name: str, value: Scalar) -> str:
+    """A setting's value; a cap the way it is given: 1.00GiB."""
+    if name.endswith("_mem") and isinstance(value, int | float) and not isinstance(value, bool):
+        return gib(value).replace(" ", "")
+    return scalar_text(value)
 
 
 def hardware_differences(base: Measured, new: Measured) -> dict[str, tuple[str, str]]:

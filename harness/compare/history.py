@@ -189,9 +189,11 @@ def _nothing(measured: Sequence[Measured], workload: str | None, strategy: str |
         return "there are no finished runs here: run `harness eval` or `harness benchmark` first"
     strategies = sorted({one.result.strategy for one in measured})
     workloads = list(dict.fromkeys(one.result.workload_key for one in reversed(measured)))
-    wanted = " ".join(filter(None, (strategy, workload)))
+    wanted = " ".join(
+        f"{flag} {value}" for flag, value in (("--strategy", strategy), ("--workload", workload)) if value
+    )
     more = f" and {len(workloads) - 4} more" if len(workloads) > 4 else ""
     return (
-        f"no finished run of {wanted}; there are strategies {', '.join(strategies)} "
+        f"no finished run for {wanted}; there are strategies {', '.join(strategies)} "
         f"and workloads {', '.join(workloads[:4])}{more}"
     )

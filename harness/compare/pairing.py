@@ -8,17 +8,16 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from flexllmgen.errors import UsageError
-from flexllmgen.units import gib
 from harness.compare.differences import (
     hardware_differences,
     key_differences,
-    scalar_text,
+    setting_text,
     setup_differences,
     setup_of,
     told,
 )
 from harness.compare.measured import Measured
-from harness.results import RunResult, Scalar
+from harness.results import RunResult
 
 Side = Literal["base", "new"]
 # Of a setup, what strategies have in common.
@@ -187,14 +186,8 @@ def label_of(result: RunResult) -> str:
     for name, value in setup_of(result).items():
         is_default = result.param_sources.get(name, "default").startswith("default")
         if name == "batch_size" or not (is_default or name in ("model", "device")):
-            words.append(f"{name}={_value(name, value)}")
+            words.append(f"{name}={setting_text(name, value)}")
     return " ".join(words)
-
-
-def _value(name: str, value: Scalar) -> str:
-    if name.endswith("_mem") and isinstance(value, int | float) and not isinstance(value, bool):
-        return gib(value).replace(" ", "")
-    return scalar_text(value)
 
 
 def _common_differences(base: Group, new: Group) -> bool:

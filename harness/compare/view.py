@@ -72,7 +72,8 @@ def value_text(metric: str, value: float) -> str:
     if metric.endswith("_bytes"):
         return gib(value)
     if metric.endswith("_s") and not metric.endswith("tok_s"):
-        return f"{value * 1e3:.4g} ms" if abs(value) < 1 else f"{value:.4g} s"
+        shown, unit = (value * 1e3, "ms") if abs(value) < 1 else (value, "s")
+        return f"{shown:#.4g}".rstrip(".") + f" {unit}"
     if metric in ("attainment", "prediction_error", "parity"):
         return f"{value:.1%}"
     return f"{value:,.2f}" if abs(value) < 1e5 else f"{value:.4g}"

@@ -42,7 +42,8 @@ def check_results(results_dir: Path) -> Iterator[Finding]:
             continue
         abandoned += record.status is RunStatus.RUNNING
         undelivered += not _is_delivered(folder)
-    found = f"{len(folders)} folders in {results_dir}" + (f", {running} still running" if running else "")
+    count = f"{len(folders)} folder{'s' if len(folders) > 1 else ''}"
+    found = f"{count} in {results_dir}" + (f", {running} still running" if running else "")
     if damaged:
         more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
         way_out = "read it with the version that wrote it, or move the folder away"

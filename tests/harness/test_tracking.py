@@ -56,8 +56,11 @@ def test_find_result_folders(tmp_path: Path) -> None:
     folder = make_folder(tmp_path)
     assert find_result_folders(tmp_path) == [folder]
     assert find_result_folders(folder) == [folder]
-    for nothing in (tmp_path / "missing", folder / "detail"):
-        with pytest.raises(UsageError, match="holds no result"):
+    for nothing, told in (
+        (tmp_path / "missing", "there is no folder"),
+        (folder / "detail", "holds no result"),
+    ):
+        with pytest.raises(UsageError, match=told):
             find_result_folders(nothing)
 
 

@@ -194,7 +194,7 @@ def test_a_suites_lists_are_axes_and_its_strategies_can_be_chosen(tiny: str, tmp
         ("[[cells]]\nstrategy = 'accelerate'\nw_gpu_percent = 1", "key of flexgen"),
         ("[[cells]]\nstrategy = 'flexgn'", "did you mean 'flexgen'"),
         ("[[cells]]\nstrategy = 'flexgen'\nbatch_size = []", "empty list"),
-        ("[[cells]]\nstrategy = 'flexgen'\nbatch_size = 0", "greater than or equal to 1"),
+        ("[[cells]]\nstrategy = 'flexgen'\nbatch_size = 0", "must be 1 or more"),
         ("launches = 0\n[[cells]]\nstrategy = 'flexgen'", "launches"),
         ("cell_timeout = 'soon'\n[[cells]]\nstrategy = 'flexgen'", "10m"),
         ("[[cells]\n", "not valid TOML"),
@@ -291,3 +291,20 @@ def test_a_suite_is_found_by_file_also_without_its_ending(tmp_path: Path) -> Non
     assert read_suite(str(write(tmp_path, "mine", text))).name == "mine"
     with pytest.raises(UsageError, match="no such file"):
         read_suite(str(tmp_path / "none.toml"))
+
+
+@pytest.mark.parametrize(
+    ("strategies", "text", "told"),
+    [
+        (
+            ["accelerate", "flexgen"],
+            "overlp=1",
+            "none of accelerate, flexgen has a key 'overlp'; did you mean 'overlap'?",
+        ),
+        (["flexgen"], "flexgen.overlp=1", "flexgen has no key 'overlp'; did you mean 'overlap'?"),
+        (["accelerate"], "zzz=1", "accelerate has no key 'zzz'; known keys: attn_implementation, "),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(tiny: str, strategies: list[str], text: str, told: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(f"--set {text}: {told}")):
+        grid_of({"model": [tiny], "strategy": strategies}, assignments=[text])

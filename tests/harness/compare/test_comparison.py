@@ -187,6 +187,13 @@ def test_setups_are_paired_by_what_was_asked_for(tree: Tree) -> None:
     assert (alone.side, alone.reason) == ("new", "no such run there")
 
 
+def test_caps_that_differ_are_told_as_sizes(tree: Tree) -> None:
+    params = dict(leave(tree.results, tree.commits[0], 10).params)
+    leave(tree.results, tree.commits[1], 11, params={**params, "gpu_mem": 1 << 30}, param_sources={})
+    with pytest.raises(UsageError, match=r"gpu_mem unset against 1\.00GiB"):
+        compared(tree, "HEAD~4", "HEAD~3")
+
+
 def test_a_key_that_the_older_code_lacks_counts_unless_it_is_at_its_default(tree: Tree) -> None:
     params = dict(leave(tree.results, tree.commits[0], 10).params)
     newer, sources = {**params, "new_key": 1}, {"new_key": "default (flexgen.toml)"}
@@ -331,7 +338,7 @@ def test_directions_and_readings() -> None:
         direction(one) for one in ("limit_tok_s", "predicted_peak_gpu_bytes", "repeats", "input_tokens")
     } == {None}
     assert parse_gate("ttft_s:2.5%").share == pytest.approx(0.025)
-    assert [value_text("ttft_s", 0.0123), value_text("e2e_s", 75.0)] == ["12.3 ms", "75 s"]
+    assert [value_text("ttft_s", 0.0123), value_text("e2e_s", 75.0)] == ["12.30 ms", "75.00 s"]
     assert [share_text(one) for one in (0.0, -0.0001, 12.0)] == ["0.0%", "0.0%", "x13"]
 
 

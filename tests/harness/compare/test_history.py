@@ -73,7 +73,7 @@ def test_setups_and_machines_are_series_of_their_own(tree: Tree) -> None:
     assert one_series(tree, strategy="accelerate").points[0].median == 13
     assert one_series(tree, workload="other").points[0].median == 14
     with pytest.raises(
-        UsageError, match=r"no finished run of autoflex; there are strategies accelerate, flexgen"
+        UsageError, match=r"no finished run for --strategy autoflex; there are strategies accelerate, flexgen"
     ):
         one_series(tree, strategy="autoflex")
     with pytest.raises(UsageError, match="no metric 'ttft'; there are ttft_s"):
