@@ -25,6 +25,7 @@ from harness.measure import (
     mean_itl_by_position,
     median_and_spread,
     metrics_of,
+    ratios_to_plan,
     run_pass,
 )
 from harness.prepare import Prepared, prepare
@@ -458,10 +459,7 @@ def make_batches(prompts: PromptSet, batch_size: int) -> list[Batch]:
 
 
 def compare_with_plan(plan: Plan, measured_tok_s: float | None) -> dict[str, float]:
-    """The three numbers side by side: predicted, measured, limit, and how they relate; and the peaks planned.
-
-    `prediction_error` is predicted / measured - 1, `attainment` measured / limit.
-    """
+    """The three numbers side by side: predicted, measured, limit, and how they relate; and the peaks planned."""
     metrics: dict[str, float] = {}
     steps = plan.request.workload.gen_tokens - 1
     batches = -(-plan.request.workload.num_sequences // plan.batch_size)
@@ -473,11 +471,7 @@ def compare_with_plan(plan: Plan, measured_tok_s: float | None) -> dict[str, flo
                 metrics[f"{name}_tpot_s"] = estimate.decode_s / batches / steps
     for tier, peak in plan.peak_bytes.items():
         metrics[f"predicted_peak_{tier}_bytes"] = float(peak)
-    if measured_tok_s and plan.predicted is not None:
-        metrics["prediction_error"] = plan.predicted.generation_tok_s / measured_tok_s - 1
-    if measured_tok_s and plan.limit is not None:
-        metrics["attainment"] = measured_tok_s / plan.limit.generation_tok_s
-    return metrics
+    return metrics | ratios_to_plan({**metrics, "generation_tok_s": measured_tok_s or 0.0})
 
 
 def short_name(model: str) -> str:

@@ -10,7 +10,7 @@ Definitions are those of docs/metrics.md. Engines know nothing of this file.
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -188,13 +188,38 @@ def mean_itl_by_position(batches: Sequence[BatchTimes]) -> list[float]:
     return [statistics.fmean(gaps) for gaps in zip(*(batch.itl_s for batch in batches), strict=False)]
 
 
-def median_and_spread(repeats: Sequence[dict[str, float]]) -> tuple[dict[str, float], dict[str, float]]:
-    """Per metric the median over repeats, and (max - min) / median where that means something."""
+def median_and_spread(rows: Sequence[Mapping[str, float]]) -> tuple[dict[str, float], dict[str, float]]:
+    """Per metric the median over repeats or launches, those that have it, and its spread where that means something."""
     medians: dict[str, float] = {}
     spreads: dict[str, float] = {}
-    for name in repeats[0]:
-        values = [repeat[name] for repeat in repeats]
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = [row[name] for row in rows if name in row]
         medians[name] = statistics.median(values)
-        if len(values) > 1 and medians[name] > 0 and not name.startswith(("input_tokens", "output_tokens")):
-            spreads[name] = (max(values) - min(values)) / medians[name]
+        spread = relative_spread(values)
+        if spread is not None and not name.startswith(("input_tokens", "output_tokens")):
+            spreads[name] = spread
     return medians, spreads
+
+
+def relative_spread(values: Sequence[float]) -> float | None:
+    """(max - min) / median; None of a single value or about zero.
+
+    >>> relative_spread([9.0, 10.0, 11.0])
+    0.2
+    """
+    middle = statistics.median(values) if values else 0.0
+    return (max(values) - min(values)) / middle if len(values) > 1 and middle > 0 else None
+
+
+def ratios_to_plan(metrics: Mapping[str, float]) -> dict[str, float]:
+    """How the measured `generation_tok_s` relates to what was predicted and to the limit, where these are known.
+
+    `prediction_error` is predicted / measured - 1, `attainment` measured / limit.
+    """
+    ratios: dict[str, float] = {}
+    if measured := metrics.get("generation_tok_s"):
+        if predicted := metrics.get("predicted_tok_s"):
+            ratios["prediction_error"] = predicted / measured - 1
+        if limit := metrics.get("limit_tok_s"):
+            ratios["attainment"] = measured / limit
+    return ratios

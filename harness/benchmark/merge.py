@@ -4,12 +4,13 @@ Knows nothing of how the launches came about.
 """
 
 import shutil
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from flexllmgen.units import gib
 from harness.benchmark.record import Benchmark, Cell, CellStatus, cell_folder
+from harness.benchmark.table import predicted_peaks
+from harness.measure import median_and_spread, ratios_to_plan
 from harness.results import CellLink, RunError, RunResult, RunStatus, write_text
 
 # What a result folder holds beside the result; one launch's stand for all.
@@ -110,16 +111,14 @@ def explain(error: RunError, result: RunResult | None, seen: Mapping[str, int]) 
         seen: peaks that this process saw from outside, by tier, in bytes; the result's own go first.
     """
     metrics = {} if result is None else result.metrics
-    plan = {} if result is None else result.plan
-    planned = plan.get("planned_peak_bytes") or (plan.get("predicted") or {}).get("peak_bytes") or {}
+    planned = (None, None, None) if result is None else predicted_peaks(result)
     reached = {
         "gpu": metrics.get("peak_device_allocated_bytes"),
         "cpu": metrics.get("peak_rss_bytes"),
         "disk": metrics.get("offload_disk_bytes"),
     }
     words = []
-    for tier, place in _TIERS.items():
-        predicted = metrics.get(f"predicted_peak_{tier}_bytes", planned.get(tier))
+    for (tier, place), predicted in zip(_TIERS.items(), planned, strict=True):
         actual = reached[tier] or seen.get(tier)
         if not predicted and not actual:
             continue
@@ -138,22 +137,10 @@ def _bytes(size: float) -> str:
 
 
 def _figures(launches: Sequence[RunResult]) -> tuple[dict[str, float], dict[str, float]]:
-    metrics: dict[str, float] = {}
-    spread: dict[str, float] = {}
-    names = dict.fromkeys(name for one in launches for name in one.metrics)
+    metrics, spread = median_and_spread([one.metrics for one in launches])
     repeated = {name for one in launches for repeat in one.repeats for name in repeat.metrics}
-    for name in names:
-        values = [one.metrics[name] for one in launches if name in one.metrics]
-        metrics[name] = statistics.median(values)
-        counts = name.startswith(("input_tokens", "output_tokens"))
-        if len(values) > 1 and name in repeated and metrics[name] > 0 and not counts:
-            spread[name] = (max(values) - min(values)) / metrics[name]
+    spread = {name: value for name, value in spread.items() if name in repeated}
     if len(launches) == 1:
         spread = dict(launches[0].spread)
     # A median of ratios need not be the ratio of the medians beside it.
-    measured = metrics.get("generation_tok_s")
-    if measured and metrics.get("predicted_tok_s"):
-        metrics["prediction_error"] = metrics["predicted_tok_s"] / measured - 1
-    if measured and metrics.get("limit_tok_s"):
-        metrics["attainment"] = measured / metrics["limit_tok_s"]
-    return metrics, spread
+    return metrics | ratios_to_plan(metrics), spread

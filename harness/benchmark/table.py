@@ -198,7 +198,7 @@ def _row(cell: Cell, benchmark: Benchmark, results: Mapping[str, RunResult], bas
     low, high = range_of(result, "generation_tok_s") or (None, None)
     parity = benchmark.parity.get(cell.name)
     base = results[baseline].metrics.get("generation_tok_s") if baseline else None
-    device_bytes, host_bytes, disk_bytes = _predicted_peaks(result)
+    device_bytes, host_bytes, disk_bytes = predicted_peaks(result)
     return Row(
         **head,
         workload_key=result.workload_key or None,
@@ -228,7 +228,7 @@ def _row(cell: Cell, benchmark: Benchmark, results: Mapping[str, RunResult], bas
     )
 
 
-def _predicted_peaks(result: RunResult) -> tuple[float | None, float | None, float | None]:
+def predicted_peaks(result: RunResult) -> tuple[float | None, float | None, float | None]:
     """Planned peaks of device, host and disk. Without a GPU the plan's tier `gpu` is host memory too."""
     planned = (
         result.plan.get("planned_peak_bytes") or (result.plan.get("predicted") or {}).get("peak_bytes") or {}

@@ -92,16 +92,6 @@ def compare(base: Sequence[float], new: Sequence[float]) -> Change:
     return Change(change=change, low=math.expm1(low), high=math.expm1(high), p=p)
 
 
-def relative_spread(values: Sequence[float]) -> float | None:
-    """(max - min) / median; None of a single value or about zero.
-
-    >>> relative_spread([9.0, 10.0, 11.0])
-    0.2
-    """
-    middle = median(values) if values else 0.0
-    return (max(values) - min(values)) / middle if len(values) > 1 and middle > 0 else None
-
-
 def _log_ratios(base: Sequence[float], new: Sequence[float]) -> list[float] | None:
     """Logarithms of all ratios, ascending; None where there are none."""
     if min(*base, *new) <= 0:

@@ -16,7 +16,8 @@ from flexllmgen.errors import UsageError
 from harness.compare.differences import version_differences
 from harness.compare.pairing import Group, Pair, Unpaired
 from harness.compare.plans import PlanChange, plan_change
-from harness.compare.statistics import Change, compare, relative_spread
+from harness.compare.statistics import Change, compare
+from harness.measure import relative_spread
 
 DEFAULT_METRICS = (
     "generation_tok_s",

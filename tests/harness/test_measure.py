@@ -15,6 +15,8 @@ from harness.measure import (
     median_and_spread,
     metrics_of,
     percentile,
+    ratios_to_plan,
+    relative_spread,
     run_pass,
 )
 from strategies.base import Placed
@@ -207,3 +209,16 @@ def tiny_step_s(builtin_model: Path) -> float:
             model(ids_BT)
             times.append(time.perf_counter() - started)
     return min(times)
+
+
+def test_spread() -> None:
+    assert relative_spread([9.0, 10.0, 11.0]) == pytest.approx(0.2)
+    assert relative_spread([9.0]) is None
+    assert relative_spread([0.0, 0.0]) is None
+
+
+def test_ratios_are_of_what_is_known() -> None:
+    metrics = {"generation_tok_s": 8.0, "predicted_tok_s": 10.0, "limit_tok_s": 16.0}
+    assert ratios_to_plan(metrics) == {"prediction_error": 0.25, "attainment": 0.5}
+    assert ratios_to_plan({**metrics, "generation_tok_s": 0.0}) == {}
+    assert ratios_to_plan({"generation_tok_s": 8.0}) == {}

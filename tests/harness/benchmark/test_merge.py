@@ -106,6 +106,10 @@ def test_an_error_names_the_peaks_predicted_and_reached() -> None:
     assert message == (
         "killed (peak in host memory predicted 3.00 GiB = 3221225472 bytes, reached 4.00 GiB = 4294967296 bytes)"
     )
-    planned = launch([], metrics={}, plan={"predicted": {"peak_bytes": {"gpu": 1 << 30, "cpu": 0}}})
+    peaks = {"predicted": {"peak_bytes": {"gpu": 1 << 30, "cpu": 1 << 29}}}
+    planned = launch([], metrics={}, plan={"device": "cuda", **peaks})
     assert "on the compute device predicted 1.00 GiB" in explain(error, planned, {}).message
+    # Without a GPU both lie in host memory, as in the table.
+    planned = launch([], metrics={}, plan={"device": "cpu", **peaks})
+    assert "(peak in host memory predicted 1.50 GiB" in explain(error, planned, {}).message
     assert explain(error, None, {}) == error

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.compare.statistics import can_tell, compare, least_launches, relative_spread
+from harness.compare.statistics import can_tell, compare, least_launches
 
 SAMPLES = st.lists(st.floats(min_value=0.01, max_value=1000), min_size=1, max_size=7)
 
@@ -110,9 +110,3 @@ def test_an_interval_without_zero_is_a_significant_change(base: list[float], new
     if change.low is None or change.high is None or len({*base, *new}) < len(base) + len(new):
         return
     assert change.significant == (change.low > 0 or change.high < 0)
-
-
-def test_spread() -> None:
-    assert relative_spread([9.0, 10.0, 11.0]) == pytest.approx(0.2)
-    assert relative_spread([9.0]) is None
-    assert relative_spread([0.0, 0.0]) is None
