@@ -77,7 +77,8 @@ class LiveGrid:
             case "progress":
                 name, total = self._pass
                 self.states[cell] = f"{name}, {event['tokens'] / total:.0%}" if total else name
-                self.memory.setdefault(cell, {}).update(event.get("memory") or {})
+                # Anew: the thread that draws may be going through the old one.
+                self.memory[cell] = {**self.memory.get(cell, {}), **(event.get("memory") or {})}
                 if event.get("tok_s"):
                     self.speeds[cell] = event["tok_s"]
             case "passed":
@@ -134,6 +135,8 @@ class LiveGrid:
     def _window(self) -> list[str]:
         """The cells that the terminal has room for, with the running one among them."""
         room = max(1, self.report.err.height - _MARGIN)
-        at = self.order.index(self.running) if self.running in self.order else 0
+        # Read once: the cell may end while this thread draws.
+        running = self.running
+        at = self.order.index(running) if running is not None else 0
         first = max(0, min(at - room // 2, len(self.order) - room))
         return self.order[first : first + room]

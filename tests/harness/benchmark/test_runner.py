@@ -228,3 +228,13 @@ def test_the_view_shows_state_speed_and_memory() -> None:
     assert "GPU 1.00 GiB" in text
     assert "12.50" in text
     assert text.count("waiting") == 2
+
+
+def test_the_view_may_be_drawn_while_a_cell_reports() -> None:
+    """The drawing thread is halfway through a cell's memory when the cell names another tier."""
+    live = LiveGrid(Report(quiet=True), a_benchmark())
+    live.event("flexgen", {"event": "progress", "tokens": 1, "memory": {"cpu": 1}})
+    halfway = iter(live.memory["flexgen"].items())
+    live.event("flexgen", {"event": "progress", "tokens": 2, "memory": {"gpu": 1}})
+    assert [*halfway] == [("cpu", 1)]
+    assert live.memory["flexgen"] == {"cpu": 1, "gpu": 1}
