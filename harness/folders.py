@@ -17,15 +17,6 @@ RESULT, BENCHMARK = "result.json", "benchmark.json"
 _DEPTH_OF_A_LAUNCH = 4  # <benchmark>/cells/<cell>/launches/<uuid>
 
 
-def find_result_folders(path: Path) -> list[Path]:
-    """The result folders at `path`: itself, or those directly in it, oldest first; no benchmarks.
-
-    Raises:
-        UsageError: there are none.
-    """
-    return _found(path, (RESULT,))
-
-
 def find_folders(path: Path) -> list[Path]:
     """The folders at `path` that are delivered as a whole, runs and benchmarks: itself or those directly in it, oldest first.
 
@@ -36,17 +27,15 @@ def find_folders(path: Path) -> list[Path]:
     """
     if (path / BENCHMARK).is_file():
         return [path]
-    if (path / RESULT).is_file() or path.is_dir():
+    if path.is_dir():
         for above in list(path.absolute().parents)[:_DEPTH_OF_A_LAUNCH]:
             if (above / BENCHMARK).is_file():
                 return [above]
-    return _found(path, (RESULT, BENCHMARK))
-
-
-def _found(path: Path, names: Sequence[str]) -> list[Path]:
-    if any((path / name).is_file() for name in names):
+    if (path / RESULT).is_file():
         return [path]
-    found = {file.parent: file.stat().st_mtime for name in names for file in path.glob(f"*/{name}")}
+    found = {
+        file.parent: file.stat().st_mtime for name in (RESULT, BENCHMARK) for file in path.glob(f"*/{name}")
+    }
     if not found:
         if not path.exists():
             raise UsageError(f"there is no folder {path}; name results/ or a folder results/<uuid> in it")

@@ -54,6 +54,11 @@ class Layers:
         self.config.pop("strategy", None)
 
     def resolve(self, values: Mapping[str, Any], block: Block) -> Settings:
+        """The cell of `block` that has these values, one per option or key, with where each came from.
+
+        Raises:
+            UsageError: an unknown name or key, or a value that cannot be; the message says where it stands.
+        """
         strategy = find_strategy(str(values["strategy"])).name
         own = keys_of(strategy)
         options: dict[str, Any] = {}

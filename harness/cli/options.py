@@ -165,6 +165,11 @@ def settings_of(
     *,
     default_strategy: str | None = None,
 ) -> "Settings":
+    """The effective settings of a run: options over --set, --config, environment and defaults; what is odd is warned of.
+
+    Raises:
+        UsageError: an unknown name or key, or a value that cannot be.
+    """
     from harness.config import unknown_variables
 
     if config_file is None and (named := os.environ.get("HARNESS_CONFIG")):

@@ -15,7 +15,7 @@ import pytest
 from records import START_MS, UUID, make_folder, make_result
 
 from flexllmgen.errors import UsageError
-from harness.folders import find_result_folders
+from harness.folders import find_folders
 from harness.provenance import process_identity
 from harness.results import (
     RunError,
@@ -52,16 +52,16 @@ def everything(client: Any) -> dict[str, Any]:
     return held
 
 
-def test_find_result_folders(tmp_path: Path) -> None:
+def test_find_folders(tmp_path: Path) -> None:
     folder = make_folder(tmp_path)
-    assert find_result_folders(tmp_path) == [folder]
-    assert find_result_folders(folder) == [folder]
+    assert find_folders(tmp_path) == [folder]
+    assert find_folders(folder) == [folder]
     for nothing, told in (
         (tmp_path / "missing", "there is no folder"),
         (folder / "detail", "holds no result"),
     ):
         with pytest.raises(UsageError, match=told):
-            find_result_folders(nothing)
+            find_folders(nothing)
 
 
 # What arrives
