@@ -133,12 +133,16 @@ def resume(
         raise UsageError(
             f"--launches {wanted.launches}: this benchmark has {benchmark.launches}; leave it out, or start a new one"
         )
+    ended_at_ms = benchmark.ended_at_ms
     update: dict[str, Any] = {"process": process_identity(), "status": RunStatus.RUNNING, "ended_at_ms": None}
     if wanted.cell_timeout_s is not None:
         update["cell_timeout_s"] = wanted.cell_timeout_s
     benchmark, unread = adopt(folder, benchmark.model_copy(update=update))
     for reason in unread:
         report.warn(f"measured again: {reason}")
+    if not any(cell.status is CellStatus.PENDING for cell in benchmark.cells):
+        # Nothing is measured any more: it has taken as long as it took.
+        benchmark = benchmark.model_copy(update={"ended_at_ms": ended_at_ms})
     for cell in benchmark.cells:
         merge_cell(folder, benchmark, cell)
     recorded = EvalConfig.model_validate(benchmark.cells[0].common)

@@ -43,7 +43,8 @@ def close(folder: Path, benchmark: Benchmark) -> tuple[Benchmark, list[str]]:
         status = RunStatus.KILLED
     else:
         status = RunStatus.FINISHED if CellStatus.FINISHED in states else RunStatus.FAILED
-    benchmark = benchmark.model_copy(update={"status": status, "ended_at_ms": int(time.time() * 1000)})
+    ended_at_ms = benchmark.ended_at_ms or int(time.time() * 1000)
+    benchmark = benchmark.model_copy(update={"status": status, "ended_at_ms": ended_at_ms})
     # At once: what follows takes seconds, and an impatient user may end it.
     benchmark.write(folder)
     for cell in benchmark.cells:

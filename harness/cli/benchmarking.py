@@ -32,6 +32,13 @@ SEVERAL = (
 )
 
 
+def suites_beginning(incomplete: str) -> list[str]:
+    """What a shell may offer for --suite."""
+    from harness.benchmark.suite import shipped_suites
+
+    return [name for name in shipped_suites() if name.startswith(incomplete)]
+
+
 @app.command("benchmark", rich_help_panel=RUNNING)
 @partial(
     takes_run_options,
@@ -53,6 +60,7 @@ def benchmark_command(
             "--suite",
             metavar="NAME|FILE",
             help="A grid written down: smoke, seed, flexgen-paper, or a TOML file.",
+            autocompletion=suites_beginning,
             rich_help_panel=_GRID,
         ),
     ] = None,

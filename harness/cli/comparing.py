@@ -107,8 +107,13 @@ def compare_command(
 
 def _records(results_dir: Path | None, tracking_uri: str | None, report: "Report") -> "Records":
     """Where results are looked for: the folder, then the store, which is opened only where it is needed."""
+    from flexllmgen.errors import UsageError
     from harness.compare.select import Records
 
+    if results_dir is not None and not results_dir.expanduser().is_dir():
+        raise UsageError(
+            f"--results-dir {results_dir}: there is no such folder; leave it out to ask the store alone"
+        )
     folder = results_dir or Path(os.environ.get("HARNESS_RESULTS_DIR") or "results")
     uri = tracking_uri or os.environ.get("HARNESS_TRACKING_URI")
     return Records(folder.expanduser(), store=_store(uri, report), cwd=Path.cwd(), warn=report.warn)

@@ -4,6 +4,7 @@ The page is one file, complete in itself, drawn with plotly. Knows nothing of ho
 """
 
 import html
+import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,21 @@ _EXPLAINED = (
     "commits, oldest first; medians over launches; bars from the least to the largest; "
     "a triangle marks a step beyond the noise, pointing up where it is for the better"
 )
+# What a page in the dark changes of plotly_white, as the report of a benchmark does.
+_DARK = {
+    "paper_bgcolor": "#14181d", "plot_bgcolor": "#14181d", "font.color": "#e8eaed",
+    **{f"{axis}.{part}": "#2c333b" for axis in ("xaxis", "yaxis") for part in ("gridcolor", "zerolinecolor", "linecolor")},
+}  # fmt: skip
+_SCHEME = """
+const dark = window.matchMedia("(prefers-color-scheme: dark)"), plot = document.getElementById("{plot_id}");
+const colours = COLOURS, plain = Object.fromEntries(Object.keys(colours).map((name) => [name, null]));
+const paint = () => {
+  document.body.style.background = dark.matches ? colours.paper_bgcolor : "";
+  Plotly.relayout(plot, dark.matches ? colours : plain);
+};
+dark.addEventListener("change", paint);
+if (dark.matches) paint();
+"""
 _MARKERS = {"": "circle", "better": "triangle-up", "worse": "triangle-down", "differs": "diamond"}
 
 
@@ -83,8 +99,9 @@ def write_html(all_series: Sequence[Series], path: Path) -> Path:
         },
     )  # fmt: skip
     page = figure.to_html(
-        include_plotlyjs=True, full_html=True, default_height="96vh", config={"displaylogo": False}
-    )
+        include_plotlyjs=True, full_html=True, default_height="96vh", config={"displaylogo": False},
+        post_script=_SCHEME.replace("COLOURS", json.dumps(_DARK)),
+    )  # fmt: skip
     page = page.replace("<head>", f"<head><title>{html.escape(metric)} by commit</title>", 1)
     try:
         return write_text(path.expanduser(), page)

@@ -4,6 +4,7 @@ Knows the files of the record; what is wrong within a store is `harness/store_ch
 """
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,8 +27,16 @@ from harness.store_check import (
 def check_results(results_dir: Path) -> Iterator[Finding]:
     """Result folders that no store has, that nobody can read, or whose process is gone."""
     folders = sorted(path for path in results_dir.glob("*/") if _is_record(path))
+    writable = _can_write(results_dir)
+    if not writable:
+        yield problem(
+            "results",
+            f"{results_dir} cannot be written",
+            "work in another folder, or name one with --results-dir",
+        )
     if not folders:
-        yield ok("results", f"no result folder in {results_dir}")
+        if writable:
+            yield ok("results", f"no result folder in {results_dir}")
         return
     damaged: list[str] = []
     running = undelivered = abandoned = 0
@@ -66,7 +75,14 @@ def check_store(store: Store, *, fix: bool) -> Iterator[Finding]:
     """The store: is it there and whole, do its artifacts lie where it says, did runs die in it."""
     path = store.sqlite_path
     if path is not None and not path.exists():
-        yield ok("store", f"none yet at {path}; the first run makes it")
+        if _can_write(path.parent):
+            yield ok("store", f"none yet at {path}; the first run makes it")
+        else:
+            yield problem(
+                "store",
+                f"none at {path}, and it cannot be made there",
+                "work in another folder, or name a store with --tracking-uri",
+            )
         return
     try:
         if path is not None and (broken := damage(path)):
@@ -119,6 +135,14 @@ def _stale_finding(store: Store, *, fix: bool) -> Finding:
     names = ", ".join(stale[:3]) + (" ..." if len(stale) > 3 else "")
     found = f"{len(stale)} are RUNNING, but their process is gone: {names}"
     return note("running runs", found, "harness doctor --fix closes them; so does the next run")
+
+
+def _can_write(folder: Path) -> bool:
+    """Whether files can be put there, be it that the folder is made first."""
+    there = folder.absolute()
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 def _is_record(folder: Path) -> bool:

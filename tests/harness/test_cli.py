@@ -504,6 +504,18 @@ def test_sync_of_a_folder_without_results(harness: Harness, tmp_path: Path) -> N
     assert_refused(harness("sync", tmp_path, cwd=tmp_path), 2, "holds no result")
 
 
+@pytest.mark.parametrize("verb", [("history",), ("compare", "@latest~1", "@latest")])
+def test_a_results_folder_that_is_not_there(harness: Harness, tmp_path: Path, verb: tuple[str, ...]) -> None:
+    done = harness(*verb, "--results-dir", tmp_path / "nope", cwd=tmp_path)
+    assert_refused(done, 2, "there is no such folder")
+
+
+def test_a_shell_is_offered_the_suites() -> None:
+    from harness.cli.benchmarking import suites_beginning
+
+    assert suites_beginning("s") == ["seed", "smoke"]
+
+
 def test_a_dry_run_prints_the_plan(harness: Harness, tmp_path: Path, tiny_model: Path) -> None:
     done = harness("eval", "--model", tiny_model, *SMALL, "--dry-run", "--json", cwd=tmp_path)
     assert done.code == 0, done.stderr

@@ -261,6 +261,17 @@ def test_results_that_no_store_has(tmp_path: Path) -> None:
     assert found.level is Level.PROBLEM
 
 
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("where a folder would have to be made")
+    (found,) = check_results(tmp_path / "file" / "results")
+    assert (found.level, found.check) == (Level.PROBLEM, "results")
+    assert "--results-dir" in found.way_out
+    absent = resolve_store(f"sqlite:///{tmp_path}/file/mlruns/mlflow.db", tmp_path, create=False)
+    (found,) = check_store(absent, fix=False)
+    assert (found.level, found.check) == (Level.PROBLEM, "store")
+    assert "--tracking-uri" in found.way_out
+
+
 def make_pack(offload: Path, name: str, age_s: float) -> Path:
     folder = offload / f"weights-{name}"
     folder.mkdir(parents=True)

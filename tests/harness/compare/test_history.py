@@ -116,6 +116,8 @@ def test_the_page_is_complete_in_itself_and_nothing_in_it_is_markup(tree: Tree) 
     assert "Plotly.newPlot" in page
     assert sha[:8] in page
     assert "generation_tok_s by commit</title>" in page
+    assert "prefers-color-scheme: dark" in page
+    assert "{plot_id}" not in page
 
 
 def test_a_page_that_cannot_be_written_is_a_mistake(tree: Tree) -> None:
