@@ -32,19 +32,13 @@ import flexllmgen.engine
 from flexllmgen.checkpoint import RandomCheckpoint
 from flexllmgen.engine import FlexEngine
 from flexllmgen.errors import OffloadError
+from flexllmgen.fits import check_fits
 from flexllmgen.memory.arena import HostArena, Region
 from flexllmgen.models.published import published_config
-from flexllmgen.placement import (
-    PAGE,
-    GiB,
-    PlacementPlan,
-    check_fits,
-    micro_batch_sizes,
-    plan_placement,
-    round_up,
-)
+from flexllmgen.placement import PlacementPlan, micro_batch_sizes, plan_placement
 from flexllmgen.policy import Placement, Policy
 from flexllmgen.spec import ModelSpec
+from flexllmgen.units import PAGE, GiB, round_up
 from flexllmgen.workload import Workload
 from profiling.calibration import Calibration, calibrate, corrected
 from profiling.cost_model import Traffic, engine_cost, physical_limit

@@ -27,9 +27,10 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("",
 from flexllmgen.checkpoint import RandomCheckpoint
 from flexllmgen.engine import FlexEngine, resolve_device, resolve_dtype
 from flexllmgen.models.published import published_config
-from flexllmgen.placement import GiB, plan_placement
+from flexllmgen.placement import plan_placement
 from flexllmgen.policy import Placement, Policy
 from flexllmgen.spec import ModelSpec
+from flexllmgen.units import GiB
 from flexllmgen.workload import Workload
 from harness.builtin import builtin_path
 from profiling.cost_model import engine_cost

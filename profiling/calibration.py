@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from flexllmgen.engine import Probe
-from flexllmgen.placement import PlacementPlan, streamed_parts
+from flexllmgen.images import streamed_parts
+from flexllmgen.placement import PlacementPlan
 from profiling.layer_times import LayerTimes, Point, layer_times_for
 from profiling.profile import HardwareProfile, Measurement
 from profiling.simulation import simulate_block

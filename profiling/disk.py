@@ -16,7 +16,7 @@ from flexllmgen.errors import OffloadDirError
 from flexllmgen.memory.arena import HostArena
 from flexllmgen.memory.disk import READ_BYTES, DirectFile, DiskPool, wait_all
 from flexllmgen.memory.transfer import Traffic
-from flexllmgen.placement import PAGE
+from flexllmgen.units import PAGE
 from profiling.compute import timed_runs
 from profiling.hardware import free_disk_bytes
 from profiling.memory import MIB

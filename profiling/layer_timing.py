@@ -16,12 +16,13 @@ import torch
 
 from flexllmgen.checkpoint import RandomCheckpoint
 from flexllmgen.engine import FlexEngine
+from flexllmgen.images import ALIGNMENT
 from flexllmgen.kv_cache import Segment
 from flexllmgen.models.decoder import Decoder, Span
 from flexllmgen.models.experts import stack_experts
-from flexllmgen.placement import ALIGNMENT, round_up
 from flexllmgen.policy import ON_CPU, ON_GPU, Placement, Policy
 from flexllmgen.spec import ModelSpec
+from flexllmgen.units import round_up
 from flexllmgen.workload import Workload
 from profiling.compute import timed_runs
 from profiling.layer_times import HeadPoint, LayerShape, LayerTimes, Point

@@ -9,8 +9,9 @@ and overlap need no formula of their own. Pure: measures nothing, allocates noth
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from flexllmgen.images import streamed_parts
 from flexllmgen.memory.disk import READ_BYTES, THREADS
-from flexllmgen.placement import PlacementPlan, row_bytes, streamed_parts
+from flexllmgen.placement import PlacementPlan, row_bytes
 from flexllmgen.schedule import Action, Shape, Step, zigzag
 from profiling.layer_times import LayerTimes
 from profiling.profile import Rates

@@ -6,7 +6,8 @@ The engine tells what is short, in bytes; what lowers it is known here by the na
 from pathlib import Path
 
 from flexllmgen.errors import PlanInfeasible
-from flexllmgen.placement import PlacementPlan, Shortage, find_shortages
+from flexllmgen.fits import Shortage, find_shortages
+from flexllmgen.placement import PlacementPlan
 from flexllmgen.units import gib
 from strategies.base import Machine
 from strategies.flexgen_config import Config

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import linprog
 
-from flexllmgen.placement import PlacementPlan, pack, round_up, spare_kv_slots, workspace_bytes
+from flexllmgen.images import pack
+from flexllmgen.placement import PlacementPlan, spare_kv_slots, workspace_bytes
 from flexllmgen.policy import Policy
 from flexllmgen.spec import ModelSpec
+from flexllmgen.units import round_up
 from flexllmgen.workload import Workload
 from profiling.layer_times import LayerTimes
 from profiling.profile import HardwareProfile

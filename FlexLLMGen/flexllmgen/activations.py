@@ -13,7 +13,8 @@ import torch
 from flexllmgen.memory.arena import HostArena
 from flexllmgen.memory.tiers import BlockSize, Lanes, TieredBlocks
 from flexllmgen.memory.transfer import Event
-from flexllmgen.placement import PAGE, PlacementPlan, round_up
+from flexllmgen.placement import PlacementPlan
+from flexllmgen.units import PAGE, round_up
 
 
 class ActivationStore:

@@ -26,16 +26,18 @@ from flexllmgen.activations import ActivationStore
 from flexllmgen.checkpoint import Checkpoint
 from flexllmgen.errors import PolicyError, UsageError
 from flexllmgen.executor import Executor
+from flexllmgen.fits import check_fits
 from flexllmgen.kv_cache import KVCache
 from flexllmgen.memory.arena import HostArena
 from flexllmgen.memory.disk import DiskPool
 from flexllmgen.memory.tiers import Lanes
 from flexllmgen.memory.transfer import Lane, Traffic
 from flexllmgen.models.decoder import Decoder, Weights
-from flexllmgen.placement import GiB, PlacementPlan, check_fits, plan_placement
+from flexllmgen.placement import PlacementPlan, plan_placement
 from flexllmgen.policy import Policy
 from flexllmgen.sampling import Greedy, Sampling
 from flexllmgen.spec import ModelSpec
+from flexllmgen.units import GiB
 from flexllmgen.weights import WeightStore, weight_pack
 from flexllmgen.workload import Workload
 

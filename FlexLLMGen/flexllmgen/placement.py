@@ -1,73 +1,23 @@
 """Policy + ModelSpec + Workload -> what lies where, to the byte. Pure: allocates nothing.
 
-The weights of a stage are packed into one *image*: tensors one after another, each at a multiple of
-ALIGNMENT. An image is cut by bytes, not by tensors: its first bytes lie on the device, the next in host
-memory, the last on disk. So shares are what was asked for, and every layer streams the same number of bytes.
-KV and activations are cut by sequences, and the remainders are carried over from unit to unit.
+Weights are cut by bytes (images.py); KV and activations by sequences, and the remainders are carried over from unit
+to unit.
 """
 
-import functools
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from flexllmgen.errors import PlanInfeasible, PolicyError
-from flexllmgen.policy import Placement, Policy, Tier
+from flexllmgen.errors import PolicyError
+from flexllmgen.images import Image, Stage, TierBytes, pack, place_images, streamed_bytes
+from flexllmgen.policy import Placement, Policy
 from flexllmgen.spec import ModelSpec
+from flexllmgen.units import PAGE, GiB, round_up
 from flexllmgen.workload import Workload
 
-ALIGNMENT = 256
-"""Where tensors start in an image, and the grain of every cut: what wide loads and copies like."""
-PAGE = 4096
-"""What direct disk I/O must be aligned to, in memory and in the file."""
 CHUNK_TOKENS = (8192, 4096, 2048, 1024, 1)
 """Positions that prefill may compute at once: the first that fits is taken, whole sequences at the least."""
 SMALL_UNIT_BYTES = 64 << 20
-GiB = 1 << 30
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PackedTensor:
-    """Where a tensor lies in its image. `lookup` tensors are read by rows, so they may stay on the host."""
-
-    offset: int
-    shape: tuple[int, ...]
-    num_bytes: int
-    lookup: bool = False
-
-    @property
-    def end(self) -> int:
-        return self.offset + self.num_bytes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Image:
-    """The packed weights of a stage, and how many of its bytes lie on each tier, in this order."""
-
-    name: str
-    layer: int
-    tensors: Mapping[str, PackedTensor]
-    num_bytes: int
-    gpu_bytes: int = 0
-    cpu_bytes: int = 0
-
-    @property
-    def disk_bytes(self) -> int:
-        return self.num_bytes - self.gpu_bytes - self.cpu_bytes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stage:
-    """One step through the model: embed, a layer or a half of it, or the head."""
-
-    kind: str
-    layer: int
-    images: tuple[int, ...]
-
-    @property
-    def has_kv(self) -> bool:
-        return self.kind in ("layer", "attention")
+"""KV of one layer and micro-batch that is small enough for a spare slot."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,25 +31,6 @@ class Split:
     @property
     def count(self) -> int:
         return self.gpu + self.cpu + self.disk
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TierBytes:
-    """Bytes on each tier, and the shares they come to."""
-
-    gpu: int = 0
-    cpu: int = 0
-    disk: int = 0
-
-    @property
-    def total(self) -> int:
-        return self.gpu + self.cpu + self.disk
-
-    @property
-    def shares(self) -> Placement:
-        total = max(self.total, 1)
-        gpu, cpu = self.gpu / total, self.cpu / total
-        return Placement(gpu=gpu, cpu=cpu, disk=max(0.0, 1 - gpu - cpu)) if self.total else Placement(gpu=1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,130 +140,12 @@ class PlacementPlan:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shortage:
-    """A tier that is too small for a plan. Bytes; `parts` say what the need is made of and sum to it."""
-
-    tier: Tier
-    need_bytes: int
-    limit_bytes: int
-    parts: Mapping[str, int]
-
-
-def round_up(value: int, grain: int) -> int:
-    """The least multiple of `grain` that is at least `value`."""
-    return -(-value // grain) * grain
-
-
 def spare_kv_slots(unit_bytes: int, depth: int, *, in_place: bool) -> int:
     """Slots from which KV is stored while no load waits for them; small ones cost less than the waiting.
 
     `unit_bytes` is the KV of one layer and micro-batch, wherever it lies.
     """
     return 1 if unit_bytes <= SMALL_UNIT_BYTES and depth > 0 and not in_place else 0
-
-
-def _cut(total: int, share: float, grain: int) -> int:
-    return min(total, round(total * share / grain) * grain)
-
-
-def pack(spec: ModelSpec, policy: Policy, dtype_bytes: int) -> tuple[tuple[Image, ...], tuple[Stage, ...]]:
-    """Images and stages of a model, nothing placed yet.
-
-    A token table shared by embedding and head lies in the head's image only, and the embedding reads it
-    there.
-    """
-    return _pack(spec, policy.sep_layer, dtype_bytes)
-
-
-@functools.lru_cache(maxsize=8)
-def _pack(spec: ModelSpec, sep_layer: bool, dtype_bytes: int) -> tuple[tuple[Image, ...], tuple[Stage, ...]]:
-    # Kept, since a search packs the same model hundreds of times.
-    images: list[Image] = []
-    stages: list[Stage] = []
-
-    def add(name: str, layer: int, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        tensors: dict[str, PackedTensor] = {}
-        offset = 0
-        for key, shape in shapes.items():
-            num_bytes = math.prod(shape) * dtype_bytes
-            lookup = name == "embed" and key in ("tokens", "positions")
-            tensors[key] = PackedTensor(offset=offset, shape=shape, num_bytes=num_bytes, lookup=lookup)
-            offset = round_up(offset + num_bytes, ALIGNMENT)
-        images.append(Image(name=name, layer=layer, tensors=tensors, num_bytes=offset))
-        return len(images) - 1
-
-    embed = add("embed", -1, spec.embed_tensors())
-    head = add("head", -1, spec.head_tensors())
-    stages.append(Stage(kind="embed", layer=-1, images=(embed, head) if spec.tied else (embed,)))
-    for layer in range(spec.num_layers):
-        if sep_layer:
-            for kind, shapes in (("attention", spec.attention_tensors()), ("mlp", spec.mlp_tensors())):
-                image = add(f"{kind}-{layer}", layer, shapes)
-                stages.append(Stage(kind=kind, layer=layer, images=(image,)))
-        else:
-            image = add(f"layer-{layer}", layer, {**spec.attention_tensors(), **spec.mlp_tensors()})
-            stages.append(Stage(kind="layer", layer=layer, images=(image,)))
-    stages.append(Stage(kind="head", layer=-1, images=(head,)))
-    return tuple(images), tuple(stages)
-
-
-def place_images(images: tuple[Image, ...], shares: Placement) -> tuple[Image, ...]:
-    """Cuts images so that all together have the shares asked for, layers evenly.
-
-    The head is read whole every step, so it takes device memory first; the embedding is read by rows, which
-    the host can do, so it takes host memory first. Layers divide the rest, remainders carried from one to the
-    next.
-    """
-    total = sum(image.num_bytes for image in images)
-    left = {"gpu": _cut(total, shares.gpu, ALIGNMENT)}
-    left["disk"] = min(total - left["gpu"], _cut(total, shares.disk, ALIGNMENT))
-    if not shares.cpu:  # Rounding must not put anything on a tier that was given nothing.
-        left["disk"] = total - left["gpu"]
-    left["cpu"] = total - left["gpu"] - left["disk"]
-    placed = list(images)
-
-    def take(index: int, order: tuple[str, ...]) -> None:
-        image, taken = images[index], dict.fromkeys(left, 0)
-        need = image.num_bytes
-        for tier in order:
-            taken[tier] = min(left[tier], need - sum(taken.values()))
-            left[tier] -= taken[tier]
-        placed[index] = _with_bytes(image, taken["gpu"], taken["cpu"])
-
-    take(1, ("gpu", "cpu", "disk"))
-    # An embedding that fits no tier whole would be streamed; where one has room for all of it, that one is
-    # first.
-    whole = [tier for tier in ("cpu", "gpu", "disk") if left[tier] >= images[0].num_bytes]
-    rest = [tier for tier in ("cpu", "disk", "gpu") if tier not in whole[:1]]
-    take(0, (*whole[:1], *rest))
-    layers = range(2, len(images))
-    room = sum(images[index].num_bytes for index in layers)
-    gpu, disk, before = left["gpu"], left["disk"], 0
-    done = {"gpu": 0, "disk": 0}
-    for index in layers:
-        before += images[index].num_bytes
-        upto_gpu = gpu * before // room // ALIGNMENT * ALIGNMENT if before < room else gpu
-        upto_disk = disk * before // room // ALIGNMENT * ALIGNMENT if before < room else disk
-        mine_gpu = min(upto_gpu - done["gpu"], images[index].num_bytes)
-        mine_disk = min(upto_disk - done["disk"], images[index].num_bytes - mine_gpu)
-        if not shares.cpu:
-            mine_disk = images[index].num_bytes - mine_gpu
-        done["gpu"] += mine_gpu
-        done["disk"] += mine_disk
-        placed[index] = _with_bytes(images[index], mine_gpu, images[index].num_bytes - mine_gpu - mine_disk)
-    return tuple(placed)
-
-
-def _with_bytes(image: Image, gpu: int, cpu: int) -> Image:
-    return Image(
-        name=image.name,
-        layer=image.layer,
-        tensors=image.tensors,
-        num_bytes=image.num_bytes,
-        gpu_bytes=gpu,
-        cpu_bytes=cpu,
-    )
 
 
 def split_sequences(counts: list[int], shares: Placement) -> list[Split]:
@@ -363,39 +176,6 @@ def micro_batch_sizes(num_sequences: int, policy: Policy) -> tuple[int, ...]:
     """
     size = policy.micro_batch_size
     return tuple(min(size, num_sequences - start) for start in range(0, num_sequences, size))
-
-
-def streamed_from(image: Image, resident_bytes: int) -> int:
-    """Offset from which an image goes through a slot: the start of its first tensor not wholly resident."""
-    if resident_bytes >= image.num_bytes:
-        return image.num_bytes
-    return min(tensor.offset for tensor in image.tensors.values() if tensor.end > resident_bytes)
-
-
-def streamed_bytes(image: Image, *, in_place: bool, embedding: bool) -> int:
-    """Bytes of a slot that an image needs, alignment of its disk part included."""
-    resident = image.gpu_bytes + (image.cpu_bytes if in_place else 0)
-    if resident >= image.num_bytes or (embedding and looked_up_on_host(image)):
-        return 0
-    return round_up(image.num_bytes - streamed_from(image, resident), PAGE) + 2 * PAGE
-
-
-def streamed_parts(image: Image, *, in_place: bool, embedding: bool) -> TierBytes:
-    """Bytes that a pass copies into a slot from each tier: `gpu` is the resident part of a tensor that is cut."""
-    resident = image.gpu_bytes + (image.cpu_bytes if in_place else 0)
-    if resident >= image.num_bytes or (embedding and looked_up_on_host(image)):
-        return TierBytes()
-    start, disk_from = streamed_from(image, resident), image.gpu_bytes + image.cpu_bytes
-    return TierBytes(
-        gpu=max(0, resident - start),
-        cpu=max(0, disk_from - max(resident, start)),
-        disk=image.num_bytes - max(disk_from, start),
-    )
-
-
-def looked_up_on_host(image: Image) -> bool:
-    """Whether an image is only tables read by rows, all in host memory: then nothing is streamed."""
-    return image.cpu_bytes == image.num_bytes and all(tensor.lookup for tensor in image.tensors.values())
 
 
 def row_bytes(spec: ModelSpec, sequences: int, dtype_bytes: int, *, disk: bool) -> int:
@@ -546,86 +326,3 @@ def plan_placement(
             break
     assert plan is not None
     return plan
-
-
-def check_fits(
-    plan: PlacementPlan,
-    *,
-    gpu_bytes: int | None = None,
-    cpu_bytes: int | None = None,
-    disk_free_bytes: int | None = None,
-) -> None:
-    """Refuses a plan that needs more than there is, before anything is loaded.
-
-    Raises:
-        PlanInfeasible: naming every tier that is short, its need and its limit.
-    """
-    shortages = find_shortages(
-        plan, gpu_bytes=gpu_bytes, cpu_bytes=cpu_bytes, disk_free_bytes=disk_free_bytes
-    )
-    if shortages:
-        raise PlanInfeasible("; also ".join(_explain(plan, each) for each in shortages))
-
-
-def find_shortages(
-    plan: PlacementPlan,
-    *,
-    gpu_bytes: int | None = None,
-    cpu_bytes: int | None = None,
-    disk_free_bytes: int | None = None,
-) -> tuple[Shortage, ...]:
-    """The tiers that are too small for a plan, with what their need is made of; None sets no limit."""
-
-    def parts(tier: Tier, **others: int) -> dict[str, int]:
-        placed = {
-            name: int(getattr(sizes, tier))
-            for name, sizes in (
-                ("weights", plan.weights),
-                ("kv_cache", plan.kv_cache),
-                ("activations", plan.activations),
-            )
-        }
-        return {**placed, **others}
-
-    slots = plan.slot_bytes
-    tiers: tuple[tuple[Tier, int, int | None, dict[str, int]], ...] = (
-        (
-            "gpu",
-            plan.gpu_bytes,
-            gpu_bytes,
-            parts("gpu", buffers=0 if plan.in_place else slots, workspace=plan.workspace_bytes),
-        ),
-        (
-            "cpu",
-            plan.cpu_bytes,
-            cpu_bytes,
-            parts("cpu", buffers=plan.staging_bytes + (slots if plan.in_place else 0)),
-        ),
-        ("disk", plan.disk_bytes, disk_free_bytes, parts("disk")),
-    )
-    return tuple(
-        Shortage(tier=tier, need_bytes=need, limit_bytes=limit, parts=made_of)
-        for tier, need, limit, made_of in tiers
-        if limit is not None and need > limit
-    )
-
-
-def _explain(plan: PlacementPlan, shortage: Shortage) -> str:
-    """A shortage in the words of the policy's fields."""
-    need, limit = shortage.need_bytes / GiB, shortage.limit_bytes / GiB
-    made_of = ", ".join(f"{name} {size / GiB:.2f}" for name, size in shortage.parts.items() if size)
-    if shortage.tier == "disk":
-        return (
-            f"needs {need:.2f} GiB in the offload directory ({made_of}), has {limit:.2f}; "
-            "free some or choose another directory"
-        )
-    where = "of host memory"
-    if shortage.tier == "gpu":
-        where = "on the compute device" if plan.in_place else "on the GPU"
-    fields = [
-        f"{name}.{shortage.tier}" for name in ("weights", "kv_cache", "activations") if shortage.parts[name]
-    ]
-    return (
-        f"needs {need:.2f} GiB {where} ({made_of}), has {limit:.2f}; "
-        f"lower {', '.join([*fields, 'micro_batch_size or overlap'])}"
-    )

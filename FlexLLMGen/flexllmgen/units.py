@@ -1,4 +1,8 @@
-"""Sizes where a person reads them."""
+"""Sizes: their grain, and how a person reads them."""
+
+PAGE = 4096
+"""What direct disk I/O must be aligned to, in memory and in the file."""
+GiB = 1 << 30
 
 
 def gib(num_bytes: float) -> str:
@@ -14,3 +18,8 @@ def gib(num_bytes: float) -> str:
     if num_bytes >= 2**10:
         return f"{num_bytes / 2**10:.1f} KiB"
     return f"{num_bytes:.0f} B"
+
+
+def round_up(value: int, grain: int) -> int:
+    """The least multiple of `grain` that is at least `value`."""
+    return -(-value // grain) * grain

@@ -17,20 +17,15 @@ from typing import Literal
 import torch
 
 from flexllmgen.checkpoint import PIECE_NUMBERS, Checkpoint, RandomCheckpoint
+from flexllmgen.images import Image, looked_up_on_host, streamed_from
 from flexllmgen.memory.arena import HostArena, Region
 from flexllmgen.memory.disk import READ_BYTES, DirectFile, in_order
 from flexllmgen.memory.pack import WeightPack, aligned_empty, pack_key
 from flexllmgen.memory.tiers import Lanes
 from flexllmgen.memory.transfer import PACKET_BYTES, Event, Lane
 from flexllmgen.models.experts import stack_experts
-from flexllmgen.placement import (
-    PAGE,
-    Image,
-    PlacementPlan,
-    looked_up_on_host,
-    round_up,
-    streamed_from,
-)
+from flexllmgen.placement import PlacementPlan
+from flexllmgen.units import PAGE, round_up
 
 WINDOW_BYTES = 128 << 20
 """Random weights are made in so much device memory, which every plan has for work that comes later."""

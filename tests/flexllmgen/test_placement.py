@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexllmgen.errors import PlanInfeasible, PolicyError, UnsupportedModelError
+from flexllmgen.fits import check_fits, find_shortages
+from flexllmgen.images import ALIGNMENT
 from flexllmgen.models.published import published_config
-from flexllmgen.placement import ALIGNMENT, check_fits, find_shortages, plan_placement, split_sequences
+from flexllmgen.placement import plan_placement, split_sequences
 from flexllmgen.policy import ON_CPU, ON_DISK, Placement, Policy
 from flexllmgen.spec import OPT_125M, ModelSpec
 from flexllmgen.workload import Workload

@@ -9,8 +9,8 @@ import torch
 
 from flexllmgen import checkpoint as checkpoints
 from flexllmgen.checkpoint import RandomCheckpoint
+from flexllmgen.images import pack
 from flexllmgen.models.published import published_config
-from flexllmgen.placement import pack
 from flexllmgen.policy import Policy
 from flexllmgen.spec import ModelSpec
 from flexllmgen.weights import fill_by_windows

@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexllmgen.errors import PlanInfeasible
+from flexllmgen.fits import check_fits
 from flexllmgen.models.published import published_config
-from flexllmgen.placement import GiB, check_fits, plan_placement
+from flexllmgen.placement import plan_placement
 from flexllmgen.policy import Placement, Policy
 from flexllmgen.spec import ModelSpec
+from flexllmgen.units import GiB
 from flexllmgen.workload import Workload
 from profiling.cost_model import engine_cost
 from strategies.placement_program import Limits

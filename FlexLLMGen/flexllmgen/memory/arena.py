@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from flexllmgen.errors import OutOfMemory
-from flexllmgen.placement import PAGE, GiB, round_up
+from flexllmgen.units import PAGE, GiB, round_up
 
 _TOUCH_BYTES = 256 << 20
 _GROUP_BYTES = 4 << 30

@@ -16,7 +16,7 @@ import torch
 
 from flexllmgen.errors import OffloadDirError
 from flexllmgen.memory.transfer import Traffic
-from flexllmgen.placement import PAGE, GiB
+from flexllmgen.units import PAGE, GiB
 
 THREADS = 4
 READ_BYTES = 8 << 20

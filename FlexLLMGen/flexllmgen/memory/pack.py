@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 
 from flexllmgen.errors import OffloadDirError
+from flexllmgen.images import Image
 from flexllmgen.memory.disk import DirectFile
-from flexllmgen.placement import PAGE, Image, round_up
+from flexllmgen.units import PAGE, round_up
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ import torch
 from flexllmgen.memory.arena import HostArena, Region
 from flexllmgen.memory.disk import DirectFile, DiskPool, in_order, scratch_file, wait_all
 from flexllmgen.memory.transfer import Event, Lane, Traffic, copy_bytes
-from flexllmgen.placement import PAGE, round_up
+from flexllmgen.units import PAGE, round_up
 
 
 @dataclass(frozen=True, slots=True)
