@@ -273,8 +273,8 @@ class FlexEngine:
     def probe(self, *, steps: bool = True, trials: int = 3) -> Probe:
         """Times what a plan's rates can be corrected by: loading one layer, and a few decode steps of a whole block.
 
-        The steps are those after a prompt of the workload's length, of which all but the last token is skipped: the KV
-        they read is whatever lies there. Call it between blocks.
+        On an accelerator they are the steps after a prompt of the workload's length, of which all but the last token is
+        skipped: the KV they read is whatever lies there. Elsewhere the prompt is one token. Call it between blocks.
 
         Args:
             steps: false where a step takes too long for a try.
@@ -284,6 +284,8 @@ class FlexEngine:
         moments = []
         tokens, workload = trials + 2, self.placement.workload
         skipped = min(workload.prompt_tokens, self.placement.max_context - tokens) - 1
+        if self.device.type == "cpu" or self.placement.kv_cache.disk:
+            skipped = min(skipped, 0)  # Reading what was never written there takes no time.
         if steps and skipped >= 0:
             # Different tokens, so that experts are chosen as they are in a run.
             generator = torch.Generator().manual_seed(0)
