@@ -192,6 +192,23 @@ def test_a_recordable_step_computes_the_same(
         }
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_skipped_positions_leave_nothing_behind(tiny: Any, tmp_path: Path, policy: str) -> None:
+    """What a probe runs: steps at a context that was never computed."""
+    model = tiny("llama3")
+    ids, mask = prompts(6, PROMPT, padded=True)
+    with load(model, POLICIES[policy], tmp_path) as engine:
+        want = columns(engine, ids, mask)
+        before = engine.stats().disk_read_bytes
+        steps = list(engine._generate(ids[:, :1], None, Greedy(), 4, skipped=PROMPT - 1))
+        assert len(steps) == 4
+        if engine.placement.kv_cache.disk:
+            # Three steps read the KV of ten positions and more.
+            read = engine.stats().disk_read_bytes - before
+            assert read > 3 * engine.placement.kv_cache.disk // engine.placement.max_context * PROMPT
+        assert torch.equal(columns(engine, ids, mask), want)
+
+
 def test_what_is_placed_is_what_is_held(tiny: Any, tmp_path: Path) -> None:
     ids, _ = prompts(6, PROMPT, padded=False)
     with load(tiny("opt"), POLICIES["mixed"], tmp_path) as engine:
