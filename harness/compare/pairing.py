@@ -234,5 +234,6 @@ def _nothing_to_compare(bases: Sequence[Group], news: Sequence[Group], unpaired:
             f"these are two different setups: {told(differences)} (--force compares all the same; "
             "--strategies compares the strategies of a benchmark)"
         )
-    words = "; ".join(f"{one.label} ({one.reason})" for one in unpaired[:4])
-    return f"no setup is on both sides: {words}"
+    words = "; ".join(f"{one.label} ({one.reason})" for one in unpaired[:2])
+    more = f"; and {len(unpaired) - 2} more" if len(unpaired) > 2 else ""
+    return f"no setup is on both sides: {words}{more}; run the same benchmark at both"

@@ -8,6 +8,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from flexllmgen.errors import OffloadDirError
@@ -29,7 +30,20 @@ CLASSES = (
 
 
 def check_disk(folder: Path, profiles: Path) -> Iterator[Finding]:
-    """Everything of this theme; the rest is skipped where the folder cannot be written."""
+    """Everything of this theme; the rest is skipped where the folder cannot be written.
+
+    A folder that has to be made for it is removed again: a mistyped name leaves nothing.
+    """
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
+    try:
+        yield from _checked(folder, profiles)
+    finally:
+        with suppress(OSError):
+            for one in made:
+                one.rmdir()
+
+
+def _checked(folder: Path, profiles: Path) -> Iterator[Finding]:
     try:
         check_writable(folder, "--offload-dir")
     except OffloadDirError as error:

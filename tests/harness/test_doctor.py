@@ -113,7 +113,7 @@ def test_the_disk_is_written_and_timed_without_a_profile(tmp_path: Path) -> None
     findings = {one.check: one for one in check_disk(folder, tmp_path / "profiles")}
     assert list(findings) == ["offload dir", "direct I/O", "disk speed"]
     assert "measured now" in findings["disk speed"].found
-    assert list(folder.iterdir()) == []
+    assert not folder.exists()
 
 
 def test_the_disk_of_a_kept_profile_is_not_timed_again(tmp_path: Path) -> None:
@@ -140,6 +140,12 @@ def test_a_folder_that_is_no_good_disk(tmp_path: Path) -> None:
     assert disk_class(7e9).startswith("fast NVMe")
     (tmp_path / "file").touch()
     (only,) = check_disk(tmp_path / "file" / "offload", tmp_path)
+    # A mistyped folder leaves nothing behind, one that was there stays.
+    (tmp_path / "here").mkdir()
+    assert {one.check for one in check_disk(tmp_path / "here" / "mistyped" / "offload", tmp_path)} >= {
+        "offload dir"
+    }
+    assert list((tmp_path / "here").iterdir()) == []
     assert only.level is Level.PROBLEM
 
 

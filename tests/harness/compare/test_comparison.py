@@ -194,6 +194,16 @@ def test_caps_that_differ_are_told_as_sizes(tree: Tree) -> None:
         compared(tree, "HEAD~4", "HEAD~3")
 
 
+def test_many_setups_without_a_counterpart_are_counted(tree: Tree) -> None:
+    for number in range(3):
+        leave(tree.results, tree.commits[0], 10, workload_key=f"tiny/base{number}")
+    leave(tree.results, tree.commits[1], 11, workload_key="tiny/new")
+    with pytest.raises(
+        UsageError, match=r"no setup is on both sides: .*base0.*base1.*; and 2 more; run the same"
+    ):
+        compared(tree, "HEAD~4", "HEAD~3")
+
+
 def test_a_key_that_the_older_code_lacks_counts_unless_it_is_at_its_default(tree: Tree) -> None:
     params = dict(leave(tree.results, tree.commits[0], 10).params)
     newer, sources = {**params, "new_key": 1}, {"new_key": "default (flexgen.toml)"}
