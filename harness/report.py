@@ -112,7 +112,9 @@ class Report:
 
     def json(self, value: Mapping[str, Any]) -> None:
         """One JSON object on standard output."""
-        sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        # What the stream has no characters for would be escaped in another way than JSON's.
+        plain = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
+        sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=plain, allow_nan=False) + "\n")
 
     def text(self, text: str) -> None:
         """Plain text on standard output."""
@@ -202,7 +204,8 @@ class Report:
         if self._progress is not None and self._task is not None:
             task = self._progress.tasks[0]
             elapsed = task.elapsed or 0.0
-            speed = f"{tokens / elapsed:.1f} tok/s" if elapsed > 0 else ""
+            # Sooner it says when messages arrived, not how fast tokens were made.
+            speed = f"{tokens / elapsed:.1f} tok/s" if elapsed > 0.5 else ""
             self._progress.update(self._task, completed=tokens, speed=speed)
 
     def part(self, name: str, done: int, total: int) -> None:

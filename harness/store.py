@@ -197,6 +197,8 @@ class Connection:
             with _first_use(path):
                 if path is not None:
                     self._ask()
+                    if not path.exists() or not path.stat().st_size:
+                        _make_database(path)
                 self._client = mlflow.MlflowClient(tracking_uri=self.store.tracking_uri)
         elif path is not None:
             self._ask()
@@ -346,6 +348,23 @@ def _first_use(path: Path | None) -> contextlib.AbstractContextManager[None]:
     if path is None:
         return contextlib.nullcontext()
     return alone(path.parent / f".{path.name}.lock", os.O_RDWR | os.O_CREAT)
+
+
+def _make_database(path: Path) -> None:
+    """Create a sqlite store whole or not at all: half of its tables, left by a full disk, could never be completed."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    new = path.with_name(f".{path.name}.new")
+    leftovers = (new, new.with_name(f"{new.name}-journal"))
+    for left in leftovers:
+        left.unlink(missing_ok=True)
+    try:
+        made = SqlAlchemyStore(_sqlite_uri(new), "./mlruns")
+        made.engine.dispose()
+        new.replace(path)
+    finally:
+        for left in leftovers:
+            left.unlink(missing_ok=True)
 
 
 def _sqlite_uri(path: Path) -> str:

@@ -3,6 +3,7 @@
 Knows how a worker is run, not what it runs or how the run is recorded.
 """
 
+import os
 import signal
 import subprocess
 import sys
@@ -36,6 +37,8 @@ class Worker:
             text=True,
             encoding="utf-8",
             errors="replace",
+            # Whatever the terminal speaks: between the two it is UTF-8.
+            env={**os.environ, "PYTHONIOENCODING": "utf-8:backslashreplace"},
             start_new_session=True,
         )
         self.interrupted = False

@@ -5,6 +5,7 @@ bring them in when they run, and transformers' `generate` decodes greedily. This
 nothing here is tuned beyond what the two libraries offer.
 """
 
+import errno
 import fcntl
 import logging
 import shutil
@@ -16,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from flexllmgen.errors import OutOfMemory, PlanInfeasible, UsageError
+from flexllmgen.errors import OffloadDirError, OutOfMemory, PlanInfeasible, UsageError
 from flexllmgen.units import gib
 from profiling.cost_model import Traffic, physical_limit
 from profiling.hardware import available_memory_bytes, free_disk_bytes
@@ -142,6 +144,7 @@ class AccelerateStrategy:
 
         Raises:
             OutOfMemory: memory ran out while loading.
+            OffloadDirError: the offload directory ran full.
             CheckpointError: the checkpoint is damaged or incomplete.
         """
         request = plan.request
@@ -164,6 +167,13 @@ class AccelerateStrategy:
                 raise OutOfMemory(
                     f"the GPU ran out of memory ({out_of_memory_reason(error)}); lower --batch-size, --input-len or --gen-len"
                 ) from error
+            except (OSError, SafetensorError) as error:
+                if (getattr(error, "errno", None) == errno.ENOSPC) or "os error 28" in str(error):
+                    raise OffloadDirError(
+                        f"no space left in {request.machine.offload_dir}, where {gib(plan.weight_bytes['disk'])} of weights "
+                        "go; free some, or name another --offload-dir"
+                    ) from error
+                raise
             finally:
                 if engine is not None:
                     engine.close()

@@ -4,6 +4,7 @@ Exit codes: 0 ok, 1 internal error, 2 usage, 3 a check failed (--fail-on), 4 mea
 fit, 6 measured in part, 130 interrupted.
 """
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -94,6 +95,10 @@ def main() -> None:
     # A closed standard stream (`>&-`) is None to Python; nothing here should have to care.
     sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115 - open until the end
     sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A name that the terminal has no characters for is shown escaped; it must not end the command.
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = app(standalone_mode=False)
     except Exception as error:
