@@ -2,14 +2,12 @@
 
     python docs/timeline_picture.py [--output FILE]
 
-The machine's rates are those measured on one NVIDIA H200 (benchmarks/h200); what a layer computes is taken from them by
+The machine's rates are those that `harness profile` measured on one NVIDIA H200; what a layer computes is taken from them by
 the roofline. The plan is that of OPT-30B in 16 GiB: 15 % of the weights on the GPU, the KV cache in host memory.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,25 @@ from profiling.simulation import COMPUTE, DOWN, UP
 from profiling.trace import Span, trace_block
 
 DOCS = Path(__file__).parent
-RATES = DOCS.parent / "benchmarks" / "h200" / "planner-2026-11-22.json"
+RATES = Rates(
+    compute_flops_per_s=702131.62e9,
+    host_bytes_per_s=116.89e9,
+    host_copy_bytes_per_s=41.72e9,
+    cpu_attention_bytes_per_s=61.89e9,
+    disk_read_bytes_per_s=1.94e9,
+    disk_write_bytes_per_s=2.97e9,
+    cached_file_bytes_per_s=5.23e9,
+    device_bytes_per_s=4259.85e9,
+    device_copy_bytes_per_s=2072.96e9,
+    h2d_bytes_per_s=54.24e9,
+    d2h_bytes_per_s=54.27e9,
+    h2d_pageable_bytes_per_s=8.17e9,
+    h2d_both_ways_bytes_per_s=49.5e9,
+    d2h_both_ways_bytes_per_s=51.34e9,
+    h2d_under_reads_bytes_per_s=49.44e9,
+    host_under_copies_bytes_per_s=84.46e9,
+    cpu_attention_under_copies_bytes_per_s=50.98e9,
+)
 MICRO_BATCHES = (24, 24, 24)
 LANES = {COMPUTE: "compute", UP: "host to GPU", DOWN: "GPU to host"}
 COLOURS = {
@@ -38,9 +54,6 @@ COLOURS = {
 
 def traced() -> tuple[PlacementPlan, list[Span]]:
     """The plan, and the work of a prompt's pass and three decode steps."""
-    measured = json.loads(RATES.read_text(encoding="utf-8"))[0]["rates_1e9"]
-    names = {field.name for field in fields(Rates)}
-    rates = Rates(**{name: value * 1e9 for name, value in measured.items() if name in names})
     spec = ModelSpec.from_hf_config(published_config("facebook/opt-30b"), "facebook/opt-30b")
     policy = Policy(
         micro_batch_size=MICRO_BATCHES[0],
@@ -50,7 +63,7 @@ def traced() -> tuple[PlacementPlan, list[Span]]:
     )
     plan = plan_placement(spec, policy, Workload(num_sequences=72, prompt_tokens=512, gen_tokens=32), 2)
     spans, _ = trace_block(
-        plan, roofline(spec, rates), rates, micro_batches=MICRO_BATCHES, contexts=(513, 514, 515)
+        plan, roofline(spec, RATES), RATES, micro_batches=MICRO_BATCHES, contexts=(513, 514, 515)
     )
     return plan, spans
 
