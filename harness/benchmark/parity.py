@@ -30,7 +30,8 @@ def read_sequences(folder: Path) -> Sequences | None:
     if not path.exists():
         return None
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        # Bytes: lines of text would also end at characters that a prompt may hold (U+2028).
+        rows = [json.loads(line) for line in path.read_bytes().splitlines()]
         inputs = [[int(token) for token in row["input_ids"]] for row in rows]
         outputs = [[int(token) for token in row["output_ids"]] for row in rows]
     except (ValueError, KeyError, TypeError) as error:
