@@ -121,7 +121,8 @@ def _panels(rows: Sequence[Row], results: Mapping[str, RunResult]) -> list[Panel
         ),
         (
             "policies",
-            "Shares of the bytes that lie in device memory, in host memory and on disk.",
+            "Shares of the bytes that lie in device memory, in host memory and on disk. Without a GPU the device is the CPU, "
+            "and both memories are the machine's.",
             figures_of_plans.policies(rows, results),
         ),
         (

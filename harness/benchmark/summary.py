@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from harness.benchmark.record import Benchmark, Cell, CellStatus
-from harness.benchmark.table import Row, as_markdown, fastest, measured_rows
+from harness.benchmark.table import Row, as_markdown, fastest
 from harness.benchmark.table_text import number, percent
 from harness.results import CellLink, RunError, RunResult, RunStatus, Scalar
 from harness.summary import PARAM_LIMIT, MetricRow, clean_name, origin_tags, param_text, shorten
@@ -49,8 +49,7 @@ def benchmark_params(benchmark: Benchmark, results: Mapping[str, RunResult]) -> 
 def benchmark_metrics(benchmark: Benchmark, rows: Sequence[Row], at_ms: int) -> list[MetricRow]:
     """How far the benchmark came, and the best of each strategy.
 
-    A strategy's best cell is the one with the most generated tokens per second; its ratio to the baseline is the largest
-    of its cells', which may be another one.
+    A strategy's best cell is the one with the most generated tokens per second; ratio and attainment are that cell's.
     """
     states = [cell.status for cell in benchmark.cells]
     metrics: dict[str, float] = {
@@ -59,14 +58,14 @@ def benchmark_metrics(benchmark: Benchmark, rows: Sequence[Row], at_ms: int) -> 
         "cells_failed": states.count(CellStatus.FAILED),
     }
     for strategy in dict.fromkeys(row.strategy for row in rows):
-        mine = [row for row in measured_rows(rows) if row.strategy == strategy]
+        best = fastest([row for row in rows if row.strategy == strategy])
         for key, name in (
             ("generation_tok_s", "best_tok_s"),
             ("ratio_to_baseline", "best_ratio"),
             ("attainment", "best_attainment"),
         ):
-            if values := [value for row in mine if (value := getattr(row, key)) is not None]:
-                metrics[clean_name(f"{name}_{strategy}")] = max(values)
+            if best is not None and (value := getattr(best, key)) is not None:
+                metrics[clean_name(f"{name}_{strategy}")] = value
     if shares := [row.parity for row in rows if row.parity is not None]:
         metrics["parity_lowest"] = min(shares)
     return [

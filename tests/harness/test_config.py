@@ -38,7 +38,7 @@ def refusal(**given: Any) -> str:
     return message
 
 
-def test_the_defaults_are_those_of_the_issue() -> None:
+def test_the_defaults_of_the_common_options() -> None:
     config = settled().common
     assert (config.strategy, config.model) == ("accelerate", "facebook/opt-1.3b")
     assert (config.input_len, config.gen_len, config.batch_size) == (128, 32, 1)
