@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 
 from flexllmgen.errors import OffloadError, UsageError
+from harness import exit_codes
 from harness.benchmark.record import Benchmark, cell_folder
 from harness.benchmark.table import write_tables
 from harness.evaluation import try_pictures
@@ -39,7 +40,7 @@ def sync(folder: Path, tracking_uri: str | None, report: Report) -> int:
                 words = f"{one} is run {tracker.deliver(one)}"
         except DeliveryError as error:
             report.error(f"{one}: {error}")
-            return 4
+            return exit_codes.NOT_DELIVERED
         except OffloadError as error:
             report.error(f"{one}: {error}")
             code = error.exit_code

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flexllmgen.errors import OffloadError, UsageError
+from harness import exit_codes
 from harness.config import Settings
 from harness.job import Job
 from harness.launch import Launch, one_signal_ignored
@@ -21,8 +22,6 @@ from harness.supervise import Worker
 from harness.tracking import Tracker
 
 log = logging.getLogger(__name__)
-
-EXIT_NOT_DELIVERED = 4
 
 
 def evaluate(settings: Settings, report: Report, *, argv: Sequence[str], dry_run: bool, as_json: bool) -> int:
@@ -86,7 +85,7 @@ class _Evaluation:
         if result.error is not None:
             self.report.error(result.error.message)
             return result.error.exit_code
-        return 0 if delivered else EXIT_NOT_DELIVERED
+        return 0 if delivered else exit_codes.NOT_DELIVERED
 
     def _on_event(self, event: Mapping[str, Any]) -> None:
         match event["event"]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from flexllmgen.errors import OffloadError, OutOfMemory
+from harness import exit_codes
 from harness.job import EventWriter, Job
 from harness.measure import (
     Batch,
@@ -139,7 +140,7 @@ class _Run:
                     type="Interrupted",
                     message="interrupted"
                     + ("; what was measured until then is kept" if self.repeats else ""),
-                    exit_code=130,
+                    exit_code=exit_codes.INTERRUPTED,
                 )
             except OffloadError as problem:
                 status = RunStatus.FAILED

@@ -15,12 +15,12 @@ from types import FrameType
 from typing import Any
 
 from flexllmgen.errors import OutOfMemory
+from harness import exit_codes
 from harness.results import UNWRITABLE, RunError, RunResult, RunStatus, unwritable, write_text
 from harness.supervise import Worker
 
 log = logging.getLogger(__name__)
 
-EXIT_INTERRUPTED = 130
 TIMED_OUT = "CellTimeout"
 _OUT_OF_MEMORY = "the worker was killed by signal 9; most likely the machine ran out of memory: lower --batch-size or --cpu-mem"
 # A worker that is asked to stop may write what it has; one that does not come back from native code is killed.
@@ -138,7 +138,9 @@ class Launch:
         elif self.worker.interrupted:
             # The worker could not write its own end.
             status = RunStatus.KILLED
-            error = RunError(type="Interrupted", message="interrupted and killed", exit_code=EXIT_INTERRUPTED)
+            error = RunError(
+                type="Interrupted", message="interrupted and killed", exit_code=exit_codes.INTERRUPTED
+            )
         elif self._error is not None and self._error.get("type") == UNWRITABLE:
             # It could not write its own end, for want of room; nor may this process be able to.
             return self._unwritten(result)
@@ -186,7 +188,7 @@ class Launch:
         if code == 0:
             return None
         if self.worker.interrupted:
-            return RunError(type="Interrupted", message="interrupted", exit_code=EXIT_INTERRUPTED)
+            return RunError(type="Interrupted", message="interrupted", exit_code=exit_codes.INTERRUPTED)
         if code == -signal.SIGKILL:
             return RunError(type="WorkerDied", message=_OUT_OF_MEMORY, exit_code=OutOfMemory.exit_code)
         last = next((line for line in reversed(self.worker.last_lines) if line.strip()), "no output")

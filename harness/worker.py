@@ -11,6 +11,7 @@ import sys
 import threading
 from types import FrameType
 
+from harness import exit_codes
 from harness.experiment import LOG_FORMAT, run_experiment
 from harness.job import EventWriter, Job
 
@@ -33,9 +34,12 @@ def main() -> int:
         return run_experiment(job, events, lambda: _wait(go))
     except KeyboardInterrupt:
         events.send(
-            "error", message="interrupted before anything was loaded", exit_code=130, type="Interrupted"
+            "error",
+            message="interrupted before anything was loaded",
+            exit_code=exit_codes.INTERRUPTED,
+            type="Interrupted",
         )
-        return 130
+        return exit_codes.INTERRUPTED
     except Exception as error:
         logging.getLogger(__name__).exception("internal error")
         events.send("error", message=f"internal error: {error!r}", exit_code=1, type=type(error).__name__)

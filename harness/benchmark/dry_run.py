@@ -8,6 +8,7 @@ from typing import Any
 
 from flexllmgen.errors import OffloadError
 from flexllmgen.units import gib
+from harness import exit_codes
 from harness.benchmark.grid import Grid
 from harness.benchmark.record import Benchmark, Cell
 from harness.benchmark.table_text import UNKNOWN, number
@@ -16,7 +17,6 @@ from harness.report import Report
 from strategies.base import Plan
 from strategies.registry import find_strategy
 
-EXIT_PARTIAL = 6
 _TIERS = ("gpu", "cpu", "disk")
 
 
@@ -52,7 +52,7 @@ def dry_run(grid: Grid, benchmark: Benchmark, report: Report, *, as_json: bool) 
         )
     if not errors:
         return 0
-    return EXIT_PARTIAL if plans else next(iter(errors.values())).exit_code
+    return exit_codes.PARTIAL if plans else next(iter(errors.values())).exit_code
 
 
 def _settings(cell: Cell) -> Settings:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from harness import exit_codes
 from harness.benchmark.parity import parity_of, with_parity
 from harness.benchmark.record import Benchmark, CellStatus, cell_folder, read_cells
 from harness.benchmark.runner import merge_cell
@@ -16,7 +17,6 @@ from harness.results import RunResult, RunStatus
 
 log = logging.getLogger(__name__)
 
-EXIT_CHECK_FAILED, EXIT_NOT_DELIVERED, EXIT_PARTIAL, EXIT_INTERRUPTED = 3, 4, 6, 130
 # Cells that agree in these must have the same prompts.
 _PROMPT_OPTIONS = (
     "model",
@@ -101,15 +101,15 @@ def exit_code(benchmark: Benchmark, *, delivered: bool, fail_on: str | None) -> 
     """130 interrupted; the error's own where every cell failed; 3 a check failed; 6 some failed; 4 not delivered; 0."""
     failed = [cell for cell in benchmark.cells if cell.status is CellStatus.FAILED]
     if benchmark.status is RunStatus.KILLED:
-        return EXIT_INTERRUPTED
+        return exit_codes.INTERRUPTED
     if failed and len(failed) == len(benchmark.cells):
         error = failed[0].error
         return error.exit_code if error is not None else 1
     if fail_on == "parity" and unequal(benchmark):
-        return EXIT_CHECK_FAILED
+        return exit_codes.CHECK_FAILED
     if failed:
-        return EXIT_PARTIAL
-    return 0 if delivered else EXIT_NOT_DELIVERED
+        return exit_codes.PARTIAL
+    return 0 if delivered else exit_codes.NOT_DELIVERED
 
 
 def unequal(benchmark: Benchmark) -> dict[str, str]:

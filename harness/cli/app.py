@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flexllmgen.errors import OffloadError
-from harness import __version__
+from harness import __version__, exit_codes
 
 if TYPE_CHECKING:
     from harness.report import Report
@@ -57,10 +57,10 @@ def run_verb(run: "Callable[[Report], int]", *, verbose: bool = False, quiet: bo
         code = error.exit_code
     except DeliveryError as error:
         report.error(str(error))
-        code = 4
+        code = exit_codes.NOT_DELIVERED
     except KeyboardInterrupt:
         report.error("interrupted")
-        code = 130
+        code = exit_codes.INTERRUPTED
     except BrokenPipeError:
         # The reader has gone (`| head`): nothing to say, and nobody to say it to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 from flexllmgen.errors import UsageError
+from harness import exit_codes
 from harness.compare.pairing import pair_strategies, pair_up
 from harness.compare.select import Records, Selection
 from harness.compare.verdict import (
     DEFAULT_METRICS,
-    EXIT_CHECK_FAILED,
     Comparison,
     compare_pairs,
     failures,
@@ -55,7 +55,7 @@ def show(
         report.text(as_text(comparison, report.width))
     for line in failed:
         report.error(f"--fail-on: {line}")
-    return EXIT_CHECK_FAILED if failed else 0
+    return exit_codes.CHECK_FAILED if failed else 0
 
 
 def _sides(

@@ -26,7 +26,6 @@ DEFAULT_METRICS = (
     "peak_rss_bytes",
     "peak_device_allocated_bytes",
 )
-EXIT_CHECK_FAILED = 3
 _USUAL = (*DEFAULT_METRICS, "prefill_tok_s", "decode_tok_s", "e2e_s", "load_s", "attainment")
 
 
