@@ -1,5 +1,6 @@
 """The loop over launches and cells, with processes that are made up: order, failures, time limits, interruptions, resuming."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -238,3 +239,13 @@ def test_the_view_may_be_drawn_while_a_cell_reports() -> None:
     live.event("flexgen", {"event": "progress", "tokens": 2, "memory": {"gpu": 1}})
     assert [*halfway] == [("cpu", 1)]
     assert live.memory["flexgen"] == {"cpu": 1, "gpu": 1}
+
+
+def test_the_report_needs_no_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path, a_benchmark(), Script())
+    for name in ("harness.pictures", "harness.benchmark.pictures"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert write_reports(tmp_path) == []
+    assert (tmp_path / "report.html").stat().st_size > 1000
+    assert (tmp_path / "table.md").exists()
+    assert not list(tmp_path.rglob("*.png"))
