@@ -120,6 +120,7 @@ class _Simulation:
             spare_kv_slots=plan.spare_kv_slots,
         )
         self.clocks = _Clocks(together=plan.policy.overlap == 0, passes=1 + len(contexts))
+        self.step = Step(Action.EMIT, 0, 0)
         self.issued = 0.0
         self.weight_ready: dict[int, float] = {}
         self.weight_busy: dict[int, float] = {}
@@ -135,6 +136,7 @@ class _Simulation:
     def run(self) -> Passes:
         emitted: list[float] = []
         for step in zigzag(self.shape):
+            self.step = step
             match step.action:
                 case Action.LOAD_WEIGHTS:
                     self._load_weights(step)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexllmgen.placement import PlacementPlan
-from flexllmgen.schedule import Action, Step
+from flexllmgen.schedule import Action
 from profiling.layer_times import LayerTimes
 from profiling.profile import Rates
 from profiling.simulation import Passes, _Clocks, _Simulation
@@ -47,34 +47,9 @@ class _Traced(_Simulation):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.spans: list[Span] = []
-        self.step = Step(Action.EMIT, 0, 0)
         clocks = _Watched(together=self.clocks.together, passes=self.clocks.passes)
         clocks.simulation = self
         self.clocks = clocks
-
-    def _load_weights(self, step: Step) -> None:
-        self.step = step
-        super()._load_weights(step)
-
-    def _load_kv(self, step: Step) -> None:
-        self.step = step
-        super()._load_kv(step)
-
-    def _load_hidden(self, step: Step) -> None:
-        self.step = step
-        super()._load_hidden(step)
-
-    def _compute(self, step: Step) -> None:
-        self.step = step
-        super()._compute(step)
-
-    def _store_kv(self, step: Step) -> None:
-        self.step = step
-        super()._store_kv(step)
-
-    def _store_hidden(self, step: Step) -> None:
-        self.step = step
-        super()._store_hidden(step)
 
 
 class _Watched(_Clocks):

@@ -248,15 +248,12 @@ class Executor:
     def _replay(self, step: Step, batches: Sequence[_MicroBatch], record: RecordedDecode, head: Head) -> None:
         """A recorded decode step's work: a layer's, or all at once when the first of it comes."""
         batch, kind = batches[step.micro_batch], self._plan.stages[step.stage].kind
-        if self._recording == "layers":
-            if kind in ("embed", "head"):
-                self._work(step, batch, head)
-            else:
-                # Views differ with the slots; all else of a stage and a micro-batch stays where it is.
-                key = (step.stage, step.micro_batch, step.slot, step.kv_slot, step.hidden_slot)
-                record.run(key, lambda: self._work(step, batch, head))
-        elif kind == "head":
+        layers = self._recording == "layers"
+        if kind == "head" or (layers and kind == "embed"):
             self._work(step, batch, head)
+        elif layers:
+            # Views of weights differ with the slot; all else of a stage and a micro-batch stays where it is.
+            record.run((step.stage, step.micro_batch, step.slot), lambda: self._work(step, batch, head))
         elif step.stage == 0 and step.micro_batch == 0:
 
             def whole_step() -> None:

@@ -86,9 +86,8 @@ class TieredBlocks:
         if self._slot_regions:
             self._slot_memory = [self._arena.view(region) for region in self._slot_regions]
         else:
-            # Zeros: recorded steps read rows that nothing has been written to, and a mask does not hide NaN.
             self._slot_memory = [
-                torch.zeros(slot_size, dtype=torch.uint8, device=self._device) for _ in range(self._slots)
+                torch.empty(slot_size, dtype=torch.uint8, device=self._device) for _ in range(self._slots)
             ]
         if self.disk_bytes:
             assert self._directory is not None
