@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -45,11 +45,16 @@ class RunStatus(StrEnum):
     KILLED = "KILLED"
 
 
-class _Record(BaseModel):
+class Record(BaseModel):
+    """What is written down as JSON: frozen, and unknown fields are refused."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class DatasetRecord(_Record):
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+
+
+class DatasetRecord(Record):
     """Which prompts were used, precisely enough to find them again.
 
     Token counts are of the prompt rows of one repeat; `real_tokens` excludes padding.
@@ -76,7 +81,7 @@ class DatasetRecord(_Record):
     prompt_ids: list[str] = Field(default_factory=list)
 
 
-class Provenance(_Record):
+class Provenance(Record):
     """Which code ran: the commit of the working directory and the versions of what matters.
 
     `patch_digest` is that of the uncommitted changes (`git.diff`), None for a clean tree; `versions_digest` that of Python
@@ -95,7 +100,7 @@ class Provenance(_Record):
     versions_digest: str | None = None
 
 
-class RunError(_Record):
+class RunError(Record):
     """Why a run failed: one line for people, the traceback for us."""
 
     type: str
@@ -104,7 +109,7 @@ class RunError(_Record):
     exit_code: int = 1
 
 
-class Repeat(_Record):
+class Repeat(Record):
     """The metrics of one timed pass over all prompts; `launch` counts the processes that a cell was measured in."""
 
     index: int
@@ -113,7 +118,7 @@ class Repeat(_Record):
     metrics: dict[str, float]
 
 
-class Timeline(_Record):
+class Timeline(Record):
     """Samples over the life of the run; `series` maps a metric name with its unit to values.
 
     `time_s` counts from the start of the run; `started_at_ms` is that start in Unix time. A series
@@ -127,7 +132,7 @@ class Timeline(_Record):
     phases: list[tuple[str, float, float]] = Field(default_factory=list)
 
 
-class CellLink(_Record):
+class CellLink(Record):
     """Where a run stands in a benchmark: which one, which cell, and the processes it was measured in."""
 
     benchmark_uuid: str
@@ -135,7 +140,7 @@ class CellLink(_Record):
     launches: list[str] = Field(default_factory=list, description="uuid of each launch's own result")
 
 
-class RunResult(_Record):
+class RunResult(Record):
     """Everything about one run but its bulk; a number carries its cause.
 
     `metrics` holds the run's values: the median over `repeats` where a metric was repeated.
@@ -179,14 +184,7 @@ class RunResult(_Record):
             UsageError: the file is missing, damaged, or of another schema version.
         """
         path = folder / "result.json"
-        try:
-            content = path.read_bytes()
-        except FileNotFoundError:
-            raise UsageError(
-                f"{folder} holds no result.json; name a folder results/<uuid> that `harness eval` wrote"
-            ) from None
-        except OSError as error:
-            raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+        content = read_bytes(path, "name a folder results/<uuid> that `harness eval` wrote")
         return cls.parse(content, str(path))
 
     @classmethod
@@ -196,17 +194,38 @@ class RunResult(_Record):
         Raises:
             UsageError: it is damaged, or of another schema version.
         """
-        try:
-            return cls.model_validate_json(content)
-        except ValueError as error:
-            reason = why_unreadable(content, error, newest=SCHEMA_VERSION)
-            raise UsageError(
-                f"{source} is not a result of schema version {SCHEMA_VERSION}: {reason}"
-            ) from error
+        return parse_record(cls, content, f"{source} is not a result", newest=SCHEMA_VERSION)
 
     def write(self, folder: Path) -> Path:
         """Write `folder/result.json` atomically and return its path."""
         return write_text(folder / "result.json", self.model_dump_json(indent=2) + "\n")
+
+
+def read_bytes(path: Path, way_out: str) -> bytes:
+    """The content of a record's file; `way_out` is what to do where there is none.
+
+    Raises:
+        UsageError: it is missing or cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise UsageError(f"{path.parent} holds no {path.name}; {way_out}") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def parse_record(kind: type[AnyRecord], content: bytes, refusal: str, *, newest: int) -> AnyRecord:
+    """A record from the content of its file; `refusal` begins the message, `newest` is the schema version known here.
+
+    Raises:
+        UsageError: it is damaged, or of another schema version.
+    """
+    try:
+        return kind.model_validate_json(content)
+    except ValueError as error:
+        reason = why_unreadable(content, error, newest=newest)
+        raise UsageError(f"{refusal} of schema version {newest}: {reason}") from error
 
 
 def why_unreadable(content: bytes, error: ValueError, *, newest: int) -> str:

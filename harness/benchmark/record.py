@@ -18,10 +18,19 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from flexllmgen.errors import UsageError
-from harness.results import Provenance, RunError, RunResult, RunStatus, Scalar, why_unreadable, write_text
+from harness.results import (
+    Provenance,
+    Record,
+    RunError,
+    RunResult,
+    RunStatus,
+    Scalar,
+    parse_record,
+    read_bytes,
+    write_text,
+)
 
 SCHEMA_VERSION: Literal[1] = 1
 
@@ -34,11 +43,7 @@ class CellStatus(StrEnum):
     FAILED = "FAILED"
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Cell(_Record):
+class Cell(Record):
     """One combination of the grid.
 
     Args:
@@ -58,7 +63,7 @@ class Cell(_Record):
     error: RunError | None = None
 
 
-class Parity(_Record):
+class Parity(Record):
     """A cell's generated tokens beside the baseline's, on identical prompts.
 
     Args:
@@ -70,7 +75,7 @@ class Parity(_Record):
     first_divergence: int | None = None
 
 
-class Benchmark(_Record):
+class Benchmark(Record):
     """A benchmark: what was asked for, and how far it came."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -100,21 +105,8 @@ class Benchmark(_Record):
             UsageError: the file is missing, damaged, or of another schema version.
         """
         path = folder / "benchmark.json"
-        try:
-            content = path.read_bytes()
-        except FileNotFoundError:
-            raise UsageError(
-                f"{folder} holds no benchmark.json; name a folder that `harness benchmark` wrote"
-            ) from None
-        except OSError as error:
-            raise UsageError(f"{path} cannot be read: {error.strerror}") from error
-        try:
-            return cls.model_validate_json(content)
-        except ValueError as error:
-            reason = why_unreadable(content, error, newest=SCHEMA_VERSION)
-            raise UsageError(
-                f"{path} is not a benchmark of schema version {SCHEMA_VERSION}: {reason}"
-            ) from error
+        content = read_bytes(path, "name a folder that `harness benchmark` wrote")
+        return parse_record(cls, content, f"{path} is not a benchmark", newest=SCHEMA_VERSION)
 
     def write(self, folder: Path) -> Path:
         """Write `folder/benchmark.json` atomically and return its path."""

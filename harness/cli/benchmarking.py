@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from harness.benchmark.layers import AXES
 from harness.cli.app import FLAG, RUNNING, app, run_verb
-from harness.cli.options import takes_run_options
+from harness.cli.options import config_named_by, takes_run_options
 
 if TYPE_CHECKING:
     from harness.benchmark.command import Wanted
@@ -18,18 +19,6 @@ if TYPE_CHECKING:
 _GRID = "Grid"
 # What says where results go, not what is measured; a benchmark that is resumed may be told anew.
 _NOT_OF_THE_GRID = ("results_dir", "tracking_uri", "no_mlflow", "log_file")
-# As harness.benchmark.grid.AXES, which the help need not import.
-SEVERAL = (
-    "strategy",
-    "model",
-    "dtype",
-    "num_prompts",
-    "input_len",
-    "gen_len",
-    "batch_size",
-    "gpu_mem",
-    "cpu_mem",
-)
 
 
 def suites_beginning(incomplete: str) -> list[str]:
@@ -42,7 +31,7 @@ def suites_beginning(incomplete: str) -> list[str]:
 @app.command("benchmark", rich_help_panel=RUNNING)
 @partial(
     takes_run_options,
-    several=SEVERAL,
+    several=AXES,
     first=("suite", "policy", "baseline"),
     set_help="STRATEGY.KEY=VALUE changes it for that strategy alone, KEY=VALUE for every one that has it.",
     strategy="accelerate, flexgen, autoflex",
@@ -143,10 +132,9 @@ def benchmark_command(
         from harness.benchmark.grid import Asked
 
         wanted = _wanted(launches, cell_timeout, fail_on, as_json)
-        named = config or (Path(text) if (text := os.environ.get("HARNESS_CONFIG")) else None)
         asked = Asked(
             options=options,
-            config_file=named,
+            config_file=config or config_named_by(os.environ),
             assignments=assignments,
             policies=policy or (),
             suite=suite,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from harness.cli.app import COMPARING, FLAG, app, run_verb
+from harness.cli.options import tracking_uri_of
 
 if TYPE_CHECKING:
     from harness.compare.select import Records
@@ -115,7 +116,7 @@ def _records(results_dir: Path | None, tracking_uri: str | None, report: "Report
             f"--results-dir {results_dir}: there is no such folder; leave it out to ask the store alone"
         )
     folder = results_dir or Path(os.environ.get("HARNESS_RESULTS_DIR") or "results")
-    uri = tracking_uri or os.environ.get("HARNESS_TRACKING_URI")
+    uri = tracking_uri_of(tracking_uri)
     return Records(folder.expanduser(), store=_store(uri, report), cwd=Path.cwd(), warn=report.warn)
 
 

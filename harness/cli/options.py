@@ -5,7 +5,7 @@ Nothing heavy is imported here: help must be cheap.
 
 import inspect
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, get_args, get_origin
@@ -172,11 +172,9 @@ def settings_of(
     """
     from harness.config import unknown_variables
 
-    if config_file is None and (named := os.environ.get("HARNESS_CONFIG")):
-        config_file = Path(named)
     settings = resolve(
         options,
-        config_file=config_file,
+        config_file=config_file or config_named_by(os.environ),
         assignments=assignments,
         environ=os.environ,
         default_strategy=default_strategy,
@@ -184,3 +182,14 @@ def settings_of(
     for name in unknown_variables(os.environ, list(type(settings.strategy).model_fields)):
         report.warn(f"environment variable {name} means nothing here; see `harness config show`")
     return settings
+
+
+def config_named_by(environ: Mapping[str, str]) -> Path | None:
+    """The config file that the environment names."""
+    named = environ.get("HARNESS_CONFIG")
+    return Path(named) if named else None
+
+
+def tracking_uri_of(option: str | None) -> str | None:
+    """The MLflow store that the option names, or the environment."""
+    return option or os.environ.get("HARNESS_TRACKING_URI")

@@ -1,12 +1,12 @@
 """Verbs about what runs left behind: ui, sync, export."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from harness.cli.app import RECORD, app, run_verb
+from harness.cli.options import tracking_uri_of
 
 if TYPE_CHECKING:
     from harness.report import Report
@@ -27,7 +27,7 @@ def ui_command(
     from harness.ui import run_ui
 
     def run(report: "Report") -> int:
-        store = resolve_store(tracking_uri or os.environ.get("HARNESS_TRACKING_URI"), Path.cwd())
+        store = resolve_store(tracking_uri_of(tracking_uri), Path.cwd())
         return run_ui(store, port=port, open_browser=open_browser, announce=report.text)
 
     run_verb(run)
@@ -45,7 +45,7 @@ def sync_command(
     """Deliver result folders to MLflow; what has arrived already is not sent twice."""
     from harness.delivery import sync
 
-    run_verb(lambda report: sync(folder, tracking_uri or os.environ.get("HARNESS_TRACKING_URI"), report))
+    run_verb(lambda report: sync(folder, tracking_uri_of(tracking_uri), report))
 
 
 @app.command("export", rich_help_panel=RECORD)
@@ -98,9 +98,7 @@ def export_command(
         if results_dir is not None:
             rows = folder_rows(results_dir.expanduser(), report)
         else:
-            store = resolve_store(
-                tracking_uri or os.environ.get("HARNESS_TRACKING_URI"), Path.cwd(), create=False
-            )
+            store = resolve_store(tracking_uri_of(tracking_uri), Path.cwd(), create=False)
             rows = store_rows(store, experiment or ())
         return export(
             select(rows, experiments=experiment or (), strategies=strategy or (), models=model or ()),

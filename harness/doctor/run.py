@@ -5,6 +5,7 @@ from pathlib import Path
 
 from flexllmgen.errors import UsageError
 from flexllmgen.units import gib
+from harness import exit_codes
 from harness.config import EvalConfig, cache_dir
 from harness.doctor.cache import Kept, check_cache, leftovers, prune
 from harness.doctor.disk import check_disk
@@ -14,14 +15,11 @@ from harness.doctor.system import check_system
 from harness.report import Report
 from harness.store import Store, resolve_store
 
-CHECK_FAILED = 3
-"""Exit code where there is a problem; notes alone leave it at 0."""
-
 
 def doctor(
     config: EvalConfig, report: Report, *, fix: bool, prune_old: bool, days: float, as_json: bool
 ) -> int:
-    """Check everything, print a line for each, and return 0, or CHECK_FAILED where there is a problem.
+    """Check everything, print a line for each, and return 0, or exit_codes.CHECK_FAILED where there is a problem; notes are none.
 
     Args:
         fix: mend the store: places of artifacts that moved, runs that died.
@@ -68,7 +66,7 @@ def doctor(
                 report.text(f"  {one.path} ({gib(one.num_bytes)})")
         notes, problems = counts[Level.NOTE], counts[Level.PROBLEM]
         report.text(f"{_count(problems, 'problem')}, {_count(notes, 'note')}")
-    return 0 if healthy else CHECK_FAILED
+    return 0 if healthy else exit_codes.CHECK_FAILED
 
 
 def _store(config: EvalConfig) -> Store | Finding:
