@@ -6,6 +6,8 @@ as a graph, so that what is timed is the device and not the issuing, which is me
 
 # B sequences  T prompt positions  S cached positions  D model
 
+import contextlib
+import itertools
 import math
 import statistics
 import time
@@ -35,6 +37,7 @@ _ROTATED_BYTES = 128 << 20
 _KV_BYTES = 1 << 30
 _TRIALS = 4
 _ISSUED = 32
+_MANY_LAYERS, _FEW_LAYERS, _ISSUE_ROUNDS = 10, 2, 5
 _MANY_ROWS, _SUSTAINED_S = 4096, 0.3
 _LONG_S = 0.1
 """A point that takes longer ends its row: what is larger runs at the same rate."""
@@ -253,23 +256,38 @@ class _Issue:
         """The difference between models of ten and two layers that are too small to compute anything.
 
         On the CPU the operations themselves are timed as the layer's already, so that they are taken off; so it is
-        where the host waits for each layer.
+        where the host waits for each layer. What is subtracted is timed in turns, and each result is the median of
+        its rounds: a host changes its pace between one second and the next.
         """
+        alone = device == "cpu" or spec.num_experts > 0
+        with contextlib.ExitStack() as stack:
 
-        def per_layer(kv_cache: Placement) -> float:
-            many, few = (_tiny_step_s(spec, layers, dtype, device, kv_cache) for layers in (10, 2))
-            return max(0.0, (many - few) / 8)
+            def tiny(layers: int, kv_cache: Placement) -> FlexEngine:
+                return stack.enter_context(_tiny_engine(spec, layers, dtype, device, kv_cache))
 
-        plain_s = per_layer(ON_GPU)
-        with torch.inference_mode():
-            tiny = _Bench(_tiny(spec, 2), torch.device(device), getattr(torch, dtype))
-            operations_s = tiny.operations_s()
-            if device == "cpu" or spec.num_experts:
-                return _Issue(max(0.0, plain_s - operations_s))
-            replayed_s = tiny.replayed_s()
-        # With its KV on the device the tiny model's layers are replayed from graphs: no operations are in `plain_s`.
-        kv_s = per_layer(ON_CPU) - plain_s - operations_s
-        return _Issue(plain_s, operations_s, max(0.0, kv_s), max(0.0, plain_s - replayed_s))
+            plain = tiny(_MANY_LAYERS, ON_GPU), tiny(_FEW_LAYERS, ON_GPU)
+            moving = None if alone else (tiny(_MANY_LAYERS, ON_CPU), tiny(_FEW_LAYERS, ON_CPU))
+            bench = _Bench(_tiny(spec, 2), torch.device(device), getattr(torch, dtype))
+            plain_s, kv_s, operations_s, replay_s = [], [], [], []
+            for _ in range(_ISSUE_ROUNDS):
+                plain_s.append(_per_layer_s(*plain))
+                with torch.inference_mode():
+                    operations_s.append(bench.operations_s())
+                    if moving is not None:
+                        replay_s.append(plain_s[-1] - bench.replayed_s())
+                if moving is not None:
+                    # With its KV on the device a tiny model's layers are replayed from graphs: no operations are in
+                    # `plain_s`.
+                    kv_s.append(_per_layer_s(*moving) - plain_s[-1] - operations_s[-1])
+        plain_median_s, operations_median_s = statistics.median(plain_s), statistics.median(operations_s)
+        if alone:
+            return _Issue(max(0.0, plain_median_s - operations_median_s))
+        return _Issue(
+            max(0.0, plain_median_s),
+            operations_median_s,
+            max(0.0, statistics.median(kv_s)),
+            max(0.0, statistics.median(replay_s)),
+        )
 
 
 def _tiny(spec: ModelSpec, layers: int) -> ModelSpec:
@@ -290,19 +308,26 @@ def _tiny(spec: ModelSpec, layers: int) -> ModelSpec:
     )
 
 
-def _tiny_step_s(spec: ModelSpec, layers: int, dtype: str, device: str, kv_cache: Placement) -> float:
-    """Median seconds of a decode step of a tiny model whose weights are streamed."""
-    workload = Workload(num_sequences=1, prompt_tokens=4, gen_tokens=32)
-    policy = Policy(micro_batch_size=1, weights=ON_CPU, kv_cache=kv_cache)
-    with FlexEngine.load(
-        _tiny(spec, layers), RandomCheckpoint(seed=0), policy, workload=workload, device=device, dtype=dtype
-    ) as engine:
-        gaps = []
-        for _ in range(2):
-            before = None
-            for _ in engine.generate(torch.ones(1, 4, dtype=torch.long)):
-                now = time.perf_counter()
-                if before is not None:
-                    gaps.append(now - before)
-                before = now
-    return statistics.median(gaps)
+def _tiny_engine(spec: ModelSpec, layers: int, dtype: str, device: str, kv_cache: Placement) -> FlexEngine:
+    """A tiny model whose weights are streamed."""
+    return FlexEngine.load(
+        _tiny(spec, layers),
+        RandomCheckpoint(seed=0),
+        Policy(micro_batch_size=1, weights=ON_CPU, kv_cache=kv_cache),
+        workload=Workload(num_sequences=1, prompt_tokens=4, gen_tokens=32),
+        device=device,
+        dtype=dtype,
+    )
+
+
+def _per_layer_s(many: FlexEngine, few: FlexEngine) -> float:
+    """Seconds that each further layer adds to a decode step."""
+    return (_step_s(many) - _step_s(few)) / (many.spec.num_layers - few.spec.num_layers)
+
+
+def _step_s(engine: FlexEngine) -> float:
+    """Median seconds of a decode step."""
+    moments = []
+    for _ in engine.generate(torch.ones(1, 4, dtype=torch.long)):
+        moments.append(time.perf_counter())  # noqa: PERF401 - the moment it comes, not after
+    return statistics.median(after - before for before, after in itertools.pairwise(moments))
