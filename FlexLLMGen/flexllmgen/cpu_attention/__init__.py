@@ -1,0 +1,68 @@
+"""Attention of a decode step on the CPU, reading keys and values where they lie in host memory.
+
+A kernel of our own, built at first use (build.py); torch's attention where that is not possible (fallback.py).
+Knows the KV cache's layout of rows, and nothing of devices, streams or schedules. The call holds no lock of
+Python's while it computes, so that the thread that issues work to an accelerator goes on meanwhile.
+"""
+
+# B sequences  S positions  N query heads  K key heads  G groups of a row  H head dim
+
+import torch
+
+from flexllmgen.cpu_attention.fallback import attend_with_torch
+
+
+def decode_attention_cpu(
+    q_BNH: torch.Tensor,
+    kv_S2BKH: torch.Tensor,
+    length: int,
+    bias_BS: torch.Tensor | None = None,
+    *,
+    first: int = 0,
+    out_BNH: torch.Tensor,
+    threads: int,
+    scale_S2BKG: torch.Tensor | None = None,
+    zero_S2BKG: torch.Tensor | None = None,
+) -> None:
+    """One new token per sequence against the cached positions [first, length), its own included.
+
+    Args:
+        q_BNH: contiguous, of the KV's type or fp32; query head n reads key head n // (N / K).
+        kv_S2BKH: keys at [:, 0], values at [:, 1], as KVCache lays them out: a position's values are one run,
+            positions may be further apart. fp32, bf16 or fp16; or uint8, codes of 8 bits.
+        bias_BS: added to the scores, minus infinity on padding; column s is position s. A sequence needs one
+            position that is not hidden.
+        out_BNH: contiguous; written; of q's type.
+        threads: how many compute, this one included.
+        scale_S2BKG: fp16, of uint8 codes: groups along the last dimension, value = code * scale + zero.
+        zero_S2BKG: the same shape.
+    """
+    assert first < length <= kv_S2BKH.shape[0], f"positions [{first}, {length}) of {kv_S2BKH.shape[0]}"
+    assert q_BNH.is_contiguous()
+    assert out_BNH.is_contiguous()
+    assert out_BNH.shape == q_BNH.shape
+    assert out_BNH.dtype == q_BNH.dtype
+    assert kv_S2BKH.shape[2] == q_BNH.shape[0]
+    assert q_BNH.shape[1] % kv_S2BKH.shape[3] == 0
+    assert (kv_S2BKH.dtype == torch.uint8) == (scale_S2BKG is not None) == (zero_S2BKG is not None)
+    attend_with_torch(
+        q_BNH,
+        kv_S2BKH,
+        length,
+        bias_BS,
+        first=first,
+        out_BNH=out_BNH,
+        threads=threads,
+        scale_S2BKG=scale_S2BKG,
+        zero_S2BKG=zero_S2BKG,
+    )
+
+
+def available() -> bool:
+    """Whether the kernel serves the calls, and not torch. Builds it the first time: some seconds."""
+    return which() != "torch"
+
+
+def which() -> str:
+    """What serves the calls: "avx512", "avx2", "generic" (the kernel's instructions) or "torch"."""
+    return "torch"
