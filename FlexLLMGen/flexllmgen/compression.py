@@ -1,0 +1,176 @@
+"""Group-wise integers: tensors stored in 8 or 4 bits, with a scale and a zero for each group of neighbouring numbers.
+
+Groups lie along the last dimension; the last group of a row may be shorter (nothing is padded but the last half byte of
+an odd row in 4 bits). Knows nothing of weights, KV or tiers.
+
+    number = code x scale + zero,    0 <= code < 2^bits,    scale and zero in fp16
+"""
+
+# R rows  N numbers of a row  G groups of a row  C bytes of a row's codes
+
+import math
+
+import torch
+
+from flexllmgen.errors import PolicyError
+
+BITS = (8, 4)
+GROUP_SIZES = (64, 128)
+_FP16_MAX = 65504.0
+_BLOCK_NUMBERS = 1 << 20
+"""Numbers that the CPU turns back at once: its temporaries stay in the cache, and small."""
+
+
+def check_bits(bits: int | None, group_size: int, name: str) -> None:
+    """Refuses bits and groups that there are no codes for; `name` is what the user calls them.
+
+    Raises:
+        PolicyError: naming the values that there are.
+    """
+    if bits is not None and bits not in BITS:
+        raise PolicyError(f"{name}_bits must be 8 or 4, not {bits}")
+    if group_size not in GROUP_SIZES:
+        raise PolicyError(f"{name}_group_size must be 64 or 128, not {group_size}")
+
+
+def num_groups(size: int, group_size: int) -> int:
+    """Groups of a row of `size` numbers; the last may be shorter."""
+    return -(-size // group_size)
+
+
+def code_bytes(size: int, bits: int) -> int:
+    """Bytes of the codes of a row of `size` numbers: whole bytes, so two codes each in 4 bits."""
+    return -(-size * bits // 8)
+
+
+def compressed_bytes(shape: tuple[int, ...], bits: int, group_size: int) -> int:
+    """Bytes of a tensor's scales, zeros and codes.
+
+    >>> compressed_bytes((2, 128), bits=4, group_size=64)
+    144
+    """
+    rows, size = math.prod(shape[:-1]), shape[-1]
+    return rows * (4 * num_groups(size, group_size) + code_bytes(size, bits))
+
+
+def split_compressed(
+    memory: torch.Tensor, shape: tuple[int, ...], bits: int, group_size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Views (codes, scale, zero) of the bytes of a compressed tensor: scales first, then zeros, then codes.
+
+    Args:
+        memory: uint8 [compressed_bytes(shape, ...)], at an even address.
+    """
+    *rows, size = shape
+    groups, row = num_groups(size, group_size), code_bytes(size, bits)
+    scales = 2 * groups * math.prod(rows)
+    scale = memory[:scales].view(torch.float16).view(*rows, groups)
+    zero = memory[scales : 2 * scales].view(torch.float16).view(*rows, groups)
+    codes = memory[2 * scales : 2 * scales + math.prod(rows) * row].view(*rows, row)
+    return codes, scale, zero
+
+
+def quantise(x: torch.Tensor, bits: int, group_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes uint8 [..., C], scale fp16 [..., G] and zero fp16 [..., G] of `x` [..., N] (fp32, fp16 or bf16).
+
+    Each number is off by at most half its group's scale. So that this holds after rounding to fp16, zeros are rounded
+    down and scales up: a group's least and greatest numbers are always within reach. A constant group costs nothing in
+    precision. Two groups have no such bound: numbers beyond fp16's range are cut to it, and near its end they may be off
+    by a whole scale, so that nothing turns back to infinity.
+
+    In 4 bits the first of two neighbours lies in the low half of their byte.
+    """
+    *rows, size = x.shape
+    levels = 2**bits - 1
+    groups = num_groups(size, group_size)
+    numbers = x.float().clamp(-_FP16_MAX, _FP16_MAX)
+    if size % group_size:
+        # The last number again and again: it changes neither the least nor the greatest of its group.
+        missing = groups * group_size - size
+        numbers = torch.cat([numbers, numbers[..., -1:].expand(*rows, missing)], dim=-1)
+    grouped = numbers.reshape(*rows, groups, group_size)
+    low, high = grouped.aminmax(dim=-1)
+    zero = -_half_up(-low)
+    zero32 = zero.float()
+    scale = _half_up((high - zero32) / levels)
+    scale32 = scale.float()
+    inverse = torch.where(scale32 > 0, 1 / scale32, 0.0)
+    # The greatest code that does not turn back to more than fp16 holds.
+    top = torch.where(scale32 > 0, ((_FP16_MAX - zero32) / scale32).floor(), 0.0).clamp(max=levels)
+    codes = ((grouped - zero32[..., None]) * inverse[..., None]).round_()
+    codes = torch.minimum(codes, top[..., None]).clamp_(min=0).to(torch.uint8)
+    codes = codes.reshape(*rows, groups * group_size)[..., :size]
+    if bits == 4:
+        if size % 2:
+            codes = torch.cat([codes, codes.new_zeros(*rows, 1)], dim=-1)
+        codes = codes[..., 0::2] | codes[..., 1::2] << 4
+    return codes.contiguous(), scale, zero
+
+
+def dequantise(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    bits: int,
+    group_size: int,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """Writes code x scale + zero to `out` [..., N] (fp32, fp16 or bf16), and gives it back.
+
+    Computed in fp32 and rounded once to `out`'s type: the product is exact there, so that every device gives the same
+    numbers. On CUDA, on the current stream and without a wait; `out` and the parts must then be contiguous but for
+    their first dimension, whose step is free where there are more than two.
+    """
+    *rows, size = out.shape
+    groups, row = num_groups(size, group_size), code_bytes(size, bits)
+    assert codes.shape == (*rows, row), (codes.shape, out.shape)
+    assert scale.shape == zero.shape == (*rows, groups), (scale.shape, out.shape)
+    if out.is_cuda:
+        from flexllmgen.compression_triton import dequantise_cuda
+
+        dequantise_cuda(codes, scale, zero, bits, group_size, out)
+        return out
+    if out.dim() > 2:
+        for index in range(out.shape[0]):
+            dequantise(codes[index], scale[index], zero[index], bits, group_size, out[index])
+        return out
+    if out.dim() == 1:
+        codes, scale, zero, target = codes[None], scale[None], zero[None], out[None]
+    else:
+        target = out
+    at_once = max(1, _BLOCK_NUMBERS // max(1, size))
+    for first in range(0, len(target), at_once):
+        here = slice(first, first + at_once)
+        _dequantise_rows(codes[here], scale[here], zero[here], bits, group_size, target[here])
+    return out
+
+
+def _dequantise_rows(
+    codes_RC: torch.Tensor,
+    scale_RG: torch.Tensor,
+    zero_RG: torch.Tensor,
+    bits: int,
+    group_size: int,
+    out_RN: torch.Tensor,
+) -> None:
+    rows, size = out_RN.shape
+    if bits == 4:
+        codes_RC = torch.stack((codes_RC & 15, codes_RC >> 4), dim=-1).view(rows, -1)[:, :size]
+    whole = size // group_size
+    first = whole * group_size
+    if whole:
+        scale, zero = scale_RG[:, :whole, None].float(), zero_RG[:, :whole, None].float()
+        grouped = codes_RC[:, :first].reshape(rows, whole, group_size)
+        out_RN[:, :first].copy_((grouped * scale).add_(zero).view(rows, first))
+    if first < size:
+        scale, zero = scale_RG[:, whole:].float(), zero_RG[:, whole:].float()
+        out_RN[:, first:].copy_((codes_RC[:, first:] * scale).add_(zero))
+
+
+def _half_up(x: torch.Tensor) -> torch.Tensor:
+    """fp32 to the least fp16 that is not below it; what is beyond fp16 to its greatest."""
+    half = x.clamp(-_FP16_MAX, _FP16_MAX).to(torch.float16)
+    bits = half.view(torch.int16)
+    # As integers, fp16 numbers of a sign are in order; the sign bit makes negative ones fall.
+    step = torch.where(bits >= 0, 1, -1).to(torch.int16)
+    return torch.where(half.float() < x, bits + step, bits).view(torch.float16).clamp(max=_FP16_MAX)
