@@ -254,16 +254,25 @@ class FlexEngine:
         self._check(ids, mask, tokens)
         return self._generate(ids, mask, sampling or Greedy(), tokens)
 
-    def score(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    def score(
+        self, ids: torch.Tensor, mask: torch.Tensor | None = None, *, prompt_tokens: int | None = None
+    ) -> torch.Tensor:
         """Log-probabilities of each token after the first, given those before it: float32 [B, T - 1].
 
         Zero where the token or the one before it is padding. Takes any number of sequences.
+
+        Args:
+            prompt_tokens: so many are read at once as a prompt; the others are fed one a step, and from the second of them
+                on predicted by steps, from KV as the cache keeps it. None: all are read at once, and no KV is read back.
         """
-        self._check(ids[: self.block_size], None if mask is None else mask[: self.block_size], 0)
+        prompt = ids.shape[-1] if prompt_tokens is None else min(prompt_tokens, ids.shape[-1])
+        first = slice(0, self.block_size)
+        head = ids[first, :prompt] if ids.dim() == 2 else ids
+        self._check(head, None if mask is None else mask[first, :prompt], ids.shape[-1] - prompt)
         blocks = []
         for start in range(0, len(ids), self.block_size):
             stop = start + self.block_size
-            blocks.append(self._score(ids[start:stop], None if mask is None else mask[start:stop]))
+            blocks.append(self._score(ids[start:stop], None if mask is None else mask[start:stop], prompt))
         scores = torch.cat(blocks)
         if mask is not None:
             known = mask.bool().cpu()
@@ -396,21 +405,34 @@ class FlexEngine:
             if len(stops) and bool(ended.all()):
                 return
 
-    def _score(self, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def _score(self, ids: torch.Tensor, mask: torch.Tensor | None, prompt: int) -> torch.Tensor:
+        """Scores of one block, of which `prompt` positions are computed at once."""
         targets = ids.to(self.device).long()
+        count, length = targets.shape
 
-        def head(w: Weights, x_BTD: torch.Tensor, first: int, _token: int) -> torch.Tensor:
-            batch, length, size = x_BTD.shape
-            rows, wanted = x_BTD[:, :-1].reshape(-1, size), targets[first : first + batch, 1:].reshape(-1)
-            scores = torch.empty(len(rows), dtype=torch.float32, device=x_BTD.device)
+        def head(w: Weights, x_BTD: torch.Tensor, first: int, token: int) -> torch.Tensor:
+            batch, columns, size = x_BTD.shape
+            begin = prompt + token - 1 if token else 0
+            end = min(begin + columns, length - 1)  # The last token predicts none that is known.
+            rows = x_BTD[:, : end - begin].reshape(-1, size)
+            wanted = targets[first : first + batch, begin + 1 : end + 1].reshape(-1)
+            found = torch.empty(len(rows), dtype=torch.float32, device=x_BTD.device)
             for start in range(0, len(rows), _SCORE_ROWS):
                 stop = start + _SCORE_ROWS
                 likely = self._decoder.logits(w, rows[start:stop]).float().log_softmax(dim=-1)
-                scores[start:stop] = likely.gather(1, wanted[start:stop, None])[:, 0]
-            return scores.view(batch, length - 1)
+                found[start:stop] = likely.gather(1, wanted[start:stop, None])[:, 0]
+            scores[first : first + batch, begin:end] = found.view(batch, end - begin)
+            # What comes next is not chosen but given.
+            return targets[first : first + batch, end]
 
         with torch.inference_mode():
-            return next(iter(list(self._executor.run(ids, mask, 1, head))))
+            scores = torch.empty(count, length - 1, dtype=torch.float32, device=self.device)
+            passes = max(1, length - prompt)
+            for _ in self._executor.run(
+                ids[:, :prompt], None if mask is None else mask[:, :prompt], passes, head
+            ):
+                pass
+            return scores.cpu()
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

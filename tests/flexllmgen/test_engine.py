@@ -126,16 +126,22 @@ def test_draws_follow_the_truncated_distribution() -> None:
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("name", ["opt-350m", "llama3", "mixtral", "mistral"])
-def test_scores_are_log_probabilities(tiny: Any, tmp_path: Path, name: str, policy: str) -> None:
+@pytest.mark.parametrize(("length", "prompt"), [(PROMPT, None), (PROMPT + TOKENS, PROMPT), (PROMPT, 7)])
+def test_scores_are_log_probabilities(
+    tiny: Any, tmp_path: Path, name: str, policy: str, length: int, prompt: int | None
+) -> None:
     model = tiny(name)
     ids, mask = prompts(10, PROMPT, padded=True)
+    more, _ = prompts(10, length - PROMPT, padded=False, seed=1)
+    ids = torch.cat((ids, more), dim=1)
     assert mask is not None
+    mask = torch.cat((mask, torch.ones_like(more)), dim=1)
     places = (mask.cumsum(dim=1) - 1).clamp(min=0)
     with torch.inference_mode():
         logits = model.model(ids, attention_mask=mask, position_ids=places).logits
     want = logits.log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])[..., 0] * (mask[:, 1:] & mask[:, :-1])
     with load(model, POLICIES[policy], tmp_path) as engine:
-        torch.testing.assert_close(engine.score(ids, mask), want, atol=1e-4, rtol=0)
+        torch.testing.assert_close(engine.score(ids, mask, prompt_tokens=prompt), want, atol=1e-4, rtol=0)
 
 
 def test_the_last_block_may_be_ragged(tiny: Any, tmp_path: Path) -> None:
