@@ -91,7 +91,6 @@ def roofline(spec: ModelSpec, rates: Rates) -> LayerTimes:
     return LayerTimes(
         shape=shape,
         issue_s=5e-5,
-        waits=False,
         prompt=points((64, 1024, 8192, 65536), score_s),
         step=points((1, 16, 256), kv_s),
         head=tuple(HeadPoint(rows=rows, head_s=product_s(shape.head_weights, rows)) for rows in (1, 256)),

@@ -77,20 +77,18 @@ class LayerTimes:
         issue_s: host seconds of the engine's loop for one compute step with its load of weights; on an accelerator
             they run beside the device's, on the CPU they come on top.
         chunk_issue_s: host seconds to issue the operations of a chunk of a prompt, or of a step; 0 on the CPU, where it is the
-            layer's own time, and where the host waits within a layer anyhow.
+            layer's own time.
         kv_issue_s: what a step takes more to issue where its KV is loaded and stored.
         replay_s: what a layer replayed from a graph takes beyond its kernels, waiting for its weights.
         recorded: points of a decode step that is replayed from a graph: it attends to all positions there is room
             for, under a mask. Empty on the CPU.
         prompt: points over positions of a chunk of a prompt.
         step: points over sequences of a decode step.
-        waits: the host waits for the device within a layer (a mixture of experts does).
         spread: (largest - smallest) / median of a figure's trials, in the median over all figures.
     """
 
     shape: LayerShape
     issue_s: float
-    waits: bool
     prompt: tuple[Point, ...]
     step: tuple[Point, ...]
     head: tuple[HeadPoint, ...]
@@ -151,7 +149,6 @@ class LayerTimes:
             kv_issue_s=self.kv_issue_s,
             replay_s=self.replay_s,
             recorded=tuple(scale(point, cached) for point in self.recorded),
-            waits=shape.num_experts > 0,
             prompt=tuple(scale(point, heads) for point in self.prompt),
             step=tuple(scale(point, cached) for point in self.step),
             head=tuple(replace(point, head_s=point.head_s * head) for point in self.head),

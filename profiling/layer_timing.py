@@ -21,7 +21,7 @@ from flexllmgen.engine import FlexEngine
 from flexllmgen.images import ALIGNMENT
 from flexllmgen.kv_cache import Segment
 from flexllmgen.models.decoder import Decoder, Span
-from flexllmgen.models.experts import stack_experts
+from flexllmgen.models.experts import expert_addresses
 from flexllmgen.policy import ON_CPU, ON_GPU, Placement, Policy
 from flexllmgen.spec import ModelSpec
 from flexllmgen.units import round_up
@@ -50,7 +50,6 @@ def measure_layer_times(spec: ModelSpec, *, dtype: str, device: str) -> LayerTim
     with torch.inference_mode():
         bench = _Bench(spec, torch.device(device), getattr(torch, dtype))
         step, prompt = bench.points(), bench.points(prompt=True)
-        # A mixture of experts waits within a layer, which no graph can.
         recorded = bench.points(recorded=True) if device == "cuda" and not spec.num_experts else ()
         head, spread = bench.head_points(), statistics.median(bench.spreads)
         del bench
@@ -64,7 +63,6 @@ def measure_layer_times(spec: ModelSpec, *, dtype: str, device: str) -> LayerTim
         kv_issue_s=issue.kv_s,
         replay_s=issue.replay_s,
         recorded=recorded,
-        waits=spec.num_experts > 0,
         prompt=prompt,
         step=step,
         head=head,
@@ -199,7 +197,7 @@ class _Bench:
 
     def _seconds(self, work: Callable[[], object], *, sustained: bool = False) -> float:
         run = work
-        if self.stream is not None and not self.spec.num_experts:
+        if self.stream is not None:
             run = _recorded(work, self.stream)
         if sustained and self.stream is not None:
             self._warm(run)
@@ -222,8 +220,8 @@ class _Bench:
         memory = torch.randn(sum(sizes.values()), device=self.device, dtype=self.dtype).mul_(0.02)
         parts = zip(shapes.items(), memory.split(list(sizes.values())), strict=True)
         weights = {name: part[: math.prod(shape)].view(shape) for (name, shape), part in parts}
-        if "router.weight" in weights:
-            weights |= stack_experts(weights, self.spec.num_experts)
+        if "router.weight" in weights and self.device.type == "cuda":
+            weights |= expert_addresses(weights, self.spec.num_experts, self.device)
         return weights
 
 
@@ -255,11 +253,13 @@ class _Issue:
     def measured(spec: ModelSpec, dtype: str, device: str) -> "_Issue":
         """The difference between models of ten and two layers that are too small to compute anything.
 
-        On the CPU the operations themselves are timed as the layer's already, so that they are taken off; so it is
-        where the host waits for each layer. What is subtracted is timed in turns, and each result is the median of
-        its rounds: a host changes its pace between one second and the next.
+        On the CPU the operations themselves are timed as the layer's already, so that they are taken off. What is
+        subtracted is timed in turns, and each result is the median of its rounds: a host changes its pace between one
+        second and the next.
         """
-        alone = device == "cpu" or spec.num_experts > 0
+        alone = device == "cpu"
+        # A mixture of experts is not recorded, so that its operations are in every step.
+        eager = spec.num_experts > 0
         with contextlib.ExitStack() as stack:
 
             def tiny(layers: int, kv_cache: Placement) -> FlexEngine:
@@ -273,21 +273,18 @@ class _Issue:
                 plain_s.append(_per_layer_s(*plain))
                 with torch.inference_mode():
                     operations_s.append(bench.operations_s())
-                    if moving is not None:
+                    if moving is not None and not eager:
                         replay_s.append(plain_s[-1] - bench.replayed_s())
                 if moving is not None:
                     # With its KV on the device a tiny model's layers are replayed from graphs: no operations are in
                     # `plain_s`.
-                    kv_s.append(_per_layer_s(*moving) - plain_s[-1] - operations_s[-1])
+                    kv_s.append(_per_layer_s(*moving) - plain_s[-1] - (0 if eager else operations_s[-1]))
         plain_median_s, operations_median_s = statistics.median(plain_s), statistics.median(operations_s)
+        own_s = max(0.0, plain_median_s - operations_median_s if alone or eager else plain_median_s)
         if alone:
-            return _Issue(max(0.0, plain_median_s - operations_median_s))
-        return _Issue(
-            max(0.0, plain_median_s),
-            operations_median_s,
-            max(0.0, statistics.median(kv_s)),
-            max(0.0, statistics.median(replay_s)),
-        )
+            return _Issue(own_s)
+        kv_median_s, replay_median_s = statistics.median(kv_s), statistics.median(replay_s or [0.0])
+        return _Issue(own_s, operations_median_s, max(0.0, kv_median_s), max(0.0, replay_median_s))
 
 
 def _tiny(spec: ModelSpec, layers: int) -> ModelSpec:

@@ -290,7 +290,7 @@ class _Simulation:
         self.issued += issue
         end = self.clocks.run(COMPUTE, "main", max(ready, self.issued), seconds, step.token)
         self.computed = end
-        if self.on_cpu or self.times.waits:
+        if self.on_cpu:
             self.issued = max(self.issued, end)
         for slot, busy in (
             (step.slot, self.weight_busy),

@@ -187,7 +187,6 @@ def laptop_profile() -> Any:
             LayerTimes(
                 shape=LayerShape.of(ModelSpec.from_hf_config(published_config("opt-125m"))),
                 issue_s=1e-5,
-                waits=False,
                 prompt=points,
                 step=points,
                 head=(HeadPoint(rows=1, head_s=1e-3), HeadPoint(rows=64, head_s=2e-3)),

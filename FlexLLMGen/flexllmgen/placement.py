@@ -112,8 +112,7 @@ class PlacementPlan:
     def recording(self) -> Literal["none", "layers", "step"]:
         """What of a decode step a CUDA device replays from a graph: all of it, or each layer's work for a micro-batch.
 
-        Only work that attends to KV on the device. A graph cannot wait within itself, as a mixture of experts does,
-        nor attend to a window that moves.
+        Only work that attends to KV on the device. A graph cannot attend to a window that moves.
         """
         spec = self.spec
         windowed = any(0 < window < self.max_context for window in spec.sliding_windows)
@@ -202,10 +201,8 @@ def workspace_bytes(
     attention = 2 * spec.hidden_size + 5 * spec.query_size + 6 * spec.kv_size
     mlp = 2 * spec.hidden_size + inner
     if spec.num_experts:
-        # A row for each of a token's experts: taken together and put back, or padded to twice as many and computed.
-        chosen = 4 * spec.hidden_size
-        if spec.many_experts:
-            chosen = max(chosen, 2 * (spec.hidden_size + 3 * spec.intermediate_size))
+        # A row for each of a token's experts: taken together, computed and put back.
+        chosen = max(4 * spec.hidden_size, spec.hidden_size + 3 * spec.intermediate_size)
         mlp += chosen * spec.experts_per_token + 4 * spec.num_experts
     context = round_up(workload.max_context, 8)
     mask = sequences * prompt * prompt * 2 + batch * context * 2

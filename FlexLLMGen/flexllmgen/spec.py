@@ -201,11 +201,6 @@ class ModelSpec:
         return ends + self.num_layers * self.layer_parameters
 
     @property
-    def many_experts(self) -> bool:
-        """Whether experts are so many, and so small, that they are better computed together than one after another."""
-        return self.num_experts > 16
-
-    @property
     def active_parameters(self) -> int:
         """Parameters that work on one token: of the experts only those it is routed to."""
         if not self.num_experts:

@@ -23,7 +23,7 @@ from flexllmgen.memory.disk import READ_BYTES, DirectFile, in_order
 from flexllmgen.memory.pack import WeightPack, aligned_empty, pack_key
 from flexllmgen.memory.tiers import Lanes
 from flexllmgen.memory.transfer import PACKET_BYTES, Event, Lane
-from flexllmgen.models.experts import stack_experts
+from flexllmgen.models.experts import expert_addresses
 from flexllmgen.placement import PlacementPlan
 from flexllmgen.units import PAGE, round_up
 
@@ -290,8 +290,8 @@ class WeightStore:
                     memory, offset = self._arena.view(self._homes[index]), tensor.offset
                 raw = memory[offset : offset + tensor.num_bytes]
                 views[name] = raw.view(self._dtype).view(tensor.shape)
-        if "router.weight" in views:
-            views |= stack_experts(views, self._plan.spec.num_experts)
+        if "router.weight" in views and self._device.type == "cuda":
+            views |= expert_addresses(views, self._plan.spec.num_experts, self._device)
         return views
 
     # Copies

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import make_tiny, prompts
 
-from flexllmgen.engine import FlexEngine
-from flexllmgen.models.experts import grouped_experts, stack_experts
-from flexllmgen.policy import ON_CPU, ON_GPU, Placement, Policy
-from flexllmgen.workload import Workload
+from flexllmgen.models.experts import cut_tiles, expert_addresses, grouped_experts, tile_rows_for
 
-EXPERTS, MODEL, INNER = 24, 16, 8
+EXPERTS, MODEL, INNER = 24, 80, 48
 
 
 def weights_in(*memories: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -40,52 +33,55 @@ def one_by_one(
     w: dict[str, torch.Tensor], x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor
 ) -> torch.Tensor:
     out = torch.zeros_like(x)
-    for row in range(len(x)):
-        for share, expert in zip(weights[row], experts[row].tolist(), strict=True):
-            inner = gate(w[f"experts.{expert}.gate_up"] @ x[row])
-            out[row] += share * (w[f"experts.{expert}.down"] @ inner)
+    for expert in range(EXPERTS):
+        rows, choices = (experts == expert).nonzero(as_tuple=True)
+        inner = gate(x[rows] @ w[f"experts.{expert}.gate_up"].T)
+        out.index_add_(0, rows, weights[rows, choices, None] * (inner @ w[f"experts.{expert}.down"].T))
     return out
 
 
-@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize("tile_rows", [1, 16, 64])
 @pytest.mark.parametrize("rows", [1, 7, 200])
-def test_together_is_as_one_by_one(parts: int, rows: int) -> None:
+@pytest.mark.parametrize("same", [False, True], ids=["spread", "all the same"])
+def test_tiles_hold_every_assignment_once(rows: int, tile_rows: int, same: bool) -> None:
     torch.manual_seed(rows)
-    w = weights_in(*(torch.randn(3 * EXPERTS * MODEL * INNER // parts).double() for _ in range(parts)))
-    stacks = stack_experts(w, EXPERTS)
-    assert sum(name.startswith("experts.down") for name in stacks) == parts
-    x = torch.randn(rows, MODEL).double()
-    shares, experts = torch.rand(rows, EXPERTS).double().topk(3, dim=-1)
-    got = grouped_experts({**w, **stacks}, x, shares, experts, gate, EXPERTS)
-    assert got is not None
-    torch.testing.assert_close(got, one_by_one(w, x, shares, experts))
+    experts = torch.rand(rows, EXPERTS).topk(3, dim=-1).indices
+    if same:
+        experts = experts[:1].expand(rows, -1)
+    tiles = cut_tiles(experts, EXPERTS, tile_rows)
+    seen = torch.full((3 * rows,), -1)
+    for expert, first, stop in zip(
+        tiles.expert_T.tolist(), tiles.first_T.tolist(), tiles.stop_T.tolist(), strict=True
+    ):
+        if expert < EXPERTS:
+            stop = min(stop, first + tile_rows)
+            assert first < stop
+            assert (seen[first:stop] == -1).all()
+            seen[first:stop] = expert
+    # In the order of rows and their choices, each is with the expert that was chosen, and is of its row.
+    assert torch.equal(seen[tiles.places_A].view(rows, 3), experts)
+    assert torch.equal(tiles.rows_A[tiles.places_A].view(rows, 3), torch.arange(rows)[:, None].expand(-1, 3))
 
 
-def test_rows_that_all_want_one_expert_are_not_padded() -> None:
-    w = weights_in(torch.randn(3 * EXPERTS * MODEL * INNER))
-    x, experts = torch.randn(400, MODEL), torch.zeros(400, 1, dtype=torch.long)
-    assert grouped_experts(w, x, torch.ones(400, 1), experts, gate, EXPERTS) is None
+def test_tiles_suit_the_rows_of_an_expert() -> None:
+    assert [tile_rows_for(count * 128, 128) for count in (1, 16, 17, 60, 512)] == [16, 16, 32, 64, 128]
 
 
-@pytest.mark.parametrize("weights", [ON_GPU, ON_CPU, Placement(gpu=0.4, cpu=0.6)], ids=["gpu", "cpu", "cut"])
-def test_a_model_of_many_experts_gives_transformers_tokens(tmp_path: Path, weights: Placement) -> None:
-    """On the CPU in an accelerator's stead: some experts resident, others in a slot."""
-    sizes: dict[str, Any] = {"num_experts": 24, "num_experts_per_tok": 3}
-    model = make_tiny("qwen3-moe", tmp_path / "model", **sizes)
-    ids, mask = prompts(6, 9, padded=True)
-    want, _ = model.greedy(ids, mask, 6)
-    policy = Policy(micro_batch_size=3, num_micro_batches=2, weights=weights)
-    workload = Workload(num_sequences=6, prompt_tokens=9, gen_tokens=6)
-    with FlexEngine.load(
-        model.spec,
-        model.checkpoint,
-        policy,
-        workload=workload,
-        device="cpu",
-        in_place=False,
-        offload_dir=tmp_path,
-    ) as engine:
-        assert engine.spec.many_experts
-        engine._decoder._groups_experts = True
-        got = torch.stack(list(engine.generate(ids, mask)), dim=1)
-    assert torch.equal(got, want)
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"]
+)
+@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize("rows", [1, 7, 200, 5000])
+def test_together_is_as_one_by_one(parts: int, rows: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(rows)
+    memories = (torch.randn(3 * EXPERTS * MODEL * INNER // parts).cuda().to(dtype) for _ in range(parts))
+    w = weights_in(*memories)
+    w |= expert_addresses(w, EXPERTS, torch.device("cuda"))
+    x = torch.randn(rows, MODEL).cuda().to(dtype)
+    shares, experts = torch.rand(rows, EXPERTS).cuda().topk(3, dim=-1)
+    got = grouped_experts(w, x, shares.to(dtype), experts, gate, EXPERTS)
+    exact = one_by_one({name: each.double() for name, each in w.items()}, x.double(), shares, experts)
+    bound = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
+    assert (got - exact).abs().max() < bound * exact.abs().max()

@@ -51,7 +51,6 @@ def layer_times(
         shape=shape,
         issue_s=issue_s,
         chunk_issue_s=chunk_issue_s,
-        waits=spec.num_experts > 0,
         prompt=tuple(point(rows, rows * scores) for rows in (64, 256, 1024, 4096)),
         step=tuple(point(rows, rows * kv) for rows in (1, 4, 16, 64, 256)),
         head=tuple(

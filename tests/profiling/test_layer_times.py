@@ -12,7 +12,6 @@ SPEC = ModelSpec.from_hf_config(published_config("opt-1.3b"))
 TABLE = LayerTimes(
     shape=LayerShape.of(SPEC),
     issue_s=1e-5,
-    waits=False,
     prompt=(
         Point(rows=64, attention_s=1.0, per_position_s=0.0, mlp_s=2.0),
         Point(rows=128, attention_s=2.0, per_position_s=0.0, mlp_s=4.0),

@@ -52,7 +52,6 @@ tables = build(
     LayerTimes,
     shape=shapes,
     issue_s=amounts,
-    waits=st.booleans(),
     prompt=st.tuples(points),
     step=st.tuples(points, points),
     head=st.tuples(build(HeadPoint, rows=st.integers(1, 512), head_s=amounts)),

@@ -202,4 +202,3 @@ def test_a_small_model_is_really_measured(tmp_path: Path) -> None:
     assert table.prompt_s("layer", 1024, 64) > table.prompt_s("layer", 64, 64) > 0
     assert table.head_s(4) > 0
     assert table.issue_s >= 0
-    assert not table.waits

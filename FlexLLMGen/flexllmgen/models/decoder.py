@@ -76,8 +76,7 @@ class Decoder:
 
     def __init__(self, spec: ModelSpec, *, device: torch.device, dtype: torch.dtype) -> None:
         self.spec, self._dtype = spec, dtype
-        # On a CPU arithmetic counts, and padding is arithmetic.
-        self._groups_experts = device.type == "cuda" and spec.many_experts
+        self._groups_experts = device.type == "cuda" and spec.num_experts > 0
         self._activation = _ACTIVATIONS[spec.activation]
         self._frequencies = (
             inverse_frequencies(spec.rope, spec.head_dim).to(device)
@@ -189,9 +188,7 @@ class Decoder:
         """Sends each row to its experts; each expert takes its rows at once."""
         weights, experts = self._route(w, x_RD)
         if self._groups_experts:
-            out = grouped_experts(w, x_RD, weights, experts, self._gate, self.spec.num_experts)
-            if out is not None:
-                return out
+            return grouped_experts(w, x_RD, weights, experts, self._gate, self.spec.num_experts)
         chosen = self.spec.experts_per_token
         order = experts.flatten().argsort(stable=True)
         rows = order // chosen

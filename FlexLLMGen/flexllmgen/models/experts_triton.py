@@ -1,0 +1,92 @@
+"""The grouped product of a mixture's experts as one kernel. Imported on CUDA, and nowhere else."""
+
+# mypy: ignore-errors
+# A assignments  T tiles  I, O sizes of what goes in and comes out
+
+import torch
+import triton
+import triton.language as tl
+
+from flexllmgen.models.experts import Tiles
+
+_OUT_BLOCK = 128
+
+
+@triton.jit
+def _product_kernel(
+    x,
+    rows,
+    addresses,
+    out,
+    expert_of,
+    first_of,
+    stop_of,
+    experts,
+    in_size,
+    out_size,
+    GATHER: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUT_BLOCK: tl.constexpr,
+    IN_BLOCK: tl.constexpr,
+):
+    tile = tl.program_id(1)
+    expert = tl.load(expert_of + tile)
+    if expert >= experts:
+        return
+    assignment = tl.load(first_of + tile) + tl.arange(0, ROWS)
+    mine = assignment < tl.load(stop_of + tile)
+    row = tl.load(rows + assignment, mask=mine, other=0) if GATHER else assignment
+    column = tl.program_id(0) * OUT_BLOCK + tl.arange(0, OUT_BLOCK)
+    # Packed tensors begin at multiples of this, which lets their loads be wide.
+    weight = tl.multiple_of(tl.load(addresses + expert), 128).to(tl.pointer_type(out.dtype.element_ty))
+    total = tl.zeros((ROWS, OUT_BLOCK), dtype=tl.float32)
+    for start in range(0, in_size, IN_BLOCK):
+        place = start + tl.arange(0, IN_BLOCK)
+        left = tl.load(
+            x + row[:, None] * in_size + place[None, :],
+            mask=mine[:, None] & (place < in_size)[None, :],
+            other=0.0,
+        )
+        right = tl.load(
+            weight + column[None, :].to(tl.int64) * in_size + place[:, None],
+            mask=(column < out_size)[None, :] & (place < in_size)[:, None],
+            other=0.0,
+        )
+        total = tl.dot(left, right, total, input_precision=PRECISION)
+    at = out + assignment[:, None] * out_size + column[None, :]
+    tl.store(at, total.to(out.dtype.element_ty), mask=mine[:, None] & (column < out_size)[None, :])
+
+
+def grouped_product(
+    x: torch.Tensor, tiles: Tiles, addresses_E: torch.Tensor, out_size: int, tile_rows: int, *, gather: bool
+) -> torch.Tensor:
+    """Each assignment's row times its expert's weights [O, I], transposed: [A, O].
+
+    Args:
+        x: contiguous [R, I] with `gather`, where assignments take their rows from it; else [A, I], sorted already.
+        addresses_E: where each expert's weights begin; of the type of `x`.
+    """
+    x, in_size = x.contiguous(), x.shape[1]
+    out = torch.empty(len(tiles.rows_A), out_size, dtype=x.dtype, device=x.device)
+    full = x.dtype == torch.float32
+    _product_kernel[(triton.cdiv(out_size, _OUT_BLOCK), len(tiles.expert_T))](
+        x,
+        tiles.rows_A,
+        addresses_E,
+        out,
+        tiles.expert_T,
+        tiles.first_T,
+        tiles.stop_T,
+        len(addresses_E),
+        in_size,
+        out_size,
+        GATHER=gather,
+        PRECISION="ieee" if full else "tf32",
+        ROWS=tile_rows,
+        OUT_BLOCK=_OUT_BLOCK,
+        IN_BLOCK=32 if full else 64,
+        num_warps=8 if tile_rows > 64 else 4,
+        num_stages=3,
+    )
+    return out
