@@ -7,9 +7,16 @@ Python's while it computes, so that the thread that issues work to an accelerato
 
 # B sequences  S positions  N query heads  K key heads  G groups of a row  H head dim
 
+import functools
+import logging
+
 import torch
 
+from flexllmgen.cpu_attention.build import BuildFailedError, library_path
 from flexllmgen.cpu_attention.fallback import attend_with_torch
+from flexllmgen.cpu_attention.library import LEVELS, Kernel
+
+log = logging.getLogger(__name__)
 
 
 def decode_attention_cpu(
@@ -37,7 +44,7 @@ def decode_attention_cpu(
         scale_S2BKG: fp16, of uint8 codes: groups along the last dimension, value = code * scale + zero.
         zero_S2BKG: the same shape.
     """
-    assert first < length <= kv_S2BKH.shape[0], f"positions [{first}, {length}) of {kv_S2BKH.shape[0]}"
+    assert 0 <= first < length <= kv_S2BKH.shape[0], f"positions [{first}, {length}) of {kv_S2BKH.shape[0]}"
     assert q_BNH.is_contiguous()
     assert out_BNH.is_contiguous()
     assert out_BNH.shape == q_BNH.shape
@@ -45,7 +52,24 @@ def decode_attention_cpu(
     assert kv_S2BKH.shape[2] == q_BNH.shape[0]
     assert q_BNH.shape[1] % kv_S2BKH.shape[3] == 0
     assert (kv_S2BKH.dtype == torch.uint8) == (scale_S2BKG is not None) == (zero_S2BKG is not None)
-    attend_with_torch(
+    assert kv_S2BKH.stride()[3:] == (q_BNH.shape[2], 1), "a position's heads of a sequence are one run"
+    kernel = _kernel()
+    groups = 0 if scale_S2BKG is None else scale_S2BKG.shape[-1]
+    level = None if kernel is None else kernel.level_for(q_BNH.shape[2], groups)
+    if kernel is None or level is None:
+        attend_with_torch(
+            q_BNH,
+            kv_S2BKH,
+            length,
+            bias_BS,
+            first=first,
+            out_BNH=out_BNH,
+            threads=threads,
+            scale_S2BKG=scale_S2BKG,
+            zero_S2BKG=zero_S2BKG,
+        )
+        return
+    kernel.attend(
         q_BNH,
         kv_S2BKH,
         length,
@@ -55,14 +79,26 @@ def decode_attention_cpu(
         threads=threads,
         scale_S2BKG=scale_S2BKG,
         zero_S2BKG=zero_S2BKG,
+        level=level,
     )
 
 
 def available() -> bool:
     """Whether the kernel serves the calls, and not torch. Builds it the first time: some seconds."""
-    return which() != "torch"
+    return _kernel() is not None
 
 
 def which() -> str:
     """What serves the calls: "avx512", "avx2", "generic" (the kernel's instructions) or "torch"."""
-    return "torch"
+    kernel = _kernel()
+    return "torch" if kernel is None else LEVELS[kernel.level]
+
+
+@functools.cache
+def _kernel() -> Kernel | None:
+    """The kernel, or none where it cannot be built or loaded, which is logged once."""
+    try:
+        return Kernel(library_path())
+    except (BuildFailedError, OSError) as error:
+        log.warning("attention on the CPU goes through torch, which is slower: %s", error)
+        return None

@@ -47,6 +47,6 @@ def _dequantised(
 ) -> torch.Tensor:
     """code * scale + zero, per group of the last dimension."""
     groups = scale.shape[-1]
-    values = codes.unflatten(-1, (groups, codes.shape[-1] // groups)).float()
+    values: torch.Tensor = codes.unflatten(-1, (groups, codes.shape[-1] // groups)).float()
     values = values * scale[..., None].float() + zero[..., None].float()
     return values.flatten(-2).to(dtype)

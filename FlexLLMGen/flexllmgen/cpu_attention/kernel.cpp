@@ -1,0 +1,188 @@
+// Attention of a decode step on the CPU: a plain C interface, for ctypes.
+//
+// One translation unit holds the computation for each instruction set; which one serves is found when it runs.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "numbers.h"
+#include "pool.h"
+
+constexpr float LOG2E = 1.44269504088896f;
+constexpr float LOWEST = -1e30f;  // Below every score; finite, so that differences are numbers.
+constexpr int64_t L1_BYTES = 16 << 10;
+constexpr int64_t READ_BYTES = 4 << 20;
+constexpr int64_t MIN_CHUNK = 64;        // positions
+constexpr int64_t TASKS_A_THREAD = 12;   // so that threads end together
+constexpr int64_t THREAD_BYTES = 128 << 10;  // Waking a thread for less costs more than it reads.
+
+// A call, laid out as its Python side has it (library.py). Strides are bytes, but for the bias's.
+struct Call {
+    const char *q, *kv, *scale, *zero;
+    const float* bias;
+    char* out;
+    int64_t position_bytes, half_bytes, sequence_bytes;
+    int64_t scale_position_bytes, scale_half_bytes, scale_sequence_bytes;
+    int64_t zero_position_bytes, zero_half_bytes, zero_sequence_bytes;
+    int64_t bias_stride;
+    int64_t B, N, K, H, first, length, groups;
+    int64_t q_type, kv_type;  // 0 fp32, 1 fp16, 2 bf16, 3 codes
+    int64_t level, threads;
+    float factor;
+};
+
+template <class F>
+inline void by_type(int64_t type, F&& f) {
+    if (type == 0) f(F32{});
+    if (type == 1) f(F16{});
+    if (type == 2) f(BF16{});
+    if (type == 3) f(U8{});
+}
+
+// Key heads [head, head + heads) of a sequence over positions [first, stop).
+struct Piece {
+    int64_t sequence, head;
+    int heads;
+    int64_t first, stop;
+};
+
+// How a call is cut: a unit is some heads of a sequence, a unit's positions are chunks, each a task.
+struct Plan {
+    int64_t parts, chunks, chunk, units;
+    int heads, block, threads;
+
+    explicit Plan(const Call& c) {
+        static constexpr int64_t sizes[] = {4, 2, 2, 1};
+        const int64_t queries = c.N / c.K, row = c.H * sizes[c.kv_type], positions = c.length - c.first;
+        block = queries >= 4 ? 8 : 4;
+#ifdef FLEX_TUNE
+        if (const char* e = getenv("FLEX_BLOCK")) block = atoi(e);
+#endif
+        int64_t most = std::max<int64_t>(1, std::min(L1_BYTES / (block * row), 2 * L1_BYTES / (queries * c.H * 8)));
+#ifdef FLEX_TUNE
+        if (const char* e = getenv("FLEX_HEADS")) most = atoi(e);
+#endif
+        parts = (c.K + most - 1) / most;
+        heads = int((c.K + parts - 1) / parts);
+        parts = (c.K + heads - 1) / heads;
+        units = c.B * parts;
+        threads = int(std::max<int64_t>(1, std::min(c.threads, 2 * positions * c.B * c.K * row / THREAD_BYTES)));
+        const int64_t wanted = threads == 1 ? 1 : (threads * TASKS_A_THREAD + units - 1) / units;
+        chunks = std::max<int64_t>(1, std::min(wanted, positions / MIN_CHUNK));
+        chunk = (positions + chunks - 1) / chunks;
+        chunk = (chunk + block - 1) / block * block;
+        chunks = (positions + chunk - 1) / chunk;
+    }
+    int64_t tasks() const { return units * chunks; }
+    Piece piece(const Call& c, int64_t task) const {
+        const int64_t unit = task / chunks, part = unit % parts, first = c.first + task % chunks * chunk;
+        return Piece{unit / parts, part * heads, int(std::min<int64_t>(heads, c.K - part * heads)), first,
+                     std::min(first + chunk, c.length)};
+    }
+};
+
+// Of some queries: sums of weighted values, largest scores, sums of weights.
+struct Partial {
+    float *acc, *m, *l;
+};
+
+struct Shared {
+    std::atomic<int64_t> next{0};
+    std::vector<std::atomic<int>> left;
+    float* memory;
+
+    Shared(const Plan& plan, float* memory) : left(size_t(plan.units)), memory(memory) {
+        for (auto& each : left) each.store(int(plan.chunks));
+    }
+    static int64_t stride(const Call& c, const Plan& plan) {
+        return (plan.heads * (c.N / c.K) * (c.H + 2) + 15) / 16 * 16;
+    }
+    Partial partial(const Call& c, const Plan& plan, int64_t task) const {
+        const int64_t queries = plan.heads * (c.N / c.K);
+        float* acc = memory + task * stride(c, plan);
+        return Partial{acc, acc + queries * c.H, acc + queries * (c.H + 1)};
+    }
+};
+
+namespace generic {
+#include "vectors_generic.h"
+#include "attend.h"
+}  // namespace generic
+
+#if defined(__x86_64__)
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+namespace avx2 {
+#include "vectors_avx2.h"
+#include "attend.h"
+}  // namespace avx2
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+namespace avx512 {
+#include "vectors_avx512.h"
+#include "attend.h"
+}  // namespace avx512
+#pragma GCC pop_options
+#endif
+
+extern "C" {
+
+// The best instruction set of this processor: 2 avx512, 1 avx2, 0 neither.
+int flex_level() {
+#if defined(__x86_64__)
+    const bool fast = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (fast && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        return 2;
+    if (fast) return 1;
+#endif
+    return 0;
+}
+
+void flex_attend(const Call* call) {
+    const Call& c = *call;
+    const Plan plan(c);
+    Pool& pool = Pool::of_process();
+    const std::lock_guard<std::mutex> lock(pool.one_caller);
+    Shared shared(plan, pool.memory(size_t(plan.tasks() * Shared::stride(c, plan))));
+    pool.run(plan.threads, [&](int) {
+#if defined(__x86_64__)
+        if (c.level == 2) return avx512::attend(c, plan, shared);
+        if (c.level == 1) return avx2::attend(c, plan, shared);
+#endif
+        generic::attend(c, plan, shared);
+    });
+}
+
+// Reads memory: the rate that the attention is held against. Returns the sum of what it read.
+float flex_read(const char* from, int64_t bytes, int64_t threads, int64_t level) {
+    Pool& pool = Pool::of_process();
+    const std::lock_guard<std::mutex> lock(pool.one_caller);
+    std::vector<float> sums(static_cast<size_t>(threads));
+    std::atomic<int64_t> next{0};
+    pool.run(int(threads), [&](int index) {
+        for (int64_t at; (at = next.fetch_add(READ_BYTES)) < bytes;) {
+            const int64_t now = std::min(READ_BYTES, bytes - at);
+#if defined(__x86_64__)
+            if (level == 2) sums[size_t(index)] += avx512::read_all(from + at, now);
+            if (level == 1) sums[size_t(index)] += avx2::read_all(from + at, now);
+#endif
+            if (level == 0) sums[size_t(index)] += generic::read_all(from + at, now);
+        }
+    });
+    float total = 0;
+    for (float each : sums) total += each;
+    return total;
+}
+}

@@ -1,0 +1,102 @@
+"""The kernel's C interface as Python calls it, through ctypes, which holds no lock of Python's during a call."""
+
+# B sequences  S positions  N query heads  K key heads  G groups of a row  H head dim
+
+import ctypes
+import math
+from pathlib import Path
+
+import torch
+
+LEVELS = ("generic", "avx2", "avx512")
+_WIDTHS = (4, 8, 16)
+_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
+_POINTERS = ("q", "kv", "scale", "zero", "bias", "out")
+_STRIDES = tuple(
+    f"{of}{axis}_bytes" for of in ("", "scale_", "zero_") for axis in ("position", "half", "sequence")
+)
+_COUNTS = ("B", "N", "K", "H", "first", "length", "groups", "q_type", "kv_type", "level", "threads")
+
+
+class _Call(ctypes.Structure):
+    """The kernel's struct of the same name, field by field (kernel.cpp)."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_int64) for name in (*_STRIDES, "bias_stride", *_COUNTS)),
+        ("factor", ctypes.c_float),
+    )
+
+
+class Kernel:
+    """The library at `path`.
+
+    Raises:
+        OSError: it cannot be loaded.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._library = ctypes.CDLL(str(path))
+        self._library.flex_attend.restype = None
+        self._library.flex_read.restype = ctypes.c_float
+        self._library.flex_read.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
+        self.level: int = self._library.flex_level()
+
+    def level_for(self, head_dim: int, groups: int) -> int | None:
+        """The best instruction set whose vectors divide a row's groups; none for odd sizes."""
+        width = head_dim // max(1, groups)
+        return next((level for level in range(self.level, -1, -1) if width % _WIDTHS[level] == 0), None)
+
+    def attend(
+        self,
+        q_BNH: torch.Tensor,
+        kv_S2BKH: torch.Tensor,
+        length: int,
+        bias_BS: torch.Tensor | None,
+        *,
+        first: int,
+        out_BNH: torch.Tensor,
+        threads: int,
+        scale_S2BKG: torch.Tensor | None,
+        zero_S2BKG: torch.Tensor | None,
+        level: int,
+    ) -> None:
+        """The arguments of `decode_attention_cpu`, already checked, by the instructions of `level`."""
+        sequences, heads, head_dim = q_BNH.shape
+        call = _Call(
+            q=q_BNH.data_ptr(),
+            kv=kv_S2BKH.data_ptr(),
+            out=out_BNH.data_ptr(),
+            B=sequences,
+            N=heads,
+            K=kv_S2BKH.shape[3],
+            H=head_dim,
+            first=first,
+            length=length,
+            q_type=_TYPES[q_BNH.dtype],
+            kv_type=_TYPES[kv_S2BKH.dtype],
+            level=level,
+            threads=threads,
+            factor=1 / math.sqrt(head_dim),
+        )
+        _set_strides(call, "", kv_S2BKH)
+        if scale_S2BKG is not None and zero_S2BKG is not None:
+            call.groups = scale_S2BKG.shape[-1]
+            call.scale, call.zero = scale_S2BKG.data_ptr(), zero_S2BKG.data_ptr()
+            _set_strides(call, "scale_", scale_S2BKG)
+            _set_strides(call, "zero_", zero_S2BKG)
+        # Kept until the call has ended.
+        bias = None if bias_BS is None else bias_BS.to(torch.float32).contiguous()
+        if bias is not None:
+            call.bias, call.bias_stride = bias.data_ptr(), bias.stride(0)
+        self._library.flex_attend(ctypes.byref(call))
+
+    def read(self, data: torch.Tensor, threads: int) -> float:
+        """Reads a host tensor's bytes once, with the best instructions; returns their sum as fp32."""
+        total: float = self._library.flex_read(data.data_ptr(), data.nbytes, threads, self.level)
+        return total
+
+
+def _set_strides(call: _Call, of: str, rows: torch.Tensor) -> None:
+    for axis, name in enumerate(("position", "half", "sequence")):
+        setattr(call, f"{of}{name}_bytes", rows.stride(axis) * rows.element_size())

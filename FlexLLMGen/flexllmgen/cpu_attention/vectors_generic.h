@@ -1,0 +1,56 @@
+// Four floats by the compiler's own vectors, for any processor.
+struct Simd {
+    typedef float V __attribute__((vector_size(16)));
+    static constexpr int W = 4;   // floats in a vector
+    static constexpr int NR = 8;  // vectors that a tile keeps in registers
+
+    static V zero() { return V{0, 0, 0, 0}; }
+    static V set1(float x) { return V{x, x, x, x}; }
+    static V load(const float* p) {
+        V v;
+        std::memcpy(&v, p, sizeof v);
+        return v;
+    }
+    static void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
+    static V fma(V a, V b, V c) { return a * b + c; }
+    static V mul(V a, V b) { return a * b; }
+
+    static V get(F32, const char* p) { return load((const float*)p); }
+    static V get(F16, const char* p) {
+        const uint16_t* x = (const uint16_t*)p;
+        return V{from_half(x[0]), from_half(x[1]), from_half(x[2]), from_half(x[3])};
+    }
+    static V get(BF16, const char* p) {
+        const uint16_t* x = (const uint16_t*)p;
+        return V{from_bfloat(x[0]), from_bfloat(x[1]), from_bfloat(x[2]), from_bfloat(x[3])};
+    }
+    static V get(U8, const char* p) {
+        const uint8_t* x = (const uint8_t*)p;
+        return V{float(x[0]), float(x[1]), float(x[2]), float(x[3])};
+    }
+    static void put(F32, char* p, V v) { store((float*)p, v); }
+    static void put(F16, char* p, V v) {
+        for (int i = 0; i < W; ++i) ((uint16_t*)p)[i] = to_half(v[i]);
+    }
+    static void put(BF16, char* p, V v) {
+        for (int i = 0; i < W; ++i) ((uint16_t*)p)[i] = to_bfloat(v[i]);
+    }
+
+    static void sums(const V* a, float* out) {
+        for (int i = 0; i < NR; ++i) out[i] = (a[i][0] + a[i][1]) + (a[i][2] + a[i][3]);
+    }
+
+    static V nearest(V x) { return V{rintf(x[0]), rintf(x[1]), rintf(x[2]), rintf(x[3])}; }
+    static V larger(V a, V b) {
+        for (int i = 0; i < W; ++i) a[i] = a[i] > b[i] ? a[i] : b[i];
+        return a;
+    }
+    static V times_power(V y, V n) {
+        for (int i = 0; i < W; ++i) y[i] *= of_bits(uint32_t(int(n[i]) + 127) << 23);
+        return y;
+    }
+    static V where_ge(V x, V least, V y) {
+        for (int i = 0; i < W; ++i) y[i] = x[i] >= least[i] ? y[i] : 0.0f;
+        return y;
+    }
+};
