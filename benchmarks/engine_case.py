@@ -5,18 +5,15 @@
     python benchmarks/engine_case.py flexgen --model opt-30b --gpu-gib 16 --percent 20 80 0 100 0 100 --batch 48
     python benchmarks/engine_case.py links
 
-Random weights, prompts of random tokens, greedy, no early stop. The first pass, of the same prompts, is a
+Random weights, prompts of random tokens, greedy, no early stop. The first pass is a warm-up. Of long
 generations only `--steps` columns are run; the rest is projected from the median step.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
-import itertools
 import json
 import os
-import resource
 import statistics
 import sys
 import time
@@ -26,6 +23,9 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "FlexLLMGen"))
+
+from peers import accelerate_hooks, flexgen_original
+from peers.case import Case, figures
 
 GiB = 1 << 30
 
@@ -60,31 +60,21 @@ def main() -> None:
     os._exit(0)
 
 
-def figures(args: argparse.Namespace, sequences: int, start: float, stamps: list[float]) -> dict[str, Any]:
-    """The common figures from the time of each column."""
-    prefill = stamps[0] - start
-    steps = [after - before for before, after in itertools.pairwise(stamps)]
-    step = statistics.median(steps) if steps else 0.0
-    measured = stamps[-1] - start
-    total = measured if len(stamps) >= args.gen else prefill + (args.gen - 1) * step
-    return {
-        "sequences": sequences,
-        "prompt": args.prompt,
-        "gen": args.gen,
-        "columns": len(stamps),
-        "prefill_s": round(prefill, 3),
-        "decode_step_s": round(step, 4),
-        "decode_tok_s": round(sequences / step, 1) if step else None,
-        "tok_s": round(sequences * args.gen / total, 2),
-        "projected": len(stamps) < args.gen,
-        "peak_allocated_gib": round(torch.cuda.max_memory_allocated() / GiB, 2)
-        if torch.cuda.is_available()
-        else None,
-        "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / GiB, 2)
-        if torch.cuda.is_available()
-        else None,
-        "rss_peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20), 2),
-    }
+def case_of(args: argparse.Namespace, *, batch: int, batches: int) -> Case:
+    """The options as the peers take them."""
+    return Case(
+        model=args.model,
+        gpu_gib=args.gpu_gib,
+        sequences=args.batch * args.batches,
+        prompt=args.prompt,
+        gen=args.gen,
+        steps=args.steps - 1,
+        batch=batch,
+        batches=batches,
+        weights_gib=args.weights_gib,
+        percent=tuple(args.percent),
+        offload_dir=args.dir,
+    )
 
 
 def ours(args: argparse.Namespace) -> dict[str, Any]:
@@ -145,7 +135,7 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
     for _ in engine.generate(ids, max_new_tokens=min(args.steps, args.gen)):
         stamps.append(time.perf_counter())
         moved.append(engine.stats())
-    out = figures(args, sequences, start, stamps)
+    out = figures(case_of(args, batch=args.batch, batches=args.batches), sequences, start, stamps)
     decode_s = stamps[-1] - stamps[0]
     plan, stats = engine.placement, engine.stats()
     placed = plan.weights.cpu + plan.kv_cache.cpu + plan.activations.cpu
@@ -179,122 +169,14 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
     return out
 
 
-class Clock:
-    """A logits processor that notes when each column's logits are there."""
-
-    def __init__(self) -> None:
-        self.stamps: list[float] = []
-
-    def __call__(self, _ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        torch.cuda.synchronize()
-        self.stamps.append(time.perf_counter())
-        return scores
-
-
 def accelerate(args: argparse.Namespace) -> dict[str, Any]:
     """transformers' generate; layers beyond `--weights-gib` dispatched by accelerate's hooks."""
-    import accelerate as hf_accelerate
-    import transformers
-    from accelerate.utils import set_module_tensor_to_device
-
-    from flexllmgen.models.published import published_config
-
-    torch.cuda.set_per_process_memory_fraction(
-        args.gpu_gib * GiB / torch.cuda.get_device_properties(0).total_memory
-    )
-    config_dict = published_config(args.model)
-    dtype = torch.float16 if config_dict["model_type"] == "opt" else torch.bfloat16
-    config = transformers.AutoConfig.for_model(**config_dict)
-    start = time.perf_counter()
-    with hf_accelerate.init_empty_weights(include_buffers=False):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.tie_weights()
-    device_map = hf_accelerate.infer_auto_device_map(
-        model,
-        max_memory={0: int(args.weights_gib * GiB), "cpu": 110 * GiB},
-        no_split_module_classes=model._no_split_modules,
-    )
-
-    def place(name: str) -> Any:
-        keys = [key for key in device_map if name == key or name.startswith(key + ".") or key == ""]
-        return device_map[max(keys, key=len)]
-
-    for name, parameter in list(model.named_parameters()):
-        where = "cuda:0" if place(name) == 0 else "cpu"
-        value = (torch.randn(parameter.shape, device="cuda", dtype=dtype) * 0.02).to(where)
-        if "norm" in name and name.endswith("weight"):
-            value += 1
-        set_module_tensor_to_device(model, name, where, value=value, dtype=dtype)
-    model.tie_weights()
-    offloaded = len(set(device_map.values())) > 1
-    model = hf_accelerate.dispatch_model(model, device_map=device_map) if offloaded else model.to("cuda")
-    load_s = time.perf_counter() - start
-    sequences = args.batch * args.batches
-    ids = torch.randint(5, config.vocab_size - 100, (sequences, args.prompt), device="cuda")
-    clock = Clock()
-    common = {"do_sample": False, "pad_token_id": 1, "eos_token_id": None}
-    with torch.inference_mode():
-        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, **common)
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        count = min(args.steps, args.gen)
-        model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=count,
-            min_new_tokens=count,
-            logits_processor=transformers.LogitsProcessorList([clock]),
-            **common,
-        )
-    out = figures(args, sequences, start, clock.stamps)
-    return out | {"load_s": round(load_s, 1), "weights_gib": args.weights_gib}
+    return accelerate_hooks.run(case_of(args, batch=args.batch * args.batches, batches=1))
 
 
 def flexgen(args: argparse.Namespace) -> dict[str, Any]:
     """FlexGen 0.1.8 from the package index, its dummy weights."""
-    import numpy as np
-    from flexgen.flex_opt import CompressionConfig, OptLM, Policy
-    from flexgen.opt_config import get_opt_config
-    from flexgen.timer import timers
-    from flexgen.utils import ExecutionEnv
-
-    torch.cuda.set_per_process_memory_fraction(
-        args.gpu_gib * GiB / torch.cuda.get_device_properties(0).total_memory
-    )
-    Path(args.dir).mkdir(parents=True, exist_ok=True)
-    env = ExecutionEnv.create(args.dir)
-    plain = {"num_bits": 4, "group_size": 64, "symmetric": False}
-    policy = Policy(
-        args.batch,
-        args.batches,
-        *args.percent,
-        True,
-        True,
-        True,
-        False,
-        1.0,
-        False,
-        CompressionConfig(group_dim=0, **plain),
-        False,
-        CompressionConfig(group_dim=2, **plain),
-    )
-    start = time.perf_counter()
-    model = OptLM(get_opt_config(f"facebook/{args.model}"), env, "_DUMMY_", policy)
-    load_s = time.perf_counter() - start
-    sequences = args.batch * args.batches
-    model.generate(np.random.randint(5, 50000, (sequences, args.prompt)), max_new_tokens=1)
-    timers("generate").reset()
-    cut = args.steps if args.steps < args.gen else None
-    model.generate(
-        np.random.randint(5, 50000, (sequences, args.prompt)), max_new_tokens=args.gen, cut_gen_len=cut
-    )
-    stamps, now = [], 0.0
-    for cost in timers("generate").costs:
-        now += cost
-        stamps.append(now)
-    return figures(args, sequences, 0.0, stamps) | {"load_s": round(load_s, 1), "percent": args.percent}
+    return flexgen_original.run(case_of(args, batch=args.batch, batches=args.batches))
 
 
 def links(args: argparse.Namespace) -> dict[str, Any]:

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
+
+from processes import measure
 
 CASE = Path(__file__).with_name("engine_case.py")
 
@@ -56,24 +53,6 @@ LARGE = {
 SETS = {"small": SMALL, "large": LARGE}
 
 
-def run(name: str, seconds: int, arguments: str, out: Path) -> dict[str, object]:
-    start = time.time()
-    command = [sys.executable, str(CASE), *arguments.format(out=out).split()]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        stdout, stderr = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        return {"name": name, "error": f"over {seconds} s"}
-    lines = [line for line in stdout.splitlines() if line.startswith("{")]
-    if process.returncode or not lines:
-        return {"name": name, "error": " | ".join(stderr.strip().splitlines()[-6:])[-1500:]}
-    return {"name": name, **json.loads(lines[-1]), "wall_s": round(time.time() - start, 1)}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--set", choices=SETS, default="small")
@@ -85,7 +64,7 @@ def main() -> None:
     for name, (seconds, arguments) in SETS[args.set].items():
         if args.only and name not in args.only.split(","):
             continue
-        results.append(run(name, seconds, arguments, out.parent))
+        results.append({"name": name, **measure(CASE, arguments.format(out=out.parent).split(), seconds)})
         print(json.dumps(results[-1]), flush=True)
         out.write_text(json.dumps(results, indent=1))
     print(
@@ -93,7 +72,7 @@ def main() -> None:
     )
     for each in results:
         row = [each.get(key, "") for key in ("sequences", "load_s", "prefill_s", "decode_step_s", "tok_s")]
-        row += [each.get("h2d_decode_gb_s", ""), each.get("peak_reserved_gib", "")]
+        row += [each.get("h2d_decode_gb_s", ""), each.get("peak_gpu_gib", "")]
         widths = (5, 6, 8, 8, 8, 6, 6)
         cells = " ".join(f"{value!s:>{width}}" for value, width in zip(row, widths, strict=True))
         print(f"{each['name']:20} {cells} {'ERROR' if 'error' in each else ''}")

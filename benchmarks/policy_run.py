@@ -21,6 +21,8 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("", "FlexLLMGen")]
 
+from peers.case import DEVICE, random_prompts
+
 import flexllmgen.engine
 from flexllmgen.checkpoint import RandomCheckpoint
 from flexllmgen.engine import FlexEngine
@@ -43,8 +45,6 @@ from profiling.simulation import simulate_block
 from strategies.base import Machine, ModelSource, PlanRequest
 from strategies.flexgen_engine import plan_of
 from strategies.placement_program import Limits
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class AliasedArena(HostArena):
@@ -81,12 +81,6 @@ def published_spec(model: str, layers: int = 0) -> ModelSpec:
     if layers:
         config["num_hidden_layers"] = layers
     return ModelSpec.from_hf_config(config, model)
-
-
-def random_prompts(vocab_size: int, sequences: int, prompt_tokens: int) -> torch.Tensor:
-    """The prompts of every benchmark, int64 [sequences, prompt_tokens]: fewer sequences are the first of more."""
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(5, vocab_size, (sequences, prompt_tokens), generator=generator)
 
 
 def measured_profile(
