@@ -12,6 +12,8 @@ _TITLES = {
     "compute_flops_per_s": "matrix products",
     "device_bytes_per_s": "device memory, read",
     "device_copy_bytes_per_s": "device memory, copy",
+    "dequantise_8bit_bytes_per_s": "8-bit weights turned back",
+    "dequantise_4bit_bytes_per_s": "4-bit weights turned back",
     "host_bytes_per_s": "host memory, read",
     "host_copy_bytes_per_s": "host memory, copy",
     "host_under_copies_bytes_per_s": "host memory, read under copies",

@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import torch
 
+from flexllmgen.compression import dequantise, quantise
 from flexllmgen.spec import ModelSpec
+from profiling.profile import Measurement
 
 _ROTATED_BYTES = 256 << 20
 _TRIALS = 8
@@ -47,6 +49,20 @@ def linear_bytes_per_s(
         if turn > 1 and time.perf_counter() - started > _ENOUGH_S:
             break
     return count * matrix_bytes / sum(quickest)
+
+
+def measure_dequantise(device: str, dtype: torch.dtype, bits: int) -> Measurement:
+    """Bytes of numbers a second that a matrix is turned back into; larger than the caches, as a layer is."""
+    rows, size = (8192, 8192) if device == "cuda" else (1024, 4096)
+    dense = torch.empty(rows, size, dtype=dtype, device=device)
+    some = torch.randn(64, size, device=device).to(dtype)
+    parts = [part.repeat(rows // 64, 1) for part in quantise(some, bits, 64)]
+    codes, scale, zero = parts
+
+    def work() -> None:
+        dequantise(codes, scale, zero, bits, 64, dense)
+
+    return Measurement.of(dense.nbytes, timed_runs(work, device, _TRIALS))
 
 
 def best_s(action: Callable[[], object], device: str) -> float:

@@ -71,12 +71,15 @@ class Rates:
     `compute_flops_per_s` and `device_*` are of the compute device; `h2d` and `d2h` are its links to and from
     page-locked host memory: alone, `_both_ways` while the other direction runs too, `_under_reads` while the CPU
     reads memory. Disk rates bypass the page cache, `_alone` with one piece under way; reads and writes per second are of
-    single pages; `cached_file_bytes_per_s` is reading a file that lies in it.
+    single pages; `cached_file_bytes_per_s` is reading a file that lies in it. `dequantise_*` are bytes of numbers that the
+    compute device turns compressed weights back into.
     """
 
     compute_flops_per_s: float
     device_bytes_per_s: float
     device_copy_bytes_per_s: float | None = None
+    dequantise_8bit_bytes_per_s: float | None = None
+    dequantise_4bit_bytes_per_s: float | None = None
     host_bytes_per_s: float
     host_copy_bytes_per_s: float | None = None
     host_under_copies_bytes_per_s: float | None = None
@@ -94,6 +97,11 @@ class Rates:
     disk_reads_per_s: float | None = None
     disk_writes_per_s: float | None = None
     cached_file_bytes_per_s: float
+
+    def dequantise_bytes_per_s(self, bits: int) -> float:
+        """Bytes of numbers a second that compressed ones are turned back into; unmeasured, as a copy of them."""
+        measured = self.dequantise_8bit_bytes_per_s if bits == 8 else self.dequantise_4bit_bytes_per_s
+        return measured or self.device_copy_bytes_per_s or self.device_bytes_per_s / 2
 
     def as_dict(self) -> dict[str, float]:
         """The rates that exist, by name."""

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from profiling.compute import timed_runs
+from flexllmgen.compression import BITS
+from profiling.compute import measure_dequantise, timed_runs
 from profiling.disk import measure_cached_file, measure_disk
 from profiling.links import Links, open_links
 from profiling.memory import host_attention, host_read, measure_copy, measure_read
@@ -63,6 +64,12 @@ def _common(device: str, dtype: torch.dtype) -> Iterator[Part]:
 
     yield "matrix products", lambda: {"compute_flops_per_s": _measure_compute(device, dtype)}
     yield "host memory", host
+    yield (
+        "compressed weights",
+        lambda: {
+            f"dequantise_{bits}bit_bytes_per_s": measure_dequantise(device, dtype, bits) for bits in BITS
+        },
+    )
     yield "attention on the CPU", lambda: {"cpu_attention_bytes_per_s": host_attention(dtype).measure()}
 
 

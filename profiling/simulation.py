@@ -283,7 +283,7 @@ class _Simulation:
             self._kv_wait(step),
             self.hidden_ready.get(step.hidden_slot, 0.0) if step.hidden_slot >= 0 else 0.0,
         )
-        seconds = self._compute_seconds(step)
+        seconds = self._compute_seconds(step) + self._dequantise_seconds(step)
         issue = self._issue_seconds(step)
         if self.on_cpu:
             seconds, issue = seconds + issue, 0.0
@@ -320,6 +320,15 @@ class _Simulation:
         # A prompt writes the slot, so that its last user must have ended; a step reads what was loaded.
         held = self.kv_busy if step.token == 0 else self.kv_ready
         return held.get(step.kv_slot, 0.0)
+
+    def _dequantise_seconds(self, step: Step) -> float:
+        """A stage's compressed weights are turned back once, by its first micro-batch."""
+        bits = self.plan.policy.weight_bits
+        if bits is None or step.micro_batch:
+            return 0.0
+        images = self.plan.stages[step.stage].images
+        dense = sum(self.plan.images[index].dequantised_bytes for index in images)
+        return dense / self.rates.dequantise_bytes_per_s(bits)
 
     def _compute_seconds(self, step: Step) -> float:
         stage, sequences = self.plan.stages[step.stage], self.batches[step.micro_batch]

@@ -87,6 +87,8 @@ def make_policy(config: Config, batch_size: int) -> Policy:
         pin_weight=config.pin_weight,
         overlap=config.overlap,
         sep_layer=config.sep_layer,
+        weight_bits=config.weight_bits if config.compress_weight else None,
+        weight_group_size=config.weight_group_size,
     )
 
 

@@ -1,6 +1,6 @@
 """The keys of strategy `flexgen`; flexgen.toml beside this holds their defaults and explains them."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -24,3 +24,6 @@ class Config(BaseModel):
     num_micro_batches: Annotated[int, Field(ge=1)]
     overlap: Annotated[int, Field(ge=0, le=8)]
     sep_layer: bool
+    compress_weight: bool
+    weight_bits: Literal[8, 4]
+    weight_group_size: Literal[64, 128]

@@ -79,7 +79,8 @@ def _memory_text(shortage: Shortage, placement: PlacementPlan, machine: Machine,
     if lower := _to_lower(shortage, machine, config):
         ways.append("lower " + ", ".join(lower))
     _, head, *layers = placement.images
-    if "buffers" in _notable(shortage) and not config.sep_layer and layers[0].num_bytes > head.num_bytes:
+    by_layers = layers[0].num_bytes > head.num_bytes or placement.dequantised_bytes > 0
+    if "buffers" in _notable(shortage) and not config.sep_layer and by_layers:
         ways.append("--set sep_layer=true")
     if cap:
         ways.append(f"raise {cap}")

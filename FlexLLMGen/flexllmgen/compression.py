@@ -8,14 +8,22 @@ an odd row in 4 bits). Knows nothing of weights, KV or tiers.
 
 # R rows  N numbers of a row  G groups of a row  C bytes of a row's codes
 
+import functools
+import logging
 import math
+import subprocess
+from collections.abc import Callable
 
 import torch
 
 from flexllmgen.errors import PolicyError
 
+log = logging.getLogger(__name__)
+
 BITS = (8, 4)
 GROUP_SIZES = (64, 128)
+RULE = 1
+"""Counts the ways in which numbers were ever rounded: what is kept on disk is found by it."""
 _FP16_MAX = 65504.0
 _BLOCK_NUMBERS = 1 << 20
 """Numbers that the CPU turns back at once: its temporaries stay in the cache, and small."""
@@ -56,17 +64,17 @@ def compressed_bytes(shape: tuple[int, ...], bits: int, group_size: int) -> int:
 def split_compressed(
     memory: torch.Tensor, shape: tuple[int, ...], bits: int, group_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Views (codes, scale, zero) of the bytes of a compressed tensor: scales first, then zeros, then codes.
+    """Views (codes, scale, zero) of the bytes of compressed tensors: scales first, then zeros, then codes.
 
     Args:
-        memory: uint8 [compressed_bytes(shape, ...)], at an even address.
+        memory: uint8 [..., compressed_bytes(shape, ...)], at even addresses.
     """
     *rows, size = shape
     groups, row = num_groups(size, group_size), code_bytes(size, bits)
     scales = 2 * groups * math.prod(rows)
-    scale = memory[:scales].view(torch.float16).view(*rows, groups)
-    zero = memory[scales : 2 * scales].view(torch.float16).view(*rows, groups)
-    codes = memory[2 * scales : 2 * scales + math.prod(rows) * row].view(*rows, row)
+    scale = memory[..., :scales].view(torch.float16).unflatten(-1, (*rows, groups))
+    zero = memory[..., scales : 2 * scales].view(torch.float16).unflatten(-1, (*rows, groups))
+    codes = memory[..., 2 * scales : 2 * scales + math.prod(rows) * row].unflatten(-1, (*rows, row))
     return codes, scale, zero
 
 
@@ -125,10 +133,9 @@ def dequantise(
     groups, row = num_groups(size, group_size), code_bytes(size, bits)
     assert codes.shape == (*rows, row), (codes.shape, out.shape)
     assert scale.shape == zero.shape == (*rows, groups), (scale.shape, out.shape)
-    if out.is_cuda:
-        from flexllmgen.compression_triton import dequantise_cuda
-
-        dequantise_cuda(codes, scale, zero, bits, group_size, out)
+    kernel = _kernel() if out.is_cuda else None
+    if kernel is not None:
+        kernel(codes, scale, zero, bits, group_size, out)
         return out
     if out.dim() > 2:
         for index in range(out.shape[0]):
@@ -143,6 +150,22 @@ def dequantise(
         here = slice(first, first + at_once)
         _dequantise_rows(codes[here], scale[here], zero[here], bits, group_size, target[here])
     return out
+
+
+@functools.cache
+def _kernel() -> Callable[..., None] | None:
+    """The kernel for CUDA; None where it cannot be built, and torch does its work at a fraction of the rate."""
+    try:
+        from flexllmgen.compression_triton import dequantise_cuda
+
+        parts = quantise(torch.zeros(1, 64, device="cuda"), 4, 64)
+        dequantise_cuda(*parts, 4, 64, torch.empty(1, 64, device="cuda"))
+    except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+        log.warning(
+            "no kernel for compressed numbers can be built (%s); torch turns them back instead", error
+        )
+        return None
+    return dequantise_cuda
 
 
 def _dequantise_rows(

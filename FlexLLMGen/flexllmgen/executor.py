@@ -252,13 +252,16 @@ class Executor:
         if kind == "head" or (layers and kind == "embed"):
             self._work(step, batch, head)
         elif layers:
-            # Views of weights differ with the slot; all else of a stage and a micro-batch stays where it is.
+            # Views of weights differ with the slot; all else of a stage and a micro-batch stays where it is. They are made
+            # now: a mixture's table of addresses is copied up, which a graph cannot hold.
+            self._weights.tensors(step.stage, step.slot)
             record.run((step.stage, step.micro_batch, step.slot), lambda: self._work(step, batch, head))
         elif step.stage == 0 and step.micro_batch == 0:
 
             def whole_step() -> None:
-                for index, each in enumerate(batches):
-                    for stage in range(len(self._plan.stages) - 1):
+                # Stage by stage, as everywhere: what is compressed is turned back for all micro-batches at once.
+                for stage in range(len(self._plan.stages) - 1):
+                    for index, each in enumerate(batches):
                         self._work(Step(Action.COMPUTE, step.token, stage, index), each, head)
 
             record.run("step", whole_step)
@@ -266,6 +269,8 @@ class Executor:
     def _work(self, step: Step, batch: _MicroBatch, head: Head) -> None:
         """The arithmetic of a compute step."""
         stage = self._plan.stages[step.stage]
+        if step.micro_batch == 0:
+            self._weights.dequantise(step.stage, step.slot)
         w = self._weights.tensors(step.stage, step.slot)
         x_BTD = self._hidden.hidden(step.micro_batch, step.hidden_slot, batch.count)
         if stage.kind == "embed":

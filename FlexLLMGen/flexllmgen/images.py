@@ -7,25 +7,39 @@ shares are what was asked for, and every layer streams the same number of bytes.
 
 import functools
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from flexllmgen.compression import compressed_bytes
 from flexllmgen.policy import Placement, Policy
 from flexllmgen.spec import ModelSpec
 from flexllmgen.units import PAGE, round_up
 
 ALIGNMENT = 256
 """Where tensors start in an image, and the grain of every cut: what wide loads and copies like."""
+_MATRICES = re.compile(r"(qkv|out|up|gate_up|down)\.weight|experts\.\d+\.(gate_up|down)")
+"""A layer's tensors that are compressed. Norms, biases and the router are small, and each of their numbers counts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedTensor:
-    """Where a tensor lies in its image. `lookup` tensors are read by rows, so they may stay on the host."""
+    """Where a tensor lies in its image. `lookup` tensors are read by rows, so they may stay on the host.
+
+    Args:
+        bits: those of a compressed tensor's codes, in groups of `group_size`; None for one that lies there as it is.
+        dense_bytes: what it takes as it is.
+        dense_offset: where a compressed tensor is turned back to, in memory that all stages share.
+    """
 
     offset: int
     shape: tuple[int, ...]
     num_bytes: int
     lookup: bool = False
+    bits: int | None = None
+    group_size: int = 0
+    dense_bytes: int = 0
+    dense_offset: int = 0
 
     @property
     def end(self) -> int:
@@ -34,18 +48,27 @@ class PackedTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Image:
-    """The packed weights of a stage, and how many of its bytes lie on each tier, in this order."""
+    """The packed weights of a stage, and how many of its bytes lie on each tier, in this order.
+
+    Its compressed tensors are turned back into `dequantised_bytes` of memory.
+    """
 
     name: str
     layer: int
     tensors: Mapping[str, PackedTensor]
     num_bytes: int
+    dequantised_bytes: int = 0
     gpu_bytes: int = 0
     cpu_bytes: int = 0
 
     @property
     def disk_bytes(self) -> int:
         return self.num_bytes - self.gpu_bytes - self.cpu_bytes
+
+    @property
+    def compressed(self) -> bool:
+        """Whether any of its tensors is."""
+        return self.dequantised_bytes > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,24 +113,41 @@ def pack(spec: ModelSpec, policy: Policy, dtype_bytes: int) -> tuple[tuple[Image
     A token table shared by embedding and head lies in the head's image only, and the embedding reads it
     there.
     """
-    return _pack(spec, policy.sep_layer, dtype_bytes)
+    return _pack(spec, policy.sep_layer, dtype_bytes, policy.weight_bits, policy.weight_group_size)
 
 
 @functools.lru_cache(maxsize=8)
-def _pack(spec: ModelSpec, sep_layer: bool, dtype_bytes: int) -> tuple[tuple[Image, ...], tuple[Stage, ...]]:
+def _pack(
+    spec: ModelSpec, sep_layer: bool, dtype_bytes: int, bits: int | None, group_size: int
+) -> tuple[tuple[Image, ...], tuple[Stage, ...]]:
     # Kept, since a search packs the same model hundreds of times.
     images: list[Image] = []
     stages: list[Stage] = []
 
     def add(name: str, layer: int, shapes: Mapping[str, tuple[int, ...]]) -> int:
         tensors: dict[str, PackedTensor] = {}
-        offset = 0
+        offset = dense_offset = 0
         for key, shape in shapes.items():
-            num_bytes = math.prod(shape) * dtype_bytes
+            dense_bytes = num_bytes = math.prod(shape) * dtype_bytes
             lookup = name == "embed" and key in ("tokens", "positions")
-            tensors[key] = PackedTensor(offset=offset, shape=shape, num_bytes=num_bytes, lookup=lookup)
+            compressed = bits is not None and layer >= 0 and _MATRICES.fullmatch(key) is not None
+            if bits is not None and compressed:
+                num_bytes = compressed_bytes(shape, bits, group_size)
+            tensors[key] = PackedTensor(
+                offset=offset,
+                shape=shape,
+                num_bytes=num_bytes,
+                lookup=lookup,
+                bits=bits if compressed else None,
+                group_size=group_size if compressed else 0,
+                dense_bytes=dense_bytes,
+                dense_offset=dense_offset if compressed else 0,
+            )
             offset = round_up(offset + num_bytes, ALIGNMENT)
-        images.append(Image(name=name, layer=layer, tensors=tensors, num_bytes=offset))
+            dense_offset += round_up(dense_bytes, ALIGNMENT) if compressed else 0
+        images.append(
+            Image(name=name, layer=layer, tensors=tensors, num_bytes=offset, dequantised_bytes=dense_offset)
+        )
         return len(images) - 1
 
     embed = add("embed", -1, spec.embed_tensors())
@@ -173,14 +213,7 @@ def place_images(images: tuple[Image, ...], shares: Placement) -> tuple[Image, .
 
 
 def _with_bytes(image: Image, gpu: int, cpu: int) -> Image:
-    return Image(
-        name=image.name,
-        layer=image.layer,
-        tensors=image.tensors,
-        num_bytes=image.num_bytes,
-        gpu_bytes=gpu,
-        cpu_bytes=cpu,
-    )
+    return replace(image, gpu_bytes=gpu, cpu_bytes=cpu)
 
 
 def streamed_from(image: Image, resident_bytes: int) -> int:

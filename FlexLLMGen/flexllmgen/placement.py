@@ -39,6 +39,7 @@ class PlacementPlan:
 
     Args:
         weight_slot_bytes: one buffer that streamed weights of a stage are copied into.
+        dequantised_bytes: the buffer that a stage's compressed weights are turned back into; all stages share it.
         kv_slot_bytes: likewise for the KV of one unit.
         hidden_slot_bytes: likewise for the hidden states of one micro-batch.
         workspace_bytes: peak of everything else on the device: activations inside a stage, logits, masks.
@@ -61,6 +62,7 @@ class PlacementPlan:
     activations: TierBytes
     weight_slots: int
     weight_slot_bytes: int
+    dequantised_bytes: int
     kv_slots: int
     kv_slot_bytes: int
     hidden_slots: int
@@ -76,9 +78,10 @@ class PlacementPlan:
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes of all slots: device memory that streamed data passes through."""
+        """Bytes of all slots: device memory that streamed data, and compressed data turned back, passes through."""
         return (
             self.weight_slots * self.weight_slot_bytes
+            + self.dequantised_bytes
             + self.kv_slots * self.kv_slot_bytes
             # Hidden states are put together from their parts: the parts' slots, and the whole.
             + 2 * self.hidden_slots * self.hidden_slot_bytes
@@ -310,6 +313,9 @@ def plan_placement(
             activations=hidden,
             weight_slots=weight_slots,
             weight_slot_bytes=slot_weights,
+            dequantised_bytes=max(
+                sum(images[index].dequantised_bytes for index in stage.images) for stage in stages
+            ),
             kv_slots=kv_slots,
             kv_slot_bytes=slot_kv_cpu + slot_kv_disk,
             hidden_slots=hidden_slots,

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from flexllmgen.compression import check_bits
 from flexllmgen.errors import PolicyError
 
 Tier = Literal["gpu", "cpu", "disk"]
@@ -64,6 +65,8 @@ class Policy:
         pin_weight: weights in host memory are page-locked, so that copies run at the link's rate.
         overlap: how many loads run ahead of the compute they are for; 0 runs the same steps in turn.
         sep_layer: attention and MLP are loaded as two steps, which halves the slots on the device.
+        weight_bits: 8 or 4: the layers' matrices are stored and streamed as integers of so many bits, a scale and a zero
+            for each `weight_group_size` of them; None leaves them as they are.
 
     >>> Policy(micro_batch_size=4, num_micro_batches=3).block_size
     12
@@ -77,6 +80,8 @@ class Policy:
     pin_weight: bool = True
     overlap: int = 1
     sep_layer: bool = False
+    weight_bits: int | None = None
+    weight_group_size: int = 64
 
     def __post_init__(self) -> None:
         for name in ("micro_batch_size", "num_micro_batches"):
@@ -84,8 +89,14 @@ class Policy:
                 raise PolicyError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 0 <= self.overlap <= 8:
             raise PolicyError(f"overlap must be between 0 and 8, not {self.overlap}")
+        check_bits(self.weight_bits, self.weight_group_size, "weight")
 
     @property
     def block_size(self) -> int:
         """Sequences that are in flight together."""
         return self.micro_batch_size * self.num_micro_batches
+
+    @property
+    def lossless(self) -> bool:
+        """Whether nothing is stored or read with less precision than it has."""
+        return self.weight_bits is None

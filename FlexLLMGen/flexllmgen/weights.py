@@ -2,11 +2,11 @@
 
 A stage's tensors are views: of the resident bytes where a tensor lies wholly there, of a slot otherwise. What
 is streamed of an image is one run of bytes up to its end, so a load is a few long copies. On the CPU, host
-memory is the compute device's own, and only disk parts are streamed.
+memory is the compute device's own, and only disk parts are streamed. Compressed tensors lie and move as they are, and
+are turned back once for each pass of a stage.
 """
 
 import contextlib
-import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -16,19 +16,19 @@ from typing import Literal
 
 import torch
 
-from flexllmgen.checkpoint import PIECE_NUMBERS, Checkpoint, RandomCheckpoint
+from flexllmgen.checkpoint import Checkpoint, RandomCheckpoint
+from flexllmgen.dequantising import Dequantiser
+from flexllmgen.filling import fill_by_windows, fill_on_host
 from flexllmgen.images import Image, looked_up_on_host, streamed_from
 from flexllmgen.memory.arena import HostArena, Region
 from flexllmgen.memory.disk import READ_BYTES, DirectFile, in_order
-from flexllmgen.memory.pack import WeightPack, aligned_empty, pack_key
+from flexllmgen.memory.pack import Part, WeightPack, aligned_empty, pack_key, spread
 from flexllmgen.memory.tiers import Lanes
 from flexllmgen.memory.transfer import PACKET_BYTES, Event, Lane
 from flexllmgen.models.experts import expert_addresses
 from flexllmgen.placement import PlacementPlan
+from flexllmgen.quantised_cache import QuantisedCache, open_cache
 from flexllmgen.units import PAGE, round_up
-
-WINDOW_BYTES = 128 << 20
-"""Random weights are made in so much device memory, which every plan has for work that comes later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +84,10 @@ class WeightStore:
         on_host = device.type == "cpu"
         slots, slot_bytes = plan.weight_slots, plan.weight_slot_bytes
         self._slot_regions = [arena.reserve(slot_bytes) for _ in range(slots if on_host else 0)]
+        dense_bytes = plan.dequantised_bytes
+        self._dense_region = arena.reserve(dense_bytes) if on_host and dense_bytes else None
+        self._dense = torch.empty(0, dtype=torch.uint8, device=device)
+        self._dequantisers: dict[tuple[int, int], Dequantiser] = {}
         # Without `in_place` a CPU stands in for an accelerator: then it has resident memory of its own too.
         staged = max(
             sum(round_up(plan.images[index].disk_bytes, PAGE) for index in stage.images)
@@ -98,7 +102,6 @@ class WeightStore:
         # Of the last few loads: older ones have been waited for by who needed them.
         self._started: deque[Event] = deque(maxlen=1024)
         self._reads: deque[Future[None]] = deque(maxlen=4096)
-        self._one_at_a_time = threading.Lock()
         self._busy: list[list[Event]] = [[] for _ in range(slots)]
         self._loads: list[list[Event]] = [[] for _ in range(slots)]
         self._earlier: list[list[Event]] = [[] for _ in range(slots)]
@@ -115,8 +118,9 @@ class WeightStore:
         return bool(self._pieces[stage])
 
     def fill(self, checkpoint: Checkpoint) -> None:
-        """Reads all weights from the checkpoint onto their tiers; packs disk parts unless they are there
-        already.
+        """Reads all weights from the checkpoint onto their tiers; packs disk parts unless they are there already.
+
+        Those that are compressed are kept in the directory, if there is one, and read from there the next time.
 
         Raises:
             CheckpointError: if it does not fit the model; OffloadDirError: if the disk is full.
@@ -125,13 +129,16 @@ class WeightStore:
         checkpoint.validate(plan.spec)
         self._take_resident_memory()
         packed = [image for image in plan.images if image.disk_bytes]
-        if not packed:
-            self._fill_all(checkpoint, None, set())
-        else:
-            assert self._directory is not None, "a plan with disk shares needs a directory"
-            pack = weight_pack(plan, checkpoint, self._directory, self._device, self._dtype)
-            with pack.locked():
-                self._fill_all(checkpoint, pack, pack.stale(packed))
+        with contextlib.ExitStack() as held:
+            pack, stale = None, set[str]()
+            if packed:
+                assert self._directory is not None, "a plan with disk shares needs a directory"
+                pack = weight_pack(plan, checkpoint, self._directory, self._device, self._dtype)
+                held.enter_context(pack.locked())
+                stale = pack.stale(packed)
+            cache = held.enter_context(open_cache(plan, checkpoint, self._directory, self._dtype))
+            self._fill_all(checkpoint, pack, stale, cache)
+        if pack is not None:
             for index, image in enumerate(plan.images):
                 if image.disk_bytes:
                     self._files[index] = DirectFile(pack.path(image))
@@ -144,6 +151,10 @@ class WeightStore:
                 for _ in range(plan.weight_slots)
             ]
         )
+        if self._dense_region is not None:
+            self._dense = self._arena.view(self._dense_region)
+        elif plan.dequantised_bytes:
+            self._dense = torch.empty(plan.dequantised_bytes, dtype=torch.uint8, device=self._device)
 
     def load(self, stage: int, slot: int, part: int, parts: int) -> Event:
         """Starts loading the `part`-th of `parts` parts of a stage's streamed bytes into a slot."""
@@ -218,6 +229,15 @@ class WeightStore:
             self._views[key] = self._make_views(stage, slot)
         return self._views[key]
 
+    def dequantise(self, stage: int, slot: int) -> None:
+        """Turns a stage's compressed tensors back, on the device's current stream, over those of the stage before.
+
+        Needed once before the stage's tensors are used, after the load of its slot has ended.
+        """
+        if self._plan.dequantised_bytes:
+            self.tensors(stage, slot)
+            self._dequantisers[stage, slot].run()
+
     def drain(self) -> None:
         """Waits for loads still under way; whether they failed no longer matters."""
         for event in [*self._started, *(event for events in self._loads for event in events)]:
@@ -232,6 +252,8 @@ class WeightStore:
         for file in self._files.values():
             file.close()
         self._views.clear()
+        self._dequantisers.clear()
+        self._dense = torch.empty(0, dtype=torch.uint8)
         self._slots.clear()
         self._resident.clear()
 
@@ -275,6 +297,7 @@ class WeightStore:
 
     def _make_views(self, stage: int, slot: int) -> Mapping[str, torch.Tensor]:
         views: dict[str, torch.Tensor] = {}
+        dequantiser = Dequantiser(self._dense, self._dtype)
         streamed = {index: (start, at) for index, start, at in self._bases(stage)}
         embedding = self._plan.stages[stage].kind == "embed"
         for index in self._plan.stages[stage].images:
@@ -289,9 +312,13 @@ class WeightStore:
                     assert embedding, "only tables read by rows stay on the host"
                     memory, offset = self._arena.view(self._homes[index]), tensor.offset
                 raw = memory[offset : offset + tensor.num_bytes]
-                views[name] = raw.view(self._dtype).view(tensor.shape)
+                if tensor.bits:
+                    views[name] = dequantiser.add(name, tensor, raw)
+                else:
+                    views[name] = raw.view(self._dtype).view(tensor.shape)
         if "router.weight" in views and self._device.type == "cuda":
             views |= expert_addresses(views, self._plan.spec.num_experts, self._device)
+        self._dequantisers[stage, slot] = dequantiser
         return views
 
     # Copies
@@ -342,7 +369,9 @@ class WeightStore:
             self._resident.append(memory[offset : offset + image.gpu_bytes])
             offset += image.gpu_bytes
 
-    def _fill_all(self, checkpoint: Checkpoint, pack: WeightPack | None, stale: set[str]) -> None:
+    def _fill_all(
+        self, checkpoint: Checkpoint, pack: WeightPack | None, stale: set[str], cache: QuantisedCache | None
+    ) -> None:
         images = list(enumerate(self._plan.images))
         needed = [
             (index, image)
@@ -354,7 +383,9 @@ class WeightStore:
         threads = min(4, max(1, torch.get_num_threads()))
         with ThreadPoolExecutor(max_workers=threads) as pool:
             futures = [
-                pool.submit(self._fill_one, checkpoint, index, image, pack if image.name in stale else None)
+                pool.submit(
+                    self._fill_one, checkpoint, index, image, pack if image.name in stale else None, cache
+                )
                 for index, image in needed
             ]
             try:
@@ -366,27 +397,37 @@ class WeightStore:
                 raise
 
     @torch.inference_mode()
-    def _fill_one(self, checkpoint: Checkpoint, index: int, image: Image, pack: WeightPack | None) -> None:
+    def _fill_one(
+        self,
+        checkpoint: Checkpoint,
+        index: int,
+        image: Image,
+        pack: WeightPack | None,
+        cache: QuantisedCache | None,
+    ) -> None:
         payload = aligned_empty(round_up(image.disk_bytes, PAGE)).zero_() if pack is not None else None
         parts = self._parts(index, image, payload)
+        cache = cache if image.compressed and image.disk_bytes < image.num_bytes else None
         if self._device.type != "cpu" and isinstance(checkpoint, RandomCheckpoint):
-            with self._one_at_a_time:
-                fill_by_windows(checkpoint, image, parts, device=self._device, dtype=self._dtype)
-        else:
+            fill_by_windows(checkpoint, image, parts, device=self._device, dtype=self._dtype)
+        elif cache is None or not cache.read(image, parts):
             whole = next((part for start, stop, part in parts if (start, stop) == (0, image.num_bytes)), None)
-            # Zeros, so that the gaps between tensors are the same in every pack of the same weights.
-            memory = whole if whole is not None else torch.zeros(image.num_bytes, dtype=torch.uint8)
-            for name, tensor in image.tensors.items():
-                raw = memory[tensor.offset : tensor.end].view(self._dtype).view(tensor.shape)
-                checkpoint.fill(self._plan.spec, image.layer, name, raw)
+            if cache is not None:
+                memory, whole = cache.memory(image), None
+            elif whole is not None:
+                memory = whole
+            else:
+                # Zeros, so that the gaps between tensors are the same in every pack of the same weights.
+                memory = torch.zeros(image.num_bytes, dtype=torch.uint8)
+            fill_on_host(checkpoint, self._plan.spec, image, memory, device=self._device, dtype=self._dtype)
             if whole is None:
-                _spread(memory, 0, parts)
+                spread(memory, 0, parts)
+            if cache is not None:
+                cache.write(image, memory)
         if pack is not None and payload is not None:
             pack.write(image, payload)
 
-    def _parts(
-        self, index: int, image: Image, payload: torch.Tensor | None
-    ) -> list[tuple[int, int, torch.Tensor]]:
+    def _parts(self, index: int, image: Image, payload: torch.Tensor | None) -> list[Part]:
         """Where an image's bytes go: (start, stop, memory) of each part that is there to be filled."""
         host_from = 0 if self._plan.in_place else image.gpu_bytes
         host_to = image.gpu_bytes + image.cpu_bytes
@@ -397,46 +438,3 @@ class WeightStore:
         if payload is not None:
             parts.append((host_to, image.num_bytes, payload))
         return [part for part in parts if part[0] < part[1]]
-
-
-def fill_by_windows(
-    checkpoint: RandomCheckpoint,
-    image: Image,
-    parts: Sequence[tuple[int, int, torch.Tensor]],
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    window_bytes: int = WINDOW_BYTES,
-) -> None:
-    """Makes an image's numbers on the device, a window of it at a time: device memory is planned to the byte.
-
-    Args:
-        parts: (start, stop, memory) of each range of the image that is kept somewhere.
-    """
-    size = dtype.itemsize
-    window = torch.zeros(max(window_bytes, PIECE_NUMBERS * size), dtype=torch.uint8, device=device)
-    first = last = 0
-    for name, tensor in image.tensors.items():
-
-        def take(start: int, stop: int, offset: int = tensor.offset) -> torch.Tensor:
-            nonlocal first, last
-            start, stop = offset + start * size, offset + stop * size
-            if stop - first > len(window):
-                _spread(window[: last - first], first, parts)
-                # Zeros, so that the gaps between tensors are the same in every pack of the same weights.
-                window.zero_()
-                first = start
-            last = stop
-            return window[start - first : stop - first].view(dtype)
-
-        for _ in checkpoint.pieces(image.layer, name, tensor.num_bytes // size, take):
-            pass
-    _spread(window[: last - first], first, parts)
-
-
-def _spread(memory: torch.Tensor, first: int, parts: Sequence[tuple[int, int, torch.Tensor]]) -> None:
-    """Copies an image's bytes from `first` on to the parts that they belong to."""
-    for start, stop, target in parts:
-        low, high = max(start, first), min(stop, first + len(memory))
-        if low < high:
-            target[low - start : high - start].copy_(memory[low - first : high - first])

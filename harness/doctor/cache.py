@@ -48,10 +48,10 @@ class Kept:
 
 
 def packs(offload_dir: Path) -> list[Kept]:
-    """Packed weights, which `flexgen` and `autoflex` keep for the next run of the same model and layout."""
+    """Packed and quantised weights, which `flexgen` and `autoflex` keep for the next run of the same model."""
     opened = open_files(offload_dir)
     found = []
-    for folder in sorted(offload_dir.glob("weights-*")):
+    for folder in sorted([*offload_dir.glob("weights-*"), *offload_dir.glob("quantised-*")]):
         if not folder.is_dir():
             continue
         used_s = _last_used_s(folder)

@@ -9,11 +9,11 @@ import torch
 
 from flexllmgen import checkpoint as checkpoints
 from flexllmgen.checkpoint import RandomCheckpoint
+from flexllmgen.filling import fill_by_windows
 from flexllmgen.images import pack
 from flexllmgen.models.published import published_config
 from flexllmgen.policy import Policy
 from flexllmgen.spec import ModelSpec
-from flexllmgen.weights import fill_by_windows
 
 SPEC = ModelSpec.from_hf_config(
     {**published_config("opt-125m"), "num_hidden_layers": 1, "vocab_size": 700}, "opt"
@@ -26,7 +26,7 @@ def test_windows_give_the_numbers_of_whole_tensors(
     monkeypatch: pytest.MonkeyPatch, window_bytes: int, cuts: tuple[float, float]
 ) -> None:
     monkeypatch.setattr(checkpoints, "PIECE_NUMBERS", 10_000)
-    monkeypatch.setattr("flexllmgen.weights.PIECE_NUMBERS", 10_000)
+    monkeypatch.setattr("flexllmgen.filling.PIECE_NUMBERS", 10_000)
     random, dtype = RandomCheckpoint(seed=3), torch.float32
     images, _ = pack(SPEC, Policy(micro_batch_size=1), dtype.itemsize)
     for image in images:

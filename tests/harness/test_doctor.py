@@ -278,8 +278,8 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     assert "--tracking-uri" in found.way_out
 
 
-def make_pack(offload: Path, name: str, age_s: float) -> Path:
-    folder = offload / f"weights-{name}"
+def make_pack(offload: Path, name: str, age_s: float, kind: str = "weights") -> Path:
+    folder = offload / f"{kind}-{name}"
     folder.mkdir(parents=True)
     for file in ("layer-0.bin", ".lock"):
         (folder / file).write_bytes(b"x" * 1000)
@@ -290,7 +290,7 @@ def make_pack(offload: Path, name: str, age_s: float) -> Path:
 
 def test_prune_takes_what_is_old_and_leaves_what_is_used(tmp_path: Path) -> None:
     offload, cache = tmp_path / "offload", tmp_path / "cache"
-    old = make_pack(offload, "old", OLD_S)
+    old = make_pack(offload, "old", OLD_S, "quantised")
     opened = make_pack(offload, "opened", OLD_S)
     locked = make_pack(offload, "locked", OLD_S)
     recent = make_pack(offload, "recent", 3600)

@@ -173,3 +173,29 @@ def test_without_an_accelerator_only_the_disk_moves_bytes() -> None:
     moved = cost(Policy(micro_batch_size=4, weights=ON_DISK), device="cpu").decode_moved_bytes
     assert moved["disk_read"] > 0
     assert moved["h2d"] == moved["d2h"] == 0
+
+
+def test_compressed_weights_take_fewer_bytes_and_some_compute() -> None:
+    policy = Policy(micro_batch_size=16, weights=ON_CPU)
+    plain, lossy = cost(policy), cost(dataclasses.replace(policy, weight_bits=4))
+    dense = SPEC.num_layers * SPEC.layer_weight_bytes(2)
+    # 4 bits and 4 bytes for each 64, of 16; the first step finds a layer loaded.
+    saved = plain.decode_moved_bytes["h2d"] - lossy.decode_moved_bytes["h2d"]
+    assert saved == pytest.approx(15 * dense * (1 - 4.5 / 16), rel=0.02)
+    assert plain.decode_s - lossy.decode_s == pytest.approx(saved / 5.5e10, rel=0.1)
+    # Unmeasured, a copy's rate stands for it: each of 15 steps turns all layers back once.
+    extra = lossy.decode_busy_s["compute"] - plain.decode_busy_s["compute"]
+    assert extra == pytest.approx(15 * dense / 1.9e12, rel=0.02)
+    slow = cost(dataclasses.replace(policy, weight_bits=4), dequantise_4bit_bytes_per_s=1e9)
+    assert slow.decode_bound == "compute"
+    assert slow.decode_s == pytest.approx(15 * dense / 1e9, rel=0.1)
+    # The rate of the other bits is another's.
+    other = cost(dataclasses.replace(policy, weight_bits=4), dequantise_8bit_bytes_per_s=1e9)
+    assert other.decode_s == lossy.decode_s
+
+
+def test_micro_batches_share_what_is_turned_back() -> None:
+    slow = {"dequantise_4bit_bytes_per_s": 1e10}
+    one = cost(Policy(micro_batch_size=16, weights=ON_CPU, weight_bits=4), **slow)
+    four = cost(Policy(micro_batch_size=4, num_micro_batches=4, weights=ON_CPU, weight_bits=4), **slow)
+    assert four.decode_s == pytest.approx(one.decode_s, rel=0.1)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from flexllmgen.compression import RULE
 from flexllmgen.errors import OffloadDirError
 from flexllmgen.images import Image
 from flexllmgen.memory.disk import DirectFile
@@ -27,6 +28,9 @@ from flexllmgen.units import PAGE, round_up
 log = logging.getLogger(__name__)
 
 _CHECK_BYTES = 8 << 20
+
+Part = tuple[int, int, torch.Tensor]
+"""A range [start, stop) of an image's bytes, and the flat memory they go to."""
 
 
 def aligned_empty(num_bytes: int) -> torch.Tensor:
@@ -38,7 +42,12 @@ def pack_key(fingerprint: str, dtype: torch.dtype, images: Sequence[Image]) -> s
     """Names a pack: equal for the same weights, dtype, layout and cuts."""
     layout = [
         [image.name, image.num_bytes, image.disk_bytes]
-        + [[name, tensor.offset, list(tensor.shape)] for name, tensor in image.tensors.items()]
+        + [
+            # Without bits as it ever was: packs that are there are found again.
+            [name, tensor.offset, list(tensor.shape)]
+            + ([RULE, tensor.bits, tensor.group_size] if tensor.bits else [])
+            for name, tensor in image.tensors.items()
+        ]
         for image in images
         if image.disk_bytes
     ]
@@ -54,8 +63,8 @@ def packed_bytes(directory: Path) -> int:
 class WeightPack:
     """The packed files of one model and layout under `directory`."""
 
-    def __init__(self, directory: Path, key: str) -> None:
-        self.folder = directory / f"weights-{key}"
+    def __init__(self, directory: Path, key: str, kind: str = "weights") -> None:
+        self.folder = directory / f"{kind}-{key}"
         self._made: list[Path] = []
 
     def path(self, image: Image) -> Path:
@@ -104,13 +113,20 @@ class WeightPack:
     def stale(self, images: Sequence[Image]) -> set[str]:
         """Names of the images whose file is absent or damaged; damaged files are removed."""
         with ThreadPoolExecutor(max_workers=4) as pool:
-            verdicts = list(pool.map(self._is_good, images))
-        bad = {image.name for image, good in zip(images, verdicts, strict=True) if not good}
-        for image in images:
-            if image.name in bad and self.path(image).exists():
-                log.warning("%s is damaged and is packed again", self.path(image))
-                self.path(image).unlink()
-        return bad
+            verdicts = list(pool.map(self.read, images))
+        return {image.name for image, good in zip(images, verdicts, strict=True) if not good}
+
+    def read(self, image: Image, parts: Sequence[Part] = ()) -> bool:
+        """Checks an image's file, and spreads its bytes over `parts`; a damaged one is removed.
+
+        What was spread before the damage showed is written over by whoever makes the image anew.
+        """
+        if self._read(image, parts):
+            return True
+        if self.path(image).exists():
+            log.warning("%s is damaged and is packed again", self.path(image))
+            self.path(image).unlink()
+        return False
 
     def write(self, image: Image, payload: torch.Tensor) -> None:
         """Writes the disk part of an image: `payload`, page-aligned and padded to whole pages.
@@ -137,7 +153,7 @@ class WeightPack:
                 file.close()
         self._made.append(self.path(image))
 
-    def _is_good(self, image: Image) -> bool:
+    def _read(self, image: Image, parts: Sequence[Part]) -> bool:
         path, size = self.path(image), round_up(image.disk_bytes, PAGE)
         if not path.exists() or path.stat().st_size != size + PAGE:
             return False
@@ -151,6 +167,7 @@ class WeightPack:
                 part = piece[: min(_CHECK_BYTES, size - start)]
                 file.read(part, start)
                 checksum = _checksum(part, checksum)
+                spread(part, start, parts)
             return bool(said == {"bytes": size, "crc32": checksum})
         except (ValueError, OffloadDirError):
             return False
@@ -174,3 +191,11 @@ class WeightPack:
 
 def _checksum(memory: torch.Tensor, start: int = 0) -> int:
     return zlib.crc32(memory.numpy().data, start)
+
+
+def spread(memory: torch.Tensor, first: int, parts: Sequence[Part]) -> None:
+    """Copies an image's bytes from `first` on to the parts that they belong to."""
+    for start, stop, target in parts:
+        low, high = max(start, first), min(stop, first + len(memory))
+        if low < high:
+            target[low - start : high - start].copy_(memory[low - first : high - first])
