@@ -1,6 +1,7 @@
-"""The benchmarks are scripts, not a package: their folder is put where they find each other."""
+"""The benchmarks are scripts, not a package: their folder is put where they find each other, beside what other tests share."""
 
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+_TESTS = Path(__file__).resolve().parents[1]
+sys.path += [str(_TESTS.parent / "benchmarks"), str(_TESTS / "flexllmgen"), str(_TESTS / "profiling")]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from peers import prefetch_hooks
@@ -9,54 +12,68 @@ from peers.accelerate_hooks import parts
 from peers.case import Case, figures
 from peers.random_model import PackedLayers, build, decoder_layers, fill_on_device, generate, largest_batch
 from record_case import case_of
-
-CONFIGS = {
-    "opt-125m": "opt",
-    "Qwen2.5-0.5B": "gated, tied",
-}
+from tiny_models import TINY
 
 
-def tiny(model: str, layers: int, alias_mib: int = 0) -> Case:
-    return Case(
-        model=model, layers=layers, dtype="float32", gpu_gib=0, prompt=5, gen=4, batch=2, alias_mib=alias_mib
-    )
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Case]:
+    """Cases of models that are published nowhere."""
+
+    def config(name: str) -> dict[str, Any]:
+        kind, sizes = TINY[name]
+        return {"model_type": kind, "torch_dtype": "float32", "tie_word_embeddings": kind == "opt", **sizes}
+
+    monkeypatch.setattr("peers.case.published_config", config)
+
+    def case(model: str, layers: int, alias_mib: int = 0) -> Case:
+        fixed: dict[str, Any] = {"dtype": "float32", "gpu_gib": 0, "prompt": 5, "gen": 4, "batch": 2}
+        return Case(model=model, layers=layers, alias_mib=alias_mib, **fixed)
+
+    return case
 
 
-def plain_tokens(case: Case, packed: PackedLayers, model: object) -> torch.Tensor:
-    """transformers' own tokens, from the same weights, without hooks."""
+def without_hooks(case: Case, packed: PackedLayers, model: Any) -> Any:
+    """transformers' own model of the same weights."""
     other = build(case)
     layers = list(decoder_layers(other))
     packed.give(layers)
-    for name, parameter in model.named_parameters():  # type: ignore[attr-defined]
+    for name, parameter in model.named_parameters():
         if not parameter.is_meta and ".layers." not in name:
             owner, _, last = name.rpartition(".")
             other.get_submodule(owner)._parameters[last] = parameter
     fill_on_device(other, but=layers)
-    return generate(other, case.prompts(2), case.gen)[0]
+    return other
 
 
-@pytest.mark.parametrize("model", CONFIGS)
-@pytest.mark.parametrize(("layers", "alias_mib"), [(2, 0), (3, 0), (3, 1)])
+@pytest.mark.parametrize("model", ["opt", "llama", "qwen3-moe", "mixtral"])
+@pytest.mark.parametrize(("layers", "alias_mib"), [(2, 0), (3, 0), (30, 1)])
 def test_prefetched_layers_give_the_tokens_of_plain_transformers(
-    model: str, layers: int, alias_mib: int
+    tiny: Callable[..., Case], model: str, layers: int, alias_mib: int
 ) -> None:
     case = tiny(model, layers, alias_mib)
     torch.manual_seed(0)
     hooked, packed = prefetch_hooks.prepared(case)
+    for piece in {piece.data_ptr(): piece for piece in packed.pieces}.values():
+        for view in packed.views(piece).values():
+            view.mul_(4 if view.dim() > 1 else 1)  # So that tokens differ.
     tokens, start, stamps = generate(hooked, case.prompts(2), case.gen)
-    assert torch.equal(tokens, plain_tokens(case, packed, hooked))
-    assert len(set(tokens.flatten().tolist())) > 1
+    plain = without_hooks(case, packed, hooked)
+    assert torch.equal(tokens, generate(plain, case.prompts(2), case.gen)[0])
+    # Tokens of tiny models repeat; logits tell more, and the next pass finds the first layer fetched already.
+    for _ in range(2):
+        torch.testing.assert_close(hooked(case.prompts(2)).logits, plain(case.prompts(2)).logits)
     assert len(stamps) == case.gen
     assert start < stamps[0]
 
 
-def test_shared_layers_take_less_memory_and_own_ones_all_of_it() -> None:
-    case = tiny("opt-125m", 3)
+def test_shared_layers_take_less_memory_and_own_ones_all_of_it(tiny: Callable[..., Case]) -> None:
+    case = tiny("opt", 40)
     layers = list(decoder_layers(build(case)))
     shared = PackedLayers(layers, alias_mib=1, pinned=False)
-    assert len({piece.data_ptr() for piece in shared.pieces}) == 2
+    pieces = {piece.data_ptr() for piece in shared.pieces}
+    assert (1 << 20) <= len(pieces) * shared.num_bytes < (1 << 20) + shared.num_bytes
     own = PackedLayers(layers, alias_mib=0, pinned=False)
-    assert len({piece.data_ptr() for piece in own.pieces}) == 3
+    assert len({piece.data_ptr() for piece in own.pieces}) == 40
     # Rows of different layers differ, and what was packed is what the layers hold.
     own.give(layers)
     first, second = (dict(layer.named_parameters())["fc1.weight"] for layer in layers[:2])
@@ -64,8 +81,8 @@ def test_shared_layers_take_less_memory_and_own_ones_all_of_it() -> None:
     assert torch.equal(first, own.views(own.pieces[0])["fc1.weight"])
 
 
-def test_layers_and_the_rest_are_told_apart() -> None:
-    model = build(tiny("opt-125m", 2))
+def test_layers_and_the_rest_are_told_apart(tiny: Callable[..., Case]) -> None:
+    model = build(tiny("opt", 2))
     names = [name for name, _ in parts(model)]
     assert [name for name in names if ".layers." in name] == [
         "model.decoder.layers.0",

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import record_table
 from peers import PEERS
+from processes import measure
 from record_report import asked, best_peer, described, draw, not_run, ours, read, report, table
 from record_rows import ENGINE, ROWS, TITLES
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
 POLICY = {
     "micro_batch_size": 24,
     "num_micro_batches": 3,
@@ -143,32 +143,45 @@ def test_the_plot_is_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "record.png").read_bytes().startswith(b"\x89PNG")
 
 
-TINY = "model=opt-125m layers=2 dtype=float32 gpu_gib=0 sequences=2 prompt=8 gen=4 steps=3"
+def test_the_command_writes_as_it_goes_and_measures_nothing_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, markdown = tmp_path / "record.json", tmp_path / "record.md"
+    seen: list[tuple[list[str], int]] = []
 
+    def fake(_script: Path, arguments: list[str], _seconds: float) -> dict[str, Any]:
+        there = json.loads(out.read_text())["results"]
+        seen.append((arguments, len(there)))
+        row, engine = arguments[:2]
+        if engine == "diffusers":
+            return {"error": "ImportError: none"}
+        return own(row, 70.0, 80.0) if engine == ENGINE else peer(row, engine, 10.0)
 
-def test_the_command_measures_reports_and_does_not_measure_again(tmp_path: Path) -> None:
-    out, table_file = tmp_path / "record.json", tmp_path / "record.md"
-    command = [
-        sys.executable,
-        SCRIPTS / "record_table.py",
-        "--out",
-        out,
-        "--rows",
-        "opt-30b",
-        "--markdown",
-        table_file,
+    def command(*more: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["record_table.py", "--out", str(out), "--rows", "opt-30b", *more])
+        record_table.main()
+
+    monkeypatch.setattr(record_table, "measure", fake)
+    command("--engines", ENGINE, "diffusers", "--set", "cpu_gib=112", "--markdown", str(markdown))
+    assert seen == [
+        (["opt-30b", ENGINE, "--set", "cpu_gib=112"], 0),
+        (["opt-30b", "diffusers", "--set", "cpu_gib=112"], 1),
     ]
-    command += ["--engines", "prefetch", "deepspeed", "--set", *TINY.split()]
-    first = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-    results = {each["engine"]: each for each in json.loads(out.read_text())["results"]}
-    assert results["prefetch"]["columns"] == 4
-    assert results["prefetch"]["projected"] is False
-    text = table_file.read_text()
-    assert "prefetch hook on transformers" in text
-    if "error" in results["deepspeed"]:
-        assert "DeepSpeed ZeRO-Inference: ModuleNotFoundError" in text
-    assert '"engine": "prefetch"' in first.stdout
-    again = subprocess.run(
-        [*command, "--engines", "prefetch"], capture_output=True, text=True, check=True, timeout=300
+    assert "diffusers' group offloading: ImportError: none" in markdown.read_text()
+    command("--engines", ENGINE, "diffusers", "prefetch")
+    assert [arguments[1] for arguments, _ in seen[2:]] == ["prefetch", "diffusers"]
+    command("--engines", ENGINE, "--again")
+    assert len(seen) == 5
+    command("--again", "--seconds", "5")
+    assert len(seen) == 5
+
+
+def test_a_measurement_that_fails_or_hangs_says_why(tmp_path: Path) -> None:
+    script = tmp_path / "case.py"
+    script.write_text(
+        "import sys, time; print('{\"tok_s\": 5}'); time.sleep(float(sys.argv[1])); sys.exit(sys.argv[2])"
     )
-    assert '"engine": "prefetch"' not in again.stdout
+    assert measure(script, ["0", "0"], 60)["error"] == "0"
+    assert measure(script, ["30", ""], 1)["error"] == "over 1 s"
+    script.write_text("print('{\"tok_s\": 5}')")
+    assert measure(script, [], 60)["tok_s"] == 5
