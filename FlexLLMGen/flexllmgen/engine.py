@@ -27,6 +27,7 @@ from flexllmgen.checkpoint import Checkpoint
 from flexllmgen.errors import PolicyError, UsageError
 from flexllmgen.executor import Executor
 from flexllmgen.fits import check_fits
+from flexllmgen.host_attention import HostAttention
 from flexllmgen.kv_cache import KVCache
 from flexllmgen.memory.arena import HostArena
 from flexllmgen.memory.disk import DiskPool
@@ -143,6 +144,9 @@ class FlexEngine:
                 lanes=hidden_lanes,
                 directory=directory,
             )
+            self._host_attention = HostAttention(
+                plan, device=device, dtype=dtype, arena=self._arena, kv=self._kv, traffic=self._traffic
+            )
             self._arena.commit()
             self._weights.fill(checkpoint)
             if cuda:
@@ -156,6 +160,7 @@ class FlexEngine:
                 weights=self._weights,
                 kv=self._kv,
                 hidden=self._hidden,
+                host_attention=self._host_attention,
                 device=device,
                 dtype=dtype,
             )
@@ -353,6 +358,8 @@ class FlexEngine:
         for lane in self._lanes:
             lane.close()
         self._disk.close()
+        if hasattr(self, "_host_attention"):
+            self._host_attention.close()
         if hasattr(self, "_executor"):
             self._executor.forget()
         for part in ("_weights", "_kv", "_hidden"):

@@ -11,6 +11,7 @@ import torch
 
 from flexllmgen.activations import ActivationStore
 from flexllmgen.graph import RecordedDecode
+from flexllmgen.host_attention import HostAttention
 from flexllmgen.kv_cache import KVCache
 from flexllmgen.memory.transfer import Event, mark
 from flexllmgen.models.decoder import Decoder, Span, Weights
@@ -33,6 +34,8 @@ class _MicroBatch:
     ids_BT: torch.Tensor
     span: Span
     result: torch.Tensor | None = None
+    host_bias_BS: torch.Tensor | None = None
+    attended: Sequence[torch.Tensor] = ()
 
     @property
     def count(self) -> int:
@@ -54,9 +57,11 @@ class Executor:
         weights: WeightStore,
         kv: KVCache,
         hidden: ActivationStore,
+        host_attention: HostAttention,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
+        self._host_attention = host_attention
         self._plan, self._decoder, self._device, self._dtype = plan, decoder, device, dtype
         self._weights, self._kv, self._hidden = weights, kv, hidden
         self._recording = plan.recording if device.type == "cuda" else "none"
@@ -86,7 +91,7 @@ class Executor:
         record = self._record([batch.count for batch in batches])
         try:
             for step in zigzag(shape):
-                if step.action is Action.COMPUTE:
+                if step.action in (Action.COMPUTE, Action.FINISH):
                     self._compute(step, batches, record, head)
                 elif step.action is Action.EMIT:
                     yield self._emit(batches)
@@ -98,9 +103,12 @@ class Executor:
             # A consumer may stop early: loads that ran ahead must end before their slots are used again.
             self._weights.drain()
             try:
-                self._kv.reset()
+                self._host_attention.drain()
             finally:
-                self._hidden.reset()
+                try:
+                    self._kv.reset()
+                finally:
+                    self._hidden.reset()
 
     def probe_load(self, trials: int) -> tuple[int, float | None]:
         """A layer in the middle, and the seconds to bring its streamed weights in; None if all are resident.
@@ -135,6 +143,8 @@ class Executor:
             streamed_hidden=self._hidden.streams,
             depth=self._plan.policy.overlap,
             spare_kv_slots=self._plan.spare_kv_slots,
+            loaded_kv=[stage.has_kv and self._plan.loads_kv(stage.layer) for stage in stages],
+            host_attention=[stage.has_kv and self._plan.attends_on_host for stage in stages],
         )
 
     def _begin(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor | None, skipped: int) -> list[_MicroBatch]:
@@ -152,7 +162,12 @@ class Executor:
                 positions = (keep.long().cumsum(dim=1) - 1).clamp(min=0)
             cos, sin = self._rotations(positions, same=keep is None)
             span = Span(first=skipped, prompt=True, positions_BT=positions, cos=cos, sin=sin, keep_BT=keep)
-            batches.append(_MicroBatch(first, ids_BT[first : first + size], span))
+            batch = _MicroBatch(first, ids_BT[first : first + size], span)
+            if padded and mask_BT is not None and self._plan.attends_on_host:
+                hidden = ~mask_BT[first : first + size].bool().cpu()
+                batch.host_bias_BS = torch.zeros(size, self._plan.max_context)
+                batch.host_bias_BS[:, :prompt].masked_fill_(hidden, float("-inf"))
+            batches.append(batch)
             first += size
         return batches
 
@@ -217,7 +232,9 @@ class Executor:
             first, stop = (
                 (skipped, prompt) if step.token == 0 else (prompt + step.token - 1, prompt + step.token)
             )
-            self._kv.store(layer, step.micro_batch, step.slot, first, stop, self._computed)
+            self._kv.store(
+                layer, step.micro_batch, step.slot, first, stop, self._computed, prompt=step.token == 0
+            )
         elif step.action is Action.LOAD_HIDDEN:
             self._hidden.load(step.micro_batch, step.slot)
         else:
@@ -286,6 +303,12 @@ class Executor:
         self, kind: str, layer: int, w: Weights, x_BTD: torch.Tensor, step: Step, batch: _MicroBatch
     ) -> None:
         """A layer or a half of one; a prompt in parts of whole sequences, which bounds the workspace."""
+        if self._plan.attends_on_host and kind != "mlp" and not batch.span.prompt:
+            if step.action is Action.COMPUTE:
+                self._begin_layer(layer, w, x_BTD, step, batch)
+            else:
+                self._finish_layer(kind, layer, w, x_BTD, step, batch)
+            return
         segments = (
             self._kv.segments(layer, step.micro_batch, step.kv_slot, batch.count)
             if kind in ("layer", "attention")
@@ -297,6 +320,37 @@ class Executor:
                 self._decoder.attention(w, x_BTD[start:stop], layer, part, segments, start)
             if kind in ("layer", "mlp"):
                 self._decoder.mlp(w, x_BTD[start:stop])
+
+    def _begin_layer(
+        self, layer: int, w: Weights, x_BTD: torch.Tensor, step: Step, batch: _MicroBatch
+    ) -> None:
+        """A decode step up to its attention: the CPU is sent its part, the device attends to the rest."""
+        q_B1NH, k_B1KH, v_B1KH = self._decoder.project(w, x_BTD, batch.span)
+        self._host_attention.submit(
+            layer,
+            step.micro_batch,
+            batch.count,
+            q_B1NH[:, 0],
+            k_B1KH[:, 0],
+            v_B1KH[:, 0],
+            batch.span.first,
+            batch.host_bias_BS,
+        )
+        segments = self._kv.segments(layer, step.micro_batch, step.kv_slot, batch.count, host=False)
+        batch.attended = self._decoder.attend(layer, batch.span, segments, q_B1NH, k_B1KH, v_B1KH)
+
+    def _finish_layer(
+        self, kind: str, layer: int, w: Weights, x_BTD: torch.Tensor, step: Step, batch: _MicroBatch
+    ) -> None:
+        """The rest of it, with what the CPU found."""
+        parts, on_host = list(batch.attended), self._host_attention.result(step.micro_batch)
+        if on_host is not None:
+            # Sequences on the device come first, then those in host memory, then those on disk.
+            parts.insert(int(self._kv.begins_on_device(layer, step.micro_batch)), on_host)
+        batch.attended = ()
+        self._decoder.finish_attention(w, x_BTD, parts[0] if len(parts) == 1 else torch.cat(parts))
+        if kind == "layer":
+            self._decoder.mlp(w, x_BTD)
 
     def _parts(self, batch: _MicroBatch, columns: int) -> Iterator[tuple[int, int]]:
         """Ranges of sequences that are computed at once."""

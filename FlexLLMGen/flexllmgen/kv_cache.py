@@ -66,7 +66,8 @@ class KVCache:
         )
         self._resident_region = arena.reserve(plan.kv_cache.gpu) if device.type == "cpu" else None
         self._resident: list[torch.Tensor] = []
-        self._views: dict[tuple[int, int], list[Segment]] = {}
+        self._views: dict[tuple[int, int, bool], list[Segment]] = {}
+        self._host_views: dict[int, Segment] = {}
         self._loads: dict[int, Event] = {}
 
     @property
@@ -96,8 +97,9 @@ class KVCache:
         """Starts bringing the first `positions` rows of a unit's streamed sequences into a slot."""
         unit = self._unit(layer, micro_batch)
         split = self._splits[unit]
+        cpu = 0 if self._plan.attends_on_host else self._row(split.cpu)
         self._loads[slot] = self._blocks.load(
-            unit, slot, self._row(split.cpu) * positions, self._row(split.disk, disk=True) * positions
+            unit, slot, cpu * positions, self._row(split.disk, disk=True) * positions
         )
 
     def ready(self, slot: int, *, prompt: bool) -> list[Event]:
@@ -108,12 +110,34 @@ class KVCache:
             return self._blocks.acquire(slot)
         return [self._loads[slot]]
 
-    def segments(self, layer: int, micro_batch: int, slot: int, count: int) -> Sequence[Segment]:
-        """Where the KV of a unit's first `count` sequences is, as the compute device sees it."""
+    def segments(
+        self, layer: int, micro_batch: int, slot: int, count: int, *, host: bool = True
+    ) -> Sequence[Segment]:
+        """Where the KV of a unit's first `count` sequences is, as the compute device sees it.
+
+        Without `host` those in host memory are left out: they are attended to there.
+        """
         unit = self._unit(layer, micro_batch)
-        if (unit, slot) not in self._views:
-            self._views[unit, slot] = self._make_segments(unit, slot)
-        full = self._views[unit, slot]
+        if (unit, slot, host) not in self._views:
+            self._views[unit, slot, host] = self._make_segments(unit, slot, host=host)
+        return self._first_of(self._views[unit, slot, host], unit, count)
+
+    def host_segment(self, layer: int, micro_batch: int, count: int) -> tuple[Segment | None, Event | None]:
+        """What of a unit's first `count` sequences lies in host memory, there; and what must have been stored before."""
+        unit = self._unit(layer, micro_batch)
+        split = self._splits[unit]
+        if not split.cpu or count <= split.gpu:
+            return None, None
+        if unit not in self._host_views:
+            rows = self._as_rows(self._blocks.home(unit), split.cpu)
+            self._host_views[unit] = Segment(split.gpu, split.gpu + split.cpu, rows)
+        return self._first_of([self._host_views[unit]], unit, count)[0], self._blocks.stored(unit)
+
+    def begins_on_device(self, layer: int, micro_batch: int) -> bool:
+        """Whether a unit's first sequences lie on the compute device."""
+        return self._splits[self._unit(layer, micro_batch)].gpu > 0
+
+    def _first_of(self, full: list[Segment], unit: int, count: int) -> list[Segment]:
         if count == self._splits[unit].count:
             return full
         return [
@@ -124,11 +148,15 @@ class KVCache:
             if each.start < count
         ]
 
-    def store(self, layer: int, micro_batch: int, slot: int, first: int, stop: int, after: Event) -> None:
+    def store(
+        self, layer: int, micro_batch: int, slot: int, first: int, stop: int, after: Event, *, prompt: bool
+    ) -> None:
         """Writes rows [first, stop) of a unit's streamed sequences back to where they live."""
         unit = self._unit(layer, micro_batch)
         cpu = self._row(self._splits[unit].cpu)
         disk = self._row(self._splits[unit].disk, disk=True)
+        if self._plan.attends_on_host and not prompt:
+            cpu = 0  # Whoever attends there has written it.
         self._blocks.store(unit, slot, (first * cpu, stop * cpu), (first * disk, stop * disk), after)
 
     def release(self, slot: int, event: Event) -> None:
@@ -143,6 +171,7 @@ class KVCache:
 
     def close(self) -> None:
         self._views.clear()
+        self._host_views.clear()
         self._resident.clear()
         self._blocks.close()
 
@@ -154,16 +183,22 @@ class KVCache:
             return 0
         return row_bytes(self._plan.spec, sequences, self._plan.dtype_bytes, disk=disk)
 
-    def _make_segments(self, unit: int, slot: int) -> list[Segment]:
+    def _make_segments(self, unit: int, slot: int, *, host: bool) -> list[Segment]:
         split, segments, start = self._splits[unit], [], 0
         for tier, count in (("gpu", split.gpu), ("cpu", split.cpu), ("disk", split.disk)):
             if not count:
                 continue
+            memory: torch.Tensor | None
             if tier == "gpu":
                 memory = self._resident[unit]
+            elif tier == "disk":
+                memory = self._blocks.disk_part(unit, slot)
+            elif host:
+                memory = self._blocks.cpu_part(unit, slot)
             else:
-                memory = (self._blocks.cpu_part if tier == "cpu" else self._blocks.disk_part)(unit, slot)
-            segments.append(Segment(start, start + count, self._as_rows(memory, count)))
+                memory = None
+            if memory is not None:
+                segments.append(Segment(start, start + count, self._as_rows(memory, count)))
             start += count
         return segments
 

@@ -72,6 +72,31 @@ class PlacementPlan:
     chunk_tokens: int
 
     @property
+    def attends_on_host(self) -> bool:
+        """Whether decode steps attend to the KV in host memory on the CPU; without an accelerator all do anyway."""
+        return self.policy.cpu_attention and not self.in_place and self.kv_cache.cpu > 0
+
+    @property
+    def exchange_rows(self) -> tuple[int, ...]:
+        """Per micro-batch, the most sequences of a layer that are attended to on the CPU."""
+        if not self.attends_on_host:
+            return ()
+        return tuple(
+            max(row[index].cpu for row in self.kv_splits) for index in range(len(self.micro_batches))
+        )
+
+    @property
+    def exchange_row_bytes(self) -> int:
+        """Host bytes of a sequence that is attended to on the CPU: its query, key and value, and what comes back."""
+        spec = self.spec
+        return 2 * (spec.query_size + spec.kv_size) * self.dtype_bytes
+
+    def loads_kv(self, layer: int) -> bool:
+        """Whether decode steps bring any KV of a layer to the device."""
+        here = self.in_place or self.attends_on_host
+        return any(split.disk or (split.cpu and not here) for split in self.kv_splits[layer])
+
+    @property
     def max_context(self) -> int:
         """Positions for which KV is held; a multiple of 8, which attention kernels like for their masks."""
         return round_up(self.workload.max_context, 8)
@@ -99,6 +124,7 @@ class PlacementPlan:
     def cpu_bytes(self) -> int:
         """Bytes in host memory; without an accelerator the slots are there too."""
         placed = self.weights.cpu + self.kv_cache.cpu + self.activations.cpu + self.staging_bytes
+        placed += sum(round_up(rows * self.exchange_row_bytes, PAGE) for rows in self.exchange_rows)
         return placed + (self.slot_bytes if self.in_place else 0)
 
     @property

@@ -67,6 +67,7 @@ class Policy:
         sep_layer: attention and MLP are loaded as two steps, which halves the slots on the device.
         weight_bits: 8 or 4: the layers' matrices are stored and streamed as integers of so many bits, a scale and a zero
             for each `weight_group_size` of them; None leaves them as they are.
+        cpu_attention: a decode step attends to the KV in host memory on the CPU, where it lies, and not on the device.
 
     >>> Policy(micro_batch_size=4, num_micro_batches=3).block_size
     12
@@ -82,6 +83,7 @@ class Policy:
     sep_layer: bool = False
     weight_bits: int | None = None
     weight_group_size: int = 64
+    cpu_attention: bool = False
 
     def __post_init__(self) -> None:
         for name in ("micro_batch_size", "num_micro_batches"):
@@ -90,6 +92,11 @@ class Policy:
         if not 0 <= self.overlap <= 8:
             raise PolicyError(f"overlap must be between 0 and 8, not {self.overlap}")
         check_bits(self.weight_bits, self.weight_group_size, "weight")
+        if self.cpu_attention and self.activations != ON_GPU:
+            raise PolicyError(
+                "attention on the CPU needs all hidden states on the device; "
+                "give activations a gpu share of 100 % or turn cpu_attention off"
+            )
 
     @property
     def block_size(self) -> int:

@@ -19,6 +19,7 @@ class Action(enum.Enum):
     LOAD_KV = "load kv"
     LOAD_HIDDEN = "load hidden"
     COMPUTE = "compute"
+    FINISH = "finish"
     STORE_KV = "store kv"
     STORE_HIDDEN = "store hidden"
     EMIT = "emit"
@@ -44,6 +45,10 @@ class Shape:
     Args:
         streamed_weights: per stage, whether its weights are loaded through slots.
         streamed_kv: per stage, whether it has KV that goes through slots.
+        loaded_kv: per stage, whether decode steps load KV, and do not only store a prompt's; by default where it is
+            streamed.
+        host_attention: per stage, whether a decode step's compute only begins it, and FINISH ends it with what the CPU
+            has attended to meanwhile; by default nowhere.
         streamed_hidden: whether hidden states leave the device between stages.
         depth: how many loads run ahead.
         spare_kv_slots: beyond those of the loads ahead and of the compute, for what is being stored.
@@ -56,6 +61,8 @@ class Shape:
     streamed_hidden: bool
     depth: int
     spare_kv_slots: int = 0
+    loaded_kv: Sequence[bool] | None = None
+    host_attention: Sequence[bool] | None = None
 
     @property
     def weight_slots(self) -> int:
@@ -82,6 +89,8 @@ def zigzag(shape: Shape) -> Iterator[Step]:
     stages, batches = len(shape.streamed_weights), shape.num_micro_batches
     weighted = [stage for stage in range(stages) if shape.streamed_weights[stage]]
     cached = [stage for stage in range(stages) if shape.streamed_kv[stage]]
+    loaded = shape.streamed_kv if shape.loaded_kv is None else shape.loaded_kv
+    on_host = shape.host_attention or [False] * stages
     num_weight_loads, num_kv_loads = (
         len(weighted) * shape.num_tokens,
         len(cached) * batches * shape.num_tokens,
@@ -100,7 +109,7 @@ def zigzag(shape: Shape) -> Iterator[Step]:
             unit, micro_batch = divmod(index, batches)
             token, position = divmod(unit, len(cached))
             # The prompt's KV does not exist before it is computed: token 0 only stores.
-            if token:
+            if token and loaded[cached[position]]:
                 slot = index % shape.kv_slots
                 yield Step(Action.LOAD_KV, token, cached[position], micro_batch, slot=slot)
 
@@ -122,6 +131,7 @@ def zigzag(shape: Shape) -> Iterator[Step]:
     for token in range(shape.num_tokens):
         for stage in range(stages):
             streams, caches = shape.streamed_weights[stage], shape.streamed_kv[stage]
+            moves = caches and (token == 0 or loaded[stage])
             for micro_batch in everything:
                 if shape.depth == 0 and streams and micro_batch == 0:
                     yield from load_weights(weights_used, everything)
@@ -138,7 +148,7 @@ def zigzag(shape: Shape) -> Iterator[Step]:
                 else:
                     yield from load_hidden(unit + shape.hidden_depth)
                 hidden_slot = unit % (shape.hidden_depth + 1) if shape.streamed_hidden else -1
-                kv_slot = kv_used % shape.kv_slots if caches else -1
+                kv_slot = kv_used % shape.kv_slots if moves else -1
                 weight_slot = weights_used % shape.weight_slots if streams else -1
                 yield Step(
                     Action.COMPUTE,
@@ -150,11 +160,15 @@ def zigzag(shape: Shape) -> Iterator[Step]:
                     hidden_slot=hidden_slot,
                 )
                 # Last token: nothing will read its KV, so it is not stored.
-                if caches and token < shape.num_tokens - 1:
+                if moves and token < shape.num_tokens - 1:
                     yield Step(Action.STORE_KV, token, stage, micro_batch, slot=kv_slot)
                 if shape.streamed_hidden and stage < stages - 1:
                     yield Step(Action.STORE_HIDDEN, token, stage, micro_batch, slot=hidden_slot)
                 kv_used += caches
                 unit += 1
+            if token and on_host[stage]:
+                # The CPU attends for one micro-batch while the device begins the next.
+                for micro_batch in everything:
+                    yield Step(Action.FINISH, token, stage, micro_batch, slot=weight_slot)
             weights_used += streams
         yield Step(Action.EMIT, token, stages - 1)

@@ -100,3 +100,24 @@ def test_a_copying_cpu_stands_in_for_an_accelerator(tiny: Any, tmp_path: Path, p
             **PLACEMENTS[placement],
         )
         check(tiny("qwen3"), policy, tmp_path, padded=True, in_place=False)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize(
+    "kv_cache", [ON_CPU, Placement(gpu=0.5, cpu=0.5), MIXED], ids=["host", "half", "mixed"]
+)
+@pytest.mark.parametrize("name", ["opt", "opt-350m", "llama3", "mistral", "qwen3-moe"])
+def test_attention_where_the_kv_lies(
+    tiny: Any, tmp_path: Path, name: str, kv_cache: Placement, padded: bool
+) -> None:
+    for micro_batch, overlap, sep_layer in ((6, 1, False), (2, 0, False), (2, 2, True), (4, 1, False)):
+        policy = Policy(
+            micro_batch_size=micro_batch,
+            num_micro_batches=-(-SEQUENCES // micro_batch),
+            overlap=overlap,
+            sep_layer=sep_layer,
+            weights=MIXED,
+            kv_cache=kv_cache,
+            cpu_attention=True,
+        )
+        check(tiny(name), policy, tmp_path, padded=padded, in_place=False)

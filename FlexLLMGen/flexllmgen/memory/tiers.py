@@ -107,6 +107,14 @@ class TieredBlocks:
         """The block's disk part as the compute device sees it."""
         return self._slot_memory[slot][self._slot_cpu : self._slot_cpu + self._sizes[block].disk]
 
+    def home(self, block: int) -> torch.Tensor:
+        """The block's host part where it lives."""
+        return self._arena.view(self._homes[block])
+
+    def stored(self, block: int) -> Event | None:
+        """The end of the block's last store; None if there was none."""
+        return self._stored[block]
+
     def load(self, block: int, slot: int, cpu_bytes: int, disk_bytes: int) -> Event:
         """Brings the first bytes of a block's parts into a slot, once it is free and they are stored."""
         busy, stored = self._busy[slot], self._stored[block]

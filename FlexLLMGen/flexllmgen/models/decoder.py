@@ -114,6 +114,18 @@ class Decoder:
 
         `offset` is the micro-batch's index of the first sequence of `x_BTD`.
         """
+        q_BTNH, k_BTKH, v_BTKH = self.project(w, x_BTD, span)
+        mixed = self.attend(layer, span, segments, q_BTNH, k_BTKH, v_BTKH, offset)
+        if span.prompt:
+            attended = prompt_attention(q_BTNH, k_BTKH, v_BTKH, span.keep_BT, self.spec.sliding_window(layer))
+        else:
+            attended = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+        self.finish_attention(w, x_BTD, attended)
+
+    def project(
+        self, w: Weights, x_BTD: torch.Tensor, span: Span
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values of the new positions: [B, T, N, H], and twice [B, T, K, H]."""
         spec = self.spec
         batch, tokens = x_BTD.shape[:2]
         heads, kv_heads, size = spec.num_heads, spec.num_kv_heads, spec.head_dim
@@ -128,8 +140,20 @@ class Decoder:
             qk = torch.cat((q, k), dim=2)
         if span.cos is not None and span.sin is not None:
             qk = rotate(qk, span.cos, span.sin)
-        q_BTNH, k_BTKH = qk[:, :, :heads], qk[:, :, heads:]
-        window = spec.sliding_window(layer)
+        return qk[:, :, :heads], qk[:, :, heads:], v_BTKH
+
+    def attend(
+        self,
+        layer: int,
+        span: Span,
+        segments: Sequence[Segment],
+        q_BTNH: torch.Tensor,
+        k_BTKH: torch.Tensor,
+        v_BTKH: torch.Tensor,
+        offset: int = 0,
+    ) -> list[torch.Tensor]:
+        """Appends the new keys and values to `segments`; what a decode step's queries find there, [B, N, H] of each."""
+        batch, window = len(q_BTNH), self.spec.sliding_window(layer)
         mixed = []
         for segment in segments:
             start, stop = max(segment.start - offset, 0), min(segment.stop - offset, batch)
@@ -140,11 +164,11 @@ class Decoder:
             if not span.prompt:
                 bias = None if span.bias_B11S is None else span.bias_B11S[start:stop]
                 mixed.append(decode_attention(q_BTNH[start:stop, 0], mine, span.first + 1, bias, window))
-        if span.prompt:
-            attended = prompt_attention(q_BTNH, k_BTKH, v_BTKH, span.keep_BT, window)
-        else:
-            attended = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
-        flat = attended.reshape(batch, tokens, spec.query_size)
+        return mixed
+
+    def finish_attention(self, w: Weights, x_BTD: torch.Tensor, attended: torch.Tensor) -> None:
+        """The rest of the attention half of a layer, in place: `attended` [B, T or none, N, H] through the output product."""
+        flat = attended.reshape(*x_BTD.shape[:2], self.spec.query_size)
         self._add(w, "attention_norm", x_BTD, linear(flat, w["out.weight"], w.get("out.bias")))
 
     def mlp(self, w: Weights, x_BTD: torch.Tensor) -> None:
