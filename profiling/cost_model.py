@@ -7,6 +7,7 @@ sets the time, and no real run is faster:
     decode step  T >= max( (streamed weights + streamed KV) / up,   new KV / down,
                            operations / compute,   (weights + KV) / device memory,
                            (weights + KV on the host) / host memory,   weights on disk / disk )
+                 where the CPU attends: streamed KV is not that in host memory, but it is read there
     prefill      T >= the same, with the prompt's operations and without reading KV
     limit        = sequences x generated / (sum of prefill + sum of decode steps)
 
@@ -37,7 +38,8 @@ class Traffic:
     Without a GPU the compute device is the CPU, and what a plan calls gpu or cpu is the same memory.
     `page_cached` says that files are read through the page cache and fit it, so that after the first pass the
     disk is not read at all. `lookup_bytes` are those of the weights that no pass reads whole: tables of which an
-    embedding takes some rows, where the engine does that where they lie.
+    embedding takes some rows, where the engine does that where they lie. With `host_attention` the CPU attends to the KV
+    in host memory, which then does not cross the link.
     """
 
     batch_size: int
@@ -46,6 +48,7 @@ class Traffic:
     dtype_bytes: int
     page_cached: bool = False
     lookup_bytes: Mapping[str, int] = field(default_factory=dict)
+    host_attention: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,12 +216,18 @@ def _phase_times(
         return times
     host_kv_share = traffic.kv_shares.get("cpu", 0.0) + disk_kv_share
     host_weights = whole.get("cpu", 0) + disk_weights
-    up = host_weights + read_kv * host_kv_share
+    lifted_share = disk_kv_share if traffic.host_attention else host_kv_share
+    up = host_weights + read_kv * lifted_share
     down = new_kv * host_kv_share
+    on_host = attended_kv * (host_kv_share - lifted_share)
+    if on_host and cached:
+        # Queries go down and outputs come up, of every layer.
+        exchanged = batch * spec.num_layers * spec.query_size * traffic.dtype_bytes * traffic.kv_shares["cpu"]
+        up, down = up + exchanged, down + exchanged
     times["host to device link"] = up / rates.h2d_bytes_per_s
     times["device to host link"] = down / rates.d2h_bytes_per_s
-    times["device memory"] = (read_weights + attended_kv + new_kv) / rates.device_bytes_per_s
-    times["host memory"] = (up + down) / rates.host_bytes_per_s
+    times["device memory"] = (read_weights + attended_kv - on_host + new_kv) / rates.device_bytes_per_s
+    times["host memory"] = (up + down + on_host) / rates.host_in_all_bytes_per_s
     return times
 
 

@@ -103,6 +103,12 @@ class Rates:
         measured = self.dequantise_8bit_bytes_per_s if bits == 8 else self.dequantise_4bit_bytes_per_s
         return measured or self.device_copy_bytes_per_s or self.device_bytes_per_s / 2
 
+    @property
+    def host_in_all_bytes_per_s(self) -> float:
+        """What host memory gives to all that read it: the CPU alone often cannot ask for as much as it and copies do."""
+        both = (self.host_under_copies_bytes_per_s or 0.0) + (self.h2d_under_reads_bytes_per_s or 0.0)
+        return max(self.host_bytes_per_s, both)
+
     def as_dict(self) -> dict[str, float]:
         """The rates that exist, by name."""
         return {name: value for name, value in asdict(self).items() if value is not None}

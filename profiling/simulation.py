@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from flexllmgen.images import streamed_parts
 from flexllmgen.memory.disk import READ_BYTES, THREADS
+from flexllmgen.memory.transfer import PACKET_BESIDE_BYTES
 from flexllmgen.placement import PlacementPlan, row_bytes
 from flexllmgen.schedule import Action, Shape, Step, zigzag
 from profiling.layer_times import LayerTimes
@@ -23,6 +24,7 @@ COMPUTE, UP, DOWN, DISK, COPY = (
     "disk",
     "device memory copies",
 )
+CPU = "attention on the CPU"
 H2D, D2H, DISK_READ, DISK_WRITE = LINKS = ("h2d", "d2h", "disk_read", "disk_write")
 """Ways that bytes move on between tiers."""
 
@@ -118,6 +120,8 @@ class _Simulation:
             streamed_hidden=plan.hidden_slots > 0,
             depth=plan.policy.overlap,
             spare_kv_slots=plan.spare_kv_slots,
+            loaded_kv=[stage.has_kv and plan.loads_kv(stage.layer) for stage in plan.stages],
+            host_attention=[stage.has_kv and plan.attends_on_host for stage in plan.stages],
         )
         self.clocks = _Clocks(together=plan.policy.overlap == 0, passes=1 + len(contexts))
         self.step = Step(Action.EMIT, 0, 0)
@@ -130,6 +134,7 @@ class _Simulation:
         self.hidden_busy: dict[int, float] = {}
         self.stored: dict[tuple[int, int], float] = {}
         self.hidden_stored: dict[int, float] = {}
+        self.attended: dict[int, float] = {}
         self.computed = 0.0
         self._compute_cache: dict[tuple[int, str, int], float] = {}
 
@@ -146,6 +151,10 @@ class _Simulation:
                     self._load_hidden(step)
                 case Action.COMPUTE:
                     self._compute(step)
+                    if self._attends_on_host(step):
+                        self._attend_on_host(step)
+                case Action.FINISH:
+                    self._finish(step)
                 case Action.STORE_KV:
                     self._store_kv(step)
                 case Action.STORE_HIDDEN:
@@ -189,6 +198,7 @@ class _Simulation:
     def _load_kv(self, step: Step) -> None:
         layer = self.plan.stages[step.stage].layer
         cpu, disk = self._kv_row(layer, step.micro_batch)
+        cpu = 0 if self.plan.attends_on_host else cpu
         positions = self.contexts[step.token - 1] - 1
         ready = max(
             self.kv_busy.get(step.slot, 0.0), self.stored.get((layer, step.micro_batch), 0.0), self.issued
@@ -203,6 +213,7 @@ class _Simulation:
     def _store_kv(self, step: Step) -> None:
         layer = self.plan.stages[step.stage].layer
         cpu, disk = self._kv_row(layer, step.micro_batch)
+        cpu = 0 if self.plan.attends_on_host and step.token else cpu
         positions = self.prompt if step.token == 0 else 1
         if step.slot < 0:
             return
@@ -300,6 +311,62 @@ class _Simulation:
             if slot >= 0:
                 busy[slot] = end
 
+    # Attention on the CPU
+
+    def _attends_on_host(self, step: Step) -> bool:
+        return self.plan.attends_on_host and step.token > 0 and self.plan.stages[step.stage].has_kv
+
+    def _attend_on_host(self, step: Step) -> None:
+        """The query, key and value go down, and the CPU attends, a micro-batch after the other."""
+        layer = self.plan.stages[step.stage].layer
+        rows = self.plan.kv_splits[layer][step.micro_batch].cpu
+        if not rows:
+            return
+        spec, size = self.plan.spec, self.plan.dtype_bytes
+        down = rows * (spec.query_size + 2 * spec.kv_size) * size
+        ready = max(
+            self._down("exchange down", self.computed, down, step.token),
+            self.stored.get((layer, step.micro_batch), 0.0),
+        )
+        cached = self._kv_row(layer, step.micro_batch)[0] * self._attended_positions(step)
+        self.attended[step.micro_batch] = self.clocks.run(
+            CPU, "attention", ready, cached / self._attention_rate(step.stage), step.token
+        )
+
+    def _finish(self, step: Step) -> None:
+        """What the CPU found goes up, and the device computes the rest of the layer."""
+        rows = self.plan.kv_splits[self.plan.stages[step.stage].layer][step.micro_batch].cpu
+        ready = self.attended.pop(step.micro_batch, 0.0)
+        # The host waits until it is there, and issues the rest then.
+        self.issued = max(self.issued, ready) + self._issue_seconds(step)
+        if rows:
+            up = rows * self.plan.spec.query_size * self.plan.dtype_bytes
+            between = PACKET_BESIDE_BYTES if any(self.weight_bytes[step.stage][1:]) else 0
+            # It does not queue behind the weights under way, but for the packet that is being copied.
+            ready = self.issued + (up + between) / self._up_rate
+            self.clocks.moved[step.token][H2D] += up
+        seconds = self._compute_seconds(step)
+        self.computed = self.clocks.run(COMPUTE, "main", max(ready, self.issued), seconds, step.token)
+        if step.slot >= 0:
+            self.weight_busy[step.slot] = self.computed
+
+    def _attended_positions(self, step: Step) -> int:
+        context, window = self.contexts[step.token - 1], self._window(self.plan.stages[step.stage].layer)
+        return min(context, window) if window else context
+
+    def _attention_rate(self, stage: int) -> float:
+        """Bytes of KV a second that the CPU attends to in a layer, part of the time beside the copies of weights."""
+        rates = self.rates
+        alone = rates.cpu_attention_bytes_per_s or rates.host_bytes_per_s
+        beside = min(alone, rates.cpu_attention_under_copies_bytes_per_s or alone)
+        layer = self.plan.stages[stage].layer
+        positions = self.contexts[len(self.contexts) // 2]
+        cached = positions * sum(self._kv_row(layer, index)[0] for index in range(len(self.batches)))
+        copying_s = sum(self.weight_bytes[stage][1:]) / self._up_rate
+        beside_s = min(copying_s, cached / beside)
+        rate: float = cached / (beside_s + (cached - beside_s * beside) / alone)
+        return rate
+
     def _issue_seconds(self, step: Step) -> float:
         """Host seconds to issue a compute step; a prompt's are issued for each of its chunks."""
         times, kind = self.times, self.plan.stages[step.stage].kind
@@ -332,9 +399,14 @@ class _Simulation:
 
     def _compute_seconds(self, step: Step) -> float:
         stage, sequences = self.plan.stages[step.stage], self.batches[step.micro_batch]
-        key = (step.token, f"{stage.kind}{self._window(stage.layer)}", sequences)
+        part = step.action.value if self._attends_on_host(step) else ""
+        key = (step.token, f"{part} {stage.kind}{self._window(stage.layer)}", sequences)
         if key not in self._compute_cache:
-            self._compute_cache[key] = self._stage_seconds(stage.kind, stage.layer, sequences, step.token)
+            self._compute_cache[key] = (
+                self._part_seconds(step, stage.kind, sequences)
+                if part
+                else self._stage_seconds(stage.kind, stage.layer, sequences, step.token)
+            )
         return self._compute_cache[key]
 
     def _stage_seconds(self, kind: str, layer: int, sequences: int, token: int) -> float:
@@ -351,6 +423,25 @@ class _Simulation:
             context = self.contexts[token - 1]
             return self.times.step_s(kind, sequences, min(context, window) if window else context)
         return self.times.chunked_prompt_s(kind, sequences, self.prompt, self.plan.chunk_tokens)
+
+    def _part_seconds(self, step: Step, kind: str, sequences: int) -> float:
+        """Of a layer whose KV lies partly in host memory: before the CPU attends, with the device's own part; or after."""
+        layer = self.plan.stages[step.stage].layer
+        products_s = self.times.step_s("attention", sequences, 0)
+        before = self.plan.spec.query_size + 2 * self.plan.spec.kv_size
+        before_s = products_s * before / (before + self.plan.spec.query_size)
+        if step.action is Action.FINISH:
+            return (
+                products_s - before_s + (self.times.step_s("mlp", sequences, 0) if kind == "layer" else 0.0)
+            )
+        split = self.plan.kv_splits[layer][step.micro_batch]
+        here = split.count - split.cpu
+        if here:
+            positions = self._attended_positions(step)
+            before_s += self.times.step_s("attention", here, positions) - self.times.step_s(
+                "attention", here, 0
+            )
+        return before_s
 
     def _window(self, layer: int) -> int:
         return self.plan.spec.sliding_window(layer) if layer >= 0 else 0
@@ -372,7 +463,10 @@ class _Simulation:
 
     @property
     def _up_rate(self) -> float:
-        return self.rates.h2d_bytes_per_s or self._copy_rate
+        alone = self.rates.h2d_bytes_per_s or self._copy_rate
+        if self.plan.attends_on_host and self.step.token:
+            return min(alone, self.rates.h2d_under_reads_bytes_per_s or alone)
+        return alone
 
     @property
     def _down_rate(self) -> float:

@@ -89,6 +89,7 @@ def make_policy(config: Config, batch_size: int) -> Policy:
         sep_layer=config.sep_layer,
         weight_bits=config.weight_bits if config.compress_weight else None,
         weight_group_size=config.weight_group_size,
+        cpu_attention=config.cpu_cache_compute,
     )
 
 

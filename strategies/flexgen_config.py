@@ -27,3 +27,4 @@ class Config(BaseModel):
     compress_weight: bool
     weight_bits: Literal[8, 4]
     weight_group_size: Literal[64, 128]
+    cpu_cache_compute: bool

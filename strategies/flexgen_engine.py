@@ -103,6 +103,7 @@ def plan_of(
             kv_shares={"gpu": shares.gpu, "cpu": shares.cpu, "disk": shares.disk},
             dtype_bytes=placement.dtype_bytes,
             lookup_bytes=lookup_bytes(placement),
+            host_attention=placement.attends_on_host,
         )
         limit = physical_limit(placement.spec, request.workload, traffic, request.profile.best)
         predicted = engine_cost(placement, request.profile)
@@ -210,6 +211,7 @@ def policy_details(policy: Policy) -> dict[str, object]:
         "overlap": policy.overlap,
         "sep_layer": policy.sep_layer,
         "pin_weight": policy.pin_weight,
+        "cpu_attention": policy.cpu_attention,
     }
 
 

@@ -24,7 +24,7 @@ from flexllmgen.memory.arena import HostArena, Region
 from flexllmgen.memory.disk import READ_BYTES, DirectFile, in_order
 from flexllmgen.memory.pack import Part, WeightPack, aligned_empty, pack_key, spread
 from flexllmgen.memory.tiers import Lanes
-from flexllmgen.memory.transfer import PACKET_BYTES, Event, Lane
+from flexllmgen.memory.transfer import PACKET_BESIDE_BYTES, PACKET_BYTES, Event, Lane
 from flexllmgen.models.experts import expert_addresses
 from flexllmgen.placement import PlacementPlan
 from flexllmgen.quantised_cache import QuantisedCache, open_cache
@@ -284,8 +284,9 @@ class WeightStore:
             disk_from = image.gpu_bytes + image.cpu_bytes
             if start < resident:
                 pieces.append(_Piece("resident", index, start, at, resident - start))
-            for offset in range(max(resident, start), disk_from, PACKET_BYTES):
-                size = min(PACKET_BYTES, disk_from - offset)
+            packet = PACKET_BESIDE_BYTES if self._plan.attends_on_host else PACKET_BYTES
+            for offset in range(max(resident, start), disk_from, packet):
+                size = min(packet, disk_from - offset)
                 pieces.append(_Piece("host", index, offset, at + offset - start, size))
             for offset in range(disk_from, image.num_bytes, READ_BYTES):
                 size = min(READ_BYTES, image.num_bytes - offset)

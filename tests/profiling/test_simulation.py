@@ -199,3 +199,18 @@ def test_micro_batches_share_what_is_turned_back() -> None:
     one = cost(Policy(micro_batch_size=16, weights=ON_CPU, weight_bits=4), **slow)
     four = cost(Policy(micro_batch_size=4, num_micro_batches=4, weights=ON_CPU, weight_bits=4), **slow)
     assert four.decode_s == pytest.approx(one.decode_s, rel=0.1)
+
+
+def test_attention_on_the_cpu_takes_kv_off_the_link() -> None:
+    """Streaming weights and attending overlap: a step takes what the slower of the two does, and the KV stays in place."""
+    workload = Workload(num_sequences=96, prompt_tokens=512, gen_tokens=8)
+    policy = Policy(micro_batch_size=24, num_micro_batches=4, weights=ON_CPU, kv_cache=ON_CPU)
+    rates = {"cpu_attention_bytes_per_s": 9e10, "cpu_attention_under_copies_bytes_per_s": 5e10}
+    lifted = cost(policy, workload, **rates)
+    in_place = cost(dataclasses.replace(policy, cpu_attention=True), workload, **rates)
+    saved = lifted.decode_moved_bytes["h2d"] - in_place.decode_moved_bytes["h2d"]
+    assert saved == pytest.approx(7 * 96 * SPEC.kv_bytes(515, 2), rel=0.05)
+    assert lifted.decode_s > 1.5 * in_place.decode_s
+    busiest = max(in_place.decode_busy_s.values())
+    assert in_place.decode_bound == "attention on the CPU"
+    assert busiest <= in_place.decode_s < 1.35 * busiest
