@@ -286,7 +286,7 @@ class Executor:
     def _work(self, step: Step, batch: _MicroBatch, head: Head) -> None:
         """The arithmetic of a compute step."""
         stage = self._plan.stages[step.stage]
-        if step.micro_batch == 0:
+        if step.micro_batch == 0 and step.action is Action.COMPUTE:
             self._weights.dequantise(step.stage, step.slot)
         w = self._weights.tensors(step.stage, step.slot)
         x_BTD = self._hidden.hidden(step.micro_batch, step.hidden_slot, batch.count)
