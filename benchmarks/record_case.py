@@ -26,10 +26,6 @@ from peers import PEERS
 from peers.case import DEVICE, Case
 from record_rows import ENGINE, ROWS
 
-if ENGINE not in sys.argv:
-    # Peers grow tensors at every step: without it fragments would cost them a part of their batch. Read when torch starts.
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(

@@ -75,9 +75,9 @@ def run(args: argparse.Namespace) -> None:
             break
         arguments = [row, engine, *(["--set", *args.set] if args.set else [])]
         result = {"row": row, "engine": engine, **measure(CASE, arguments, min(seconds, left))}
-        results[row, engine] = result
-        write(args.out, facts, list(results.values()))
         print(json.dumps(result), flush=True)
+        results[row, engine] = {key: value for key, value in result.items() if key != "stderr"}
+        write(args.out, facts, list(results.values()))
 
 
 def planned(rows: list[str], engines: list[str]) -> Iterator[tuple[str, str, int]]:

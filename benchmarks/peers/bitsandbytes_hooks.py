@@ -158,7 +158,12 @@ def quantised(module: nn.Module, weight: torch.Tensor) -> Any:
     import bitsandbytes
 
     return bitsandbytes.nn.Params4bit(
-        weight, requires_grad=False, quant_type="nf4", blocksize=64, module=module
+        weight,
+        requires_grad=False,
+        quant_type="nf4",
+        blocksize=64,
+        compress_statistics=False,  # One scale a block, so that codes and scales are all there is to move.
+        module=module,
     ).to(DEVICE)
 
 

@@ -21,7 +21,7 @@ from peers.case import DEVICE, Case, figures
 _ALIGNED = 512
 _RESERVE_BYTES = 1 << 30
 """Of the device's cap: context-sized workspaces, logits of the prompt's last position, fragments."""
-_FILLED = 0.92
+_FILLED = 0.88
 
 
 def build(case: Case) -> Any:
