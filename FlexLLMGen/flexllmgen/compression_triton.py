@@ -30,27 +30,28 @@ def _dequantise_kernel(
     GROUP: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
 ):
-    # Steps may be many: 64 bits, or the offsets of large tensors overflow.
-    batch = tl.program_id(1).to(tl.int64)
     program = tl.program_id(0)
+    # In 64 bits: large tensors have more numbers than 32 count. Within a program 32 are enough.
+    batch = tl.program_id(1).to(tl.int64)
     row = (program // row_blocks).to(tl.int64)
     first = (program % row_blocks).to(tl.int64) * BLOCK_GROUPS
-    group = first + tl.arange(0, BLOCK_GROUPS)
-    here = group < groups
-    scale_at = batch * scale_step + row * groups + group
-    scales = tl.load(scale + scale_at, mask=here, other=0.0).to(tl.float32)
-    zeros = tl.load(zero + scale_at, mask=here, other=0.0).to(tl.float32)
+    group = tl.arange(0, BLOCK_GROUPS)
+    scale_at = batch * scale_step + row * groups + first
+    here = group < groups - first
+    scales = tl.load(scale + scale_at + group, mask=here, other=0.0).to(tl.float32)
+    zeros = tl.load(zero + scale_at + group, mask=here, other=0.0).to(tl.float32)
     number = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    inside = number < size - first * GROUP
+    codes_at = codes + batch * codes_step + row * row_bytes + first * (GROUP * BITS // 8)
     if BITS == 8:
-        at = batch * codes_step + row * row_bytes + number
-        code = tl.load(codes + at, mask=number < size, other=0)
+        code = tl.load(codes_at + number, mask=inside, other=0)
     else:
         byte = group[:, None] * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, :]
-        pair = tl.load(codes + batch * codes_step + row * row_bytes + byte, mask=byte < row_bytes, other=0)
+        pair = tl.load(codes_at + byte, mask=byte < row_bytes - first * (GROUP // 2), other=0)
         code = tl.interleave(pair & 15, pair >> 4)
     value = code.to(tl.float32) * scales[:, None] + zeros[:, None]
-    out_at = out + batch * out_step + row * size + number
-    tl.store(out_at, value.to(out.dtype.element_ty), mask=number < size)
+    out_at = out + batch * out_step + row * size + first * GROUP
+    tl.store(out_at + number, value.to(out.dtype.element_ty), mask=inside)
 
 
 def dequantise_cuda(
