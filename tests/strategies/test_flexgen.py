@@ -97,6 +97,19 @@ def test_keys_become_shares_and_disk_is_the_rest() -> None:
     assert policy.activations.disk == 0
 
 
+def test_weights_are_compressed_where_a_key_says_so() -> None:
+    assert make_policy(config(), batch_size=1).lossless
+    assert make_policy(config(weight_bits=8), batch_size=1).lossless
+    policy = make_policy(config(compress_weight=True, weight_group_size=128), batch_size=1)
+    assert (policy.weight_bits, policy.weight_group_size) == (4, 128)
+
+
+@pytest.mark.parametrize(("key", "value"), [("weight_bits", 5), ("weight_group_size", 32)])
+def test_other_bits_are_refused(key: str, value: int) -> None:
+    with pytest.raises(ValueError, match=key):
+        config(compress_weight=True, **{key: value})
+
+
 def test_shares_over_a_hundred_are_refused_by_name() -> None:
     with pytest.raises(PolicyError, match=r"cache_gpu_percent, cache_cpu_percent: .*120 %"):
         make_policy(config(cache_gpu_percent=70, cache_cpu_percent=50), batch_size=1)
@@ -125,6 +138,20 @@ def test_the_prediction_stays_under_the_limit(tiny_model: Path, tmp_path: Path, 
     assert plan.limit is not None
     assert 0 < plan.predicted.generation_tok_s <= plan.limit.generation_tok_s
     assert plan.limit.decode_bound == "disk"
+
+
+def test_a_plan_counts_compressed_bytes(tiny_model: Path, tmp_path: Path, laptop_profile: Any) -> None:
+    source = resolve_model(str(tiny_model), weights="pretrained")
+    spec = ModelSpec.from_hf_config(source.config)
+    request = request_for(source, tmp_path, spec=spec, profile=laptop_profile)
+    plain, lossy = (
+        create(config(**MIXED, compress_weight=compressed)).plan(request) for compressed in (False, True)
+    )
+    layers = spec.num_layers * spec.layer_weight_bytes(4)
+    assert 0 < sum(lossy.weight_bytes.values()) < sum(plain.weight_bytes.values()) - 0.6 * layers
+    assert plain.limit is not None
+    assert lossy.limit is not None
+    assert lossy.limit.decode_busy_s["disk"] < plain.limit.decode_busy_s["disk"]
 
 
 def refusal(request: PlanRequest, machine: dict[str, Any], **keys: Any) -> str:
@@ -307,6 +334,25 @@ def test_ragged_blocks_give_the_tokens_of_transformers(
     assert measured.output_ids == transformers_tokens(tiny_model, whole, 6)
     assert placed.weight_bytes == dict(plan.weight_bytes)
     assert (placed.offload_files_bytes > 0) == (plan.weight_bytes["disk"] > 0)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_compressed_weights_generate_the_same_wherever_they_lie(
+    bits: int, tiny_model: Path, tmp_path: Path
+) -> None:
+    source = resolve_model(str(tiny_model), weights="pretrained")
+    batch, tokens = padded_prompts(2, 12, 259), []
+    for changes in ({}, MIXED, {"w_gpu_percent": 0}):
+        strategy = FlexgenStrategy(
+            config(**changes, compress_weight=True, weight_bits=bits, micro_batch_size=2)
+        )
+        plan = strategy.plan(request_for(source, tmp_path))
+        with strategy.build(plan) as engine:
+            tokens.append(run_pass(engine, [batch], 6).output_ids)
+            assert engine.placed().weight_bytes == dict(plan.weight_bytes)
+    assert tokens[0] == tokens[1] == tokens[2]
+    kept = {path.parent.name.split("-")[0] for path in (tmp_path / "offload").glob("*/layer-0.bin")}
+    assert kept == {"quantised", "weights"}
 
 
 @pytest.mark.slow
