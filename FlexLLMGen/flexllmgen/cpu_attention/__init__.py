@@ -30,6 +30,7 @@ def decode_attention_cpu(
     threads: int,
     scale_S2BKG: torch.Tensor | None = None,
     zero_S2BKG: torch.Tensor | None = None,
+    group_size: int = 64,
 ) -> None:
     """One new token per sequence against the cached positions [first, length), its own included.
 
@@ -43,6 +44,7 @@ def decode_attention_cpu(
         threads: how many compute, this one included.
         scale_S2BKG: fp16, of uint8 codes: groups along the last dimension, value = code * scale + zero.
         zero_S2BKG: the same shape.
+        group_size: numbers of a group, a multiple of 64; the last group of a head may be shorter (compression.py).
     """
     assert 0 <= first < length <= kv_S2BKH.shape[0], f"positions [{first}, {length}) of {kv_S2BKH.shape[0]}"
     assert q_BNH.is_contiguous()
@@ -52,10 +54,16 @@ def decode_attention_cpu(
     assert kv_S2BKH.shape[2] == q_BNH.shape[0]
     assert q_BNH.shape[1] % kv_S2BKH.shape[3] == 0
     assert (kv_S2BKH.dtype == torch.uint8) == (scale_S2BKG is not None) == (zero_S2BKG is not None)
-    assert kv_S2BKH.stride()[3:] == (q_BNH.shape[2], 1), "a position's heads of a sequence are one run"
+    if scale_S2BKG is not None and zero_S2BKG is not None:
+        assert group_size % 64 == 0
+        assert scale_S2BKG.dtype == zero_S2BKG.dtype == torch.float16
+        groups = -(-q_BNH.shape[2] // group_size)
+        assert scale_S2BKG.shape == zero_S2BKG.shape == (*kv_S2BKH.shape[:-1], groups)
+        assert scale_S2BKG[0, 0, 0].is_contiguous()
+        assert zero_S2BKG[0, 0, 0].is_contiguous()
+    assert kv_S2BKH[0, 0, 0].is_contiguous(), "a position's heads of a sequence are one run"
     kernel = _kernel()
-    groups = 0 if scale_S2BKG is None else scale_S2BKG.shape[-1]
-    level = None if kernel is None else kernel.level_for(q_BNH.shape[2], groups)
+    level = None if kernel is None else kernel.level_for(q_BNH.shape[2])
     if kernel is None or level is None:
         attend_with_torch(
             q_BNH,
@@ -67,6 +75,7 @@ def decode_attention_cpu(
             threads=threads,
             scale_S2BKG=scale_S2BKG,
             zero_S2BKG=zero_S2BKG,
+            group_size=group_size,
         )
         return
     kernel.attend(
@@ -79,6 +88,7 @@ def decode_attention_cpu(
         threads=threads,
         scale_S2BKG=scale_S2BKG,
         zero_S2BKG=zero_S2BKG,
+        group_size=group_size,
         level=level,
     )
 

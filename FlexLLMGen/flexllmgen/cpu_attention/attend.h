@@ -24,29 +24,60 @@ inline V exp2(V x) {
 template <class F>
 inline void in_groups(int queries, F&& f) {
     int g = 0;
-    for (; NR >= 8 && queries - g >= 8; g += 8) f(std::integral_constant<int, 8>{}, g);
-    if (queries - g >= 4) f(std::integral_constant<int, 4>{}, g), g += 4;
+    for (; W >= 8 && queries - g >= 8; g += 8) f(std::integral_constant<int, 8>{}, g);
+    for (; queries - g >= 4; g += 4) f(std::integral_constant<int, 4>{}, g);
     if (queries - g >= 2) f(std::integral_constant<int, 2>{}, g), g += 2;
     if (queries - g >= 1) f(std::integral_constant<int, 1>{}, g);
 }
 
-// Where a row's values begin, and its groups' scales and zeros (of codes).
+// Where a row begins, its groups' scales and zeros (of codes), and its head's queries (of keys).
 struct Row {
     const char* data;
-    const float* scale;
-    const float* zero;
+    const float *scale, *zero, *q;
 };
 
 template <class T>
-inline V value(T type, const Row& row, int column, int group) {
-    V x = Simd::get(type, row.data + int64_t(column) * W * T::size);
-    if constexpr (std::is_same_v<T, U8>) x = Simd::fma(x, Simd::set1(row.scale[group]), Simd::set1(row.zero[group]));
+inline V value(T type, const Row& row, int column, V scale, V zero) {
+    const V x = Simd::get(type, row.data + int64_t(column) * W * T::size);
+    if constexpr (std::is_same_v<T, U8>) return Simd::fma(x, scale, zero);
     return x;
 }
 
-inline void fetch(const char* p, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 3);
+template <class T>
+inline V of_group(const float* values, int group) {
+    if constexpr (std::is_same_v<T, U8>) return Simd::set1(values[group]);
+    return Simd::zero();
 }
+
+inline void fetch(const char* p, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+}
+
+// Fetches what is read next while something else is computed, in the order in which it lies: that is what the
+// processor's own prefetching follows. `runs` runs of `run` bytes, `step` apart.
+struct Fetcher {
+    const char *start, *at, *end;
+    int64_t run, step;
+    int runs;
+
+    Fetcher(const char* from, int64_t run, int64_t step, int runs) : start(from), run(run), step(step), runs(runs) {
+        begin();
+    }
+    void begin() {
+        at = (const char*)(uintptr_t(start) / 64 * 64);
+        end = start + run;
+    }
+    void lines(int count) {
+        if (runs <= 0) return;
+        for (int i = 0; i < count; ++i) {
+            __builtin_prefetch(at, 0, 2);  // Into the second cache: the first would be too small.
+            if ((at += 64) < end) continue;
+            if (--runs <= 0) return;
+            start += step;
+            begin();
+        }
+    }
+};
 
 // What a thread works with.
 struct Bench {
@@ -68,34 +99,54 @@ struct Bench {
     }
 };
 
-// Scores of `rows` rows, [row][GT]; rows of a head follow each other, `block` of them.
+// Scores of `rows` rows, [row][GT], of the queries from `g0` on.
 template <class T, int GT>
-inline void scores(const Call& c, const Row* row, int rows, int block, const float* q, int64_t head_q, float* out) {
+inline void scores(const Call& c, const Row* row, int rows, int g0, float* out, Fetcher& next) {
     constexpr int R = NR / GT, AT_ONCE = R < 2 ? R : 2;
-    const int columns = int(c.H / W), groups = c.groups ? int(c.groups) : 1, width = columns / groups;
-    const int64_t bytes = c.H * T::size;
+    const int columns = int(c.H / W), width = c.groups ? int(c.group_size / W) : columns;
+    const int64_t first = int64_t(g0) * c.H;
+    const int lines = int(c.H * T::size + 63) / 64;
     for (int i = 0; i < rows; i += R) {
         V sum[NR];
+#pragma GCC unroll 16
         for (int r = 0; r < R; r += AT_ONCE) {
             const Row* k[AT_ONCE];
-            const float* qs[AT_ONCE];
-            V* s = sum + r * GT;
+            const float* q[AT_ONCE];
+            V s[AT_ONCE * GT];
             for (int a = 0; a < AT_ONCE; ++a) {
-                const int j = std::min(i + r + a, rows - 1);
-                k[a] = row + j;
-                qs[a] = q + j / block * head_q;
-                for (int g = 0; g < GT; ++g) s[a * GT + g] = Simd::zero();
+                k[a] = row + std::min(i + r + a, rows - 1);
+                q[a] = k[a]->q + first;
             }
-            for (int group = 0, column = 0; group < groups; ++group) {
-                for (int end = column + width; column < end; ++column) {
-                    for (int a = 0; a < AT_ONCE; ++a) {
-                        const V x = value(T{}, *k[a], column, group);
-                        for (int g = 0; g < GT; ++g)
-                            s[a * GT + g] = Simd::fma(x, Simd::load(qs[a] + (column * GT + g) * W), s[a * GT + g]);
-                    }
+            for (V& each : s) each = Simd::zero();
+            for (int group = 0, column = 0; column < columns; ++group) {
+                V scale[AT_ONCE], zero[AT_ONCE];
+                for (int a = 0; a < AT_ONCE; ++a) {
+                    scale[a] = of_group<T>(k[a]->scale, group);
+                    zero[a] = of_group<T>(k[a]->zero, group);
                 }
+                const int end = std::min(column + width, columns);
+                const auto add = [&](auto same) {
+                    for (; column < end; ++column) {
+                        V x[AT_ONCE];
+                        for (int a = 0; a < AT_ONCE; ++a) x[a] = value(T{}, *k[a], column, scale[a], zero[a]);
+                        for (int g = 0; g < GT; ++g) {
+                            const int64_t at = (column * GT + g) * W;
+                            const V first_q = Simd::load(q[0] + at);
+                            for (int a = 0; a < AT_ONCE; ++a) {
+                                const V each = decltype(same)::value ? first_q : Simd::load(q[a] + at);
+                                s[a * GT + g] = Simd::fma(x[a], each, s[a * GT + g]);
+                            }
+                        }
+                    }
+                };
+                // Keys of one head, as nearly all neighbours are, share what is loaded of its queries.
+                if (q[0] == q[AT_ONCE - 1])
+                    add(std::true_type{});
+                else
+                    add(std::false_type{});
             }
-            for (int a = 0; a < AT_ONCE; ++a) fetch(k[a]->data + c.half_bytes, bytes);  // The values of this key.
+            for (int a = 0; a < AT_ONCE * GT; ++a) sum[r * GT + a] = s[a];
+            next.lines(AT_ONCE * lines);
         }
         Simd::sums(sum, out + i * GT);
     }
@@ -104,76 +155,85 @@ inline void scores(const Call& c, const Row* row, int rows, int block, const flo
 // Turns scores into weights; moves the largest score `m`, leaves what all sums so far are multiplied by in `alpha`.
 template <int GT>
 inline void weigh(int heads, int block, const float* bias, float* score, float* m, float* l, float* alpha) {
-    for (int h = 0; h < heads; ++h) {
-        float* s = score + h * block * GT;
-        float top[GT];
-        for (int g = 0; g < GT; ++g) top[g] = m[h * GT + g];
-        for (int p = 0; p < block; ++p) {
-            const float add = bias ? bias[p] * LOG2E : 0.0f;
-            for (int g = 0; g < GT; ++g) {
-                const float x = s[p * GT + g] + add;
-                s[p * GT + g] = x;
-                top[g] = x > top[g] ? x : top[g];
-            }
-        }
-        for (int p = 0; p < block; ++p)
-            for (int g = 0; g < GT; ++g) s[p * GT + g] -= top[g];
+    const int count = block * GT;
+    for (int h = 0; h < heads; ++h, score += count, m += GT, l += GT, alpha += GT) {
+        if (bias)
+            for (int p = 0; p < block; ++p)
+                for (int g = 0; g < GT; ++g) score[p * GT + g] += bias[p] * LOG2E;
+        // Lanes of a vector are queries, and then the next position's; what is past the end repeats the first.
+        float lane[W];
+        V top = Simd::set1(LOWEST), sum = Simd::zero();
+        const int whole = count / W * W;
+        for (int i = 0; i < whole; i += W) top = Simd::larger(Simd::load(score + i), top);
+        Simd::store(lane, top);
+        for (int i = whole; i < count; ++i) lane[i - whole] = std::max(lane[i - whole], score[i]);
+        for (int step = W; (step /= 2) >= GT;)
+            for (int i = 0; i < step; ++i) lane[i] = std::max(lane[i], lane[i + step]);
         for (int g = 0; g < GT; ++g) {
-            alpha[h * GT + g] = m[h * GT + g] - top[g];
-            m[h * GT + g] = top[g];
+            lane[g] = std::max(lane[g], m[g]);
+            alpha[g] = m[g] - lane[g];
+            m[g] = lane[g];
         }
-    }
-    for (int i = 0; i < heads * block * GT; i += W) Simd::store(score + i, exp2(Simd::load(score + i)));
-    for (int i = 0; i < heads * GT; i += W) Simd::store(alpha + i, exp2(Simd::load(alpha + i)));
-    for (int h = 0; h < heads; ++h) {
-        const float* s = score + h * block * GT;
-        float sum[GT] = {};
-        for (int p = 0; p < block; ++p)
-            for (int g = 0; g < GT; ++g) sum[g] += s[p * GT + g];
-        for (int g = 0; g < GT; ++g) l[h * GT + g] = l[h * GT + g] * alpha[h * GT + g] + sum[g];
+        for (int i = GT; i < W; ++i) lane[i] = lane[i - GT];
+        const V minus = Simd::mul(Simd::load(lane), Simd::set1(-1.0f)), one = Simd::set1(1.0f);
+        for (int i = 0; i < whole; i += W) {
+            const V weight = exp2(Simd::fma(Simd::load(score + i), one, minus));
+            Simd::store(score + i, weight);
+            sum = Simd::fma(weight, one, sum);
+        }
+        Simd::store(lane, sum);
+        if (whole < count) {
+            float rest[W];
+            for (int i = 0; i < W; ++i) rest[i] = whole + i < count ? score[whole + i] - m[i % GT] : LOWEST;
+            Simd::store(rest, exp2(Simd::load(rest)));
+            for (int i = 0; i < W; ++i) lane[i] += rest[i];
+            for (int i = whole; i < count; ++i) score[i] = rest[i - whole];
+        }
+        for (int step = W; (step /= 2) >= GT;)
+            for (int i = 0; i < step; ++i) lane[i] += lane[i + step];
+        for (int g = 0; g < GT; ++g) l[g] = l[g] * (alpha[g] = alpha[g] < -126.0f ? 0.0f : std::exp2(alpha[g])) + lane[g];
     }
 }
 
-// Adds weighted values of one head, CT vectors of it from `column` on; `ahead` is where the next keys lie.
+// Adds weighted values of one head, CT vectors of it from `column` on; `lines` lines are fetched with each.
 template <class T, int GT, int CT>
-inline void add_values(const Call& c, const Row* row, int block, const float* weight, const float* alpha, float* acc,
-                       int column, int64_t ahead, int64_t ahead_bytes) {
+inline void add_values(const Row* row, int block, const float* weight, const float* alpha, float* acc, int column,
+                       int group, int lines, Fetcher& next) {
     V sum[GT * CT];
-    const int per_group = c.groups ? int(c.H / W / c.groups) : 1 << 20;
     for (int i = 0; i < CT; ++i)
         for (int g = 0; g < GT; ++g)
             sum[i * GT + g] = Simd::mul(Simd::load(acc + ((column + i) * GT + g) * W), Simd::set1(alpha[g]));
     for (int p = 0; p < block; ++p) {
         V x[CT];
-        for (int i = 0; i < CT; ++i) x[i] = value(T{}, row[p], column + i, (column + i) / per_group);
+        const V scale = of_group<T>(row[p].scale, group), zero = of_group<T>(row[p].zero, group);
+        for (int i = 0; i < CT; ++i) x[i] = value(T{}, row[p], column + i, scale, zero);
         for (int g = 0; g < GT; ++g) {
             const V w = Simd::set1(weight[p * GT + g]);
             for (int i = 0; i < CT; ++i) sum[i * GT + g] = Simd::fma(x[i], w, sum[i * GT + g]);
         }
-        fetch(row[p].data + ahead, ahead_bytes);
+        next.lines(lines);
     }
     for (int i = 0; i < CT; ++i)
         for (int g = 0; g < GT; ++g) Simd::store(acc + ((column + i) * GT + g) * W, sum[i * GT + g]);
 }
 
 template <class T, int GT>
-inline void values(const Call& c, const Row* row, int heads, int block, const float* weight, const float* alpha,
-                   float* acc, int64_t head_q, int64_t ahead) {
-    constexpr int CT = NR / GT < 8 ? NR / GT : 8;
-    const int columns = int(c.H / W);
-    for (int h = 0; h < heads; ++h, row += block, weight += block * GT, alpha += GT, acc += head_q) {
-        // Each part of the row has the same part of the next block's key fetched.
-        const auto fetched = [&](int column, int count) {
-            const int64_t first = int64_t(column) * W * T::size / 64 * 64, stop = int64_t(column + count) * W * T::size;
-            return std::pair<int64_t, int64_t>(ahead + first, ahead ? stop / 64 * 64 - first : 0);
-        };
+inline void values(const Call& c, const Row* row, int heads, int block, int g0, const float* weight,
+                   const float* alpha, float* acc, Fetcher& next) {
+    // Of codes, vectors of one group at a time.
+    constexpr int MOST = std::is_same_v<T, U8> ? MIN_GROUP / W : 8, CT = std::min(NR / GT, MOST);
+    const int columns = int(c.H / W), queries = int(c.N / c.K);
+    acc += int64_t(g0) * c.H;
+    for (int h = 0; h < heads; ++h, row += block, weight += block * GT, alpha += GT, acc += queries * c.H) {
         int column = 0;
         const auto take = [&](auto count) {
             constexpr int N = decltype(count)::value;
             if constexpr (N <= CT) {
                 for (; columns - column >= N; column += N) {
-                    const auto [where, bytes] = fetched(column, N);
-                    add_values<T, GT, N>(c, row, block, weight, alpha, acc, column, where, bytes);
+                    const int64_t offset = int64_t(column) * W * T::size;
+                    const int group = c.groups ? int(column * W / c.group_size) : 0;
+                    const int lines = int((offset + N * W * T::size + 63) / 64 - (offset + 63) / 64);
+                    add_values<T, GT, N>(row, block, weight, alpha, acc, column, group, lines, next);
                 }
             }
         };
@@ -209,29 +269,39 @@ inline void widen(const char* from, int count, float* to) {
     for (; i < count; ++i) to[i] = from_half(((const uint16_t*)from)[i]);
 }
 
-// Rows of the positions from `position` on: keys [head][block], then values.
+// Rows of a block's positions: keys [head][block], then values.
 template <class T>
 inline void find_rows(const Call& c, const Piece& piece, int64_t position, int block, Bench& bench) {
     const int rows = piece.heads * block, groups = int(c.groups) * piece.heads;
+    const int64_t queries = c.N / c.K;
     for (int half = 0; half < 2; ++half) {
         for (int p = 0; p < block; ++p) {
-            const float *scale = bench.scale + (half * block + p) * groups, *zero = bench.zero + (scale - bench.scale);
-            if constexpr (std::is_same_v<T, U8>) {
-                const int64_t skip = int64_t(piece.head) * c.groups * 2;
-                const char* s = c.scale + (position + p) * c.scale_position_bytes + half * c.scale_half_bytes +
-                                piece.sequence * c.scale_sequence_bytes + skip;
-                const char* z = c.zero + (position + p) * c.zero_position_bytes + half * c.zero_half_bytes +
-                                piece.sequence * c.zero_sequence_bytes + skip;
-                widen(s, groups, const_cast<float*>(scale));
-                widen(z, groups, const_cast<float*>(zero));
-                fetch(s + block * c.scale_position_bytes, groups * 2);
-                fetch(z + block * c.zero_position_bytes, groups * 2);
-            }
+            const int64_t skip = (half * block + p) * groups;
             const char* data = c.kv + (position + p) * c.position_bytes + half * c.half_bytes +
                                piece.sequence * c.sequence_bytes + piece.head * c.H * T::size;
             for (int h = 0; h < piece.heads; ++h)
                 bench.rows[half * rows + h * block + p] =
-                    Row{data + h * c.H * T::size, scale + h * c.groups, zero + h * c.groups};
+                    Row{data + h * c.H * T::size, bench.scale + skip + h * c.groups, bench.zero + skip + h * c.groups,
+                        bench.q + h * queries * c.H};
+        }
+    }
+}
+
+// Scales and zeros of a block's codes as fp32; those of the next are fetched.
+inline void find_groups(const Call& c, const Piece& piece, int64_t position, int block, Bench& bench) {
+    const int groups = int(c.groups) * piece.heads;
+    const int64_t skip = piece.head * c.groups * 2;
+    for (int half = 0; half < 2; ++half) {
+        for (int p = 0; p < block; ++p) {
+            const int64_t at = (half * block + p) * groups;
+            const char* s = c.scale + (position + p) * c.scale_position_bytes + half * c.scale_half_bytes +
+                            piece.sequence * c.scale_sequence_bytes + skip;
+            const char* z = c.zero + (position + p) * c.zero_position_bytes + half * c.zero_half_bytes +
+                            piece.sequence * c.zero_sequence_bytes + skip;
+            widen(s, groups, bench.scale + at);
+            widen(z, groups, bench.zero + at);
+            fetch(s + block * c.scale_position_bytes, groups * 2);
+            fetch(z + block * c.zero_position_bytes, groups * 2);
         }
     }
 }
@@ -245,16 +315,22 @@ inline void attend_piece(const Call& c, const Plan& plan, const Piece& piece, Be
     std::fill_n(to.l, piece.heads * queries, 0.0f);
     for (int64_t position = piece.first; position < piece.stop; position += plan.block) {
         const int block = int(std::min<int64_t>(plan.block, piece.stop - position)), rows = piece.heads * block;
-        find_rows<T>(c, piece, position, block, bench);
+        if (position == piece.first || block < plan.block)
+            find_rows<T>(c, piece, position, block, bench);
+        else
+            for (int i = 0; i < 2 * rows; ++i) bench.rows[i].data += plan.block * c.position_bytes;
+        if (c.groups) find_groups(c, piece, position, block, bench);
         const float* bias = c.bias ? c.bias + piece.sequence * c.bias_stride + position : nullptr;
-        float* score = bench.score;
-        const bool last = position + block >= piece.stop;
+        const char* keys = bench.rows[0].data;
+        const int64_t run = piece.heads * c.H * T::size, left = piece.stop - position - block;
+        Fetcher values_now(keys + c.half_bytes, run, c.position_bytes, block);
+        Fetcher keys_next(keys + block * c.position_bytes, run, c.position_bytes, int(std::min<int64_t>(left, plan.block)));
         in_groups(queries, [&](auto together, int g0) {
             constexpr int GT = decltype(together)::value;
-            scores<T, GT>(c, bench.rows.data(), rows, block, bench.q + g0 * c.H, queries * c.H, score);
-            weigh<GT>(piece.heads, block, bias, score, to.m + g0 * piece.heads, to.l + g0 * piece.heads, bench.alpha);
-            values<T, GT>(c, bench.rows.data() + rows, piece.heads, block, score, bench.alpha, to.acc + g0 * c.H,
-                          queries * c.H, last ? 0 : block * c.position_bytes - c.half_bytes);
+            const int at = g0 * piece.heads;
+            scores<T, GT>(c, bench.rows.data(), rows, g0, bench.score, values_now);
+            weigh<GT>(piece.heads, block, bias, bench.score, to.m + at, to.l + at, bench.alpha);
+            values<T, GT>(c, bench.rows.data() + rows, piece.heads, block, g0, bench.score, bench.alpha, to.acc, keys_next);
         });
     }
 }

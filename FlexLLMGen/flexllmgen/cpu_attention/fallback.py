@@ -8,6 +8,8 @@ Knows the same layouts as the kernel; reads 16-bit and integer KV more slowly th
 import torch
 import torch.nn.functional as F
 
+from flexllmgen.compression import dequantise
+
 
 def attend_with_torch(
     q_BNH: torch.Tensor,
@@ -20,12 +22,15 @@ def attend_with_torch(
     threads: int,
     scale_S2BKG: torch.Tensor | None,
     zero_S2BKG: torch.Tensor | None,
+    group_size: int,
 ) -> None:
     """The arguments of `decode_attention_cpu`, already checked."""
     sequences, heads, size = q_BNH.shape
     kv = kv_S2BKH[first:length]
     if scale_S2BKG is not None and zero_S2BKG is not None:
-        kv = _dequantised(kv, scale_S2BKG[first:length], zero_S2BKG[first:length], q_BNH.dtype)
+        numbers = torch.empty(kv.shape, dtype=q_BNH.dtype)
+        dequantise(kv, scale_S2BKG[first:length], zero_S2BKG[first:length], 8, group_size, numbers)
+        kv = numbers
     num_kv_heads = kv.shape[3]
     k, v = (kv[:, which].permute(1, 2, 0, 3) for which in (0, 1))
     q = q_BNH.reshape(sequences, num_kv_heads, heads // num_kv_heads, size).to(kv.dtype)
@@ -40,13 +45,3 @@ def attend_with_torch(
         if threads != before:
             torch.set_num_threads(before)
     out_BNH.copy_(out.reshape(sequences, heads, size))
-
-
-def _dequantised(
-    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    """code * scale + zero, per group of the last dimension."""
-    groups = scale.shape[-1]
-    values: torch.Tensor = codes.unflatten(-1, (groups, codes.shape[-1] // groups)).float()
-    values = values * scale[..., None].float() + zero[..., None].float()
-    return values.flatten(-2).to(dtype)

@@ -20,9 +20,12 @@
 
 constexpr float LOG2E = 1.44269504088896f;
 constexpr float LOWEST = -1e30f;  // Below every score; finite, so that differences are numbers.
-constexpr int64_t L1_BYTES = 16 << 10;
+constexpr int BLOCK = 16;                  // positions whose keys are read before their values
+constexpr int64_t BLOCK_BYTES = 32 << 10;  // keys read together: they and their values stay near the core
+constexpr int64_t QUERY_BYTES = 64 << 10;  // queries and sums that go with them
+constexpr int MIN_GROUP = 64;  // of codes
 constexpr int64_t READ_BYTES = 4 << 20;
-constexpr int64_t MIN_CHUNK = 64;        // positions
+constexpr int64_t MIN_CHUNK = 128;       // positions
 constexpr int64_t TASKS_A_THREAD = 12;   // so that threads end together
 constexpr int64_t THREAD_BYTES = 128 << 10;  // Waking a thread for less costs more than it reads.
 
@@ -35,7 +38,7 @@ struct Call {
     int64_t scale_position_bytes, scale_half_bytes, scale_sequence_bytes;
     int64_t zero_position_bytes, zero_half_bytes, zero_sequence_bytes;
     int64_t bias_stride;
-    int64_t B, N, K, H, first, length, groups;
+    int64_t B, N, K, H, first, length, groups, group_size;
     int64_t q_type, kv_type;  // 0 fp32, 1 fp16, 2 bf16, 3 codes
     int64_t level, threads;
     float factor;
@@ -64,14 +67,8 @@ struct Plan {
     explicit Plan(const Call& c) {
         static constexpr int64_t sizes[] = {4, 2, 2, 1};
         const int64_t queries = c.N / c.K, row = c.H * sizes[c.kv_type], positions = c.length - c.first;
-        block = queries >= 4 ? 8 : 4;
-#ifdef FLEX_TUNE
-        if (const char* e = getenv("FLEX_BLOCK")) block = atoi(e);
-#endif
-        int64_t most = std::max<int64_t>(1, std::min(L1_BYTES / (block * row), 2 * L1_BYTES / (queries * c.H * 8)));
-#ifdef FLEX_TUNE
-        if (const char* e = getenv("FLEX_HEADS")) most = atoi(e);
-#endif
+        const int64_t most = std::max<int64_t>(1, std::min(BLOCK_BYTES / (BLOCK * row), QUERY_BYTES / (queries * c.H * 8)));
+        block = BLOCK;
         parts = (c.K + most - 1) / most;
         heads = int((c.K + parts - 1) / parts);
         parts = (c.K + heads - 1) / heads;

@@ -15,7 +15,20 @@ _POINTERS = ("q", "kv", "scale", "zero", "bias", "out")
 _STRIDES = tuple(
     f"{of}{axis}_bytes" for of in ("", "scale_", "zero_") for axis in ("position", "half", "sequence")
 )
-_COUNTS = ("B", "N", "K", "H", "first", "length", "groups", "q_type", "kv_type", "level", "threads")
+_COUNTS = (
+    "B",
+    "N",
+    "K",
+    "H",
+    "first",
+    "length",
+    "groups",
+    "group_size",
+    "q_type",
+    "kv_type",
+    "level",
+    "threads",
+)
 
 
 class _Call(ctypes.Structure):
@@ -42,10 +55,9 @@ class Kernel:
         self._library.flex_read.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
         self.level: int = self._library.flex_level()
 
-    def level_for(self, head_dim: int, groups: int) -> int | None:
-        """The best instruction set whose vectors divide a row's groups; none for odd sizes."""
-        width = head_dim // max(1, groups)
-        return next((level for level in range(self.level, -1, -1) if width % _WIDTHS[level] == 0), None)
+    def level_for(self, head_dim: int) -> int | None:
+        """The best instruction set whose vectors divide a head; none for odd sizes."""
+        return next((level for level in range(self.level, -1, -1) if head_dim % _WIDTHS[level] == 0), None)
 
     def attend(
         self,
@@ -59,6 +71,7 @@ class Kernel:
         threads: int,
         scale_S2BKG: torch.Tensor | None,
         zero_S2BKG: torch.Tensor | None,
+        group_size: int,
         level: int,
     ) -> None:
         """The arguments of `decode_attention_cpu`, already checked, by the instructions of `level`."""
@@ -81,7 +94,7 @@ class Kernel:
         )
         _set_strides(call, "", kv_S2BKH)
         if scale_S2BKG is not None and zero_S2BKG is not None:
-            call.groups = scale_S2BKG.shape[-1]
+            call.groups, call.group_size = scale_S2BKG.shape[-1], group_size
             call.scale, call.zero = scale_S2BKG.data_ptr(), zero_S2BKG.data_ptr()
             _set_strides(call, "scale_", scale_S2BKG)
             _set_strides(call, "zero_", zero_S2BKG)

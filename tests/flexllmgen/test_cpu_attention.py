@@ -1,0 +1,305 @@
+"""Decode attention on the CPU against the formula in double precision, and how its kernel is built and kept."""
+
+import multiprocessing
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+
+from flexllmgen import cpu_attention
+from flexllmgen.compression import dequantise, quantise
+from flexllmgen.cpu_attention.build import BuildFailedError, library_path
+from flexllmgen.cpu_attention.fallback import attend_with_torch
+from flexllmgen.cpu_attention.library import LEVELS, Kernel
+
+# B sequences  S positions  N query heads  K key heads  G groups of a row  H head dim
+
+BOUNDS = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+"""Largest error over the largest value: rounding of the output, and of sums in fp32."""
+SHAPES = [
+    (1, 8, 8, 128),
+    (3, 8, 1, 64),
+    (2, 14, 2, 80),
+    (2, 5, 5, 16),
+    (1, 64, 8, 128),
+    (2, 4, 4, 256),
+    (2, 6, 2, 20),
+]
+SPANS = [(0, 1), (0, 37), (5, 203), (0, 300)]
+
+
+@pytest.fixture(scope="module")
+def kernel() -> Kernel:
+    """Built once and kept in the user's cache, as for any run."""
+    try:
+        return Kernel(library_path())
+    except BuildFailedError as error:
+        pytest.skip(str(error))
+
+
+def expected(
+    q_BNH: torch.Tensor, kv_S2BKH: torch.Tensor, length: int, bias_BS: torch.Tensor | None, first: int
+) -> torch.Tensor:
+    queries = q_BNH.shape[1] // kv_S2BKH.shape[3]
+    k, v = (
+        kv_S2BKH[first:length, which].double().permute(1, 2, 0, 3).repeat_interleave(queries, 1)
+        for which in (0, 1)
+    )
+    scores = torch.einsum("bnh,bnsh->bns", q_BNH.double(), k) / q_BNH.shape[2] ** 0.5
+    if bias_BS is not None:
+        scores = scores + bias_BS[:, None, first:length].double()
+    return (torch.softmax(scores, -1)[..., None] * v).sum(2)
+
+
+def error(out_BNH: torch.Tensor, right_BNH: torch.Tensor) -> float:
+    return ((out_BNH.double() - right_BNH).abs().max() / right_BNH.abs().max()).item()
+
+
+def padding(sequences: int, first: int, length: int, positions: int) -> torch.Tensor:
+    """Each sequence hides some of its first positions, one more than the one before."""
+    bias_BS = torch.zeros(sequences, positions)
+    for index in range(sequences):
+        bias_BS[index, first : min(first + index + 1, length - 1)] = -torch.inf
+    return bias_BS
+
+
+def attend(
+    kernel: Kernel,
+    level: int,
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    length: int,
+    bias: torch.Tensor | None,
+    **more: object,
+) -> torch.Tensor:
+    out = torch.full_like(q, torch.nan)
+    arguments = {"first": 0, "threads": 1, "scale_S2BKG": None, "zero_S2BKG": None, "group_size": 64} | more
+    kernel.attend(q, kv, length, bias, out_BNH=out, level=level, **arguments)  # type: ignore[arg-type]
+    return out
+
+
+@pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_every_instruction_set_computes_attention(kernel: Kernel, name: str, dtype: torch.dtype) -> None:
+    if (level := LEVELS.index(name)) > kernel.level:
+        pytest.skip(f"no {name} here")
+    torch.manual_seed(0)
+    for sequences, heads, num_kv_heads, size in SHAPES:
+        if size % (4, 8, 16)[level]:
+            continue
+        for first, length in SPANS:
+            kv = torch.randn(length + 3, 2, sequences, num_kv_heads, size).to(dtype)
+            q = torch.randn(sequences, heads, size).to(dtype)
+            bias = padding(sequences, first, length, length + 5)
+            for threads in (1, 3):
+                out = attend(kernel, level, q, kv, length, bias, first=first, threads=threads)
+                assert error(out, expected(q, kv, length, bias, first)) < BOUNDS[dtype], (
+                    q.shape,
+                    first,
+                    length,
+                )
+
+
+@pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize("size", [64, 80, 128])
+@pytest.mark.parametrize("group_size", [64, 128])
+def test_codes_are_turned_back_while_they_are_read(
+    kernel: Kernel, name: str, size: int, group_size: int
+) -> None:
+    if (level := LEVELS.index(name)) > kernel.level:
+        pytest.skip(f"no {name} here")
+    torch.manual_seed(0)
+    for sequences, heads, num_kv_heads, length in ((2, 4, 4, 150), (1, 16, 2, 37)):
+        kv = torch.randn(length, 2, sequences, num_kv_heads, size)
+        codes, scale, zero = quantise(kv, 8, group_size)
+        numbers = dequantise(codes, scale, zero, 8, group_size, torch.empty_like(kv))
+        q = torch.randn(sequences, heads, size)
+        for first in (0, 11):
+            parts = {"scale_S2BKG": scale, "zero_S2BKG": zero, "group_size": group_size}
+            out = attend(kernel, level, q, codes, length, None, first=first, threads=2, **parts)
+            assert error(out, expected(q, numbers, length, None, first)) < 2e-6
+
+
+def test_codes_through_the_public_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernel and fallback agree, for queries in bf16."""
+    torch.manual_seed(0)
+    codes, scale, zero = quantise(torch.randn(70, 2, 3, 2, 80), 8, 64)
+    q = torch.randn(3, 6, 80).bfloat16()
+    outs = []
+    for one in (cpu_attention._kernel(), None):
+        monkeypatch.setattr(cpu_attention, "_kernel", lambda one=one: one)
+        outs.append(torch.empty_like(q))
+        cpu_attention.decode_attention_cpu(
+            q, codes, 61, None, first=2, out_BNH=outs[-1], threads=2, scale_S2BKG=scale, zero_S2BKG=zero
+        )
+    assert error(outs[0], outs[1].double()) < 2e-2
+
+
+@pytest.mark.parametrize("q_dtype", [torch.float32, torch.bfloat16])
+def test_rows_may_be_longer_than_their_content(q_dtype: torch.dtype) -> None:
+    """As where the disk wants whole pages; and a count of sequences smaller than there is room for."""
+    torch.manual_seed(0)
+    content = 2 * 5 * 3 * 32
+    rows = torch.randn(50, content + 96).bfloat16()
+    kv = rows[:, :content].view(50, 2, 5, 3, 32)[:, :, 1:4]
+    q = torch.randn(3, 6, 32).to(q_dtype)
+    out = torch.empty_like(q)
+    cpu_attention.decode_attention_cpu(q, kv, 50, out_BNH=out, threads=2)
+    assert error(out, expected(q, kv, 50, None, 0)) < BOUNDS[q_dtype]
+
+
+def test_few_sequences_use_all_threads_to_the_same_effect(kernel: Kernel) -> None:
+    """One sequence's positions are cut into pieces, whose sums are put together; one piece is hidden as a whole."""
+    torch.manual_seed(0)
+    kv, q = torch.randn(1500, 2, 1, 2, 64), 4 * torch.randn(1, 4, 64)
+    bias = torch.zeros(1, 1500)
+    bias[:, :400] = -torch.inf
+    outs = [attend(kernel, kernel.level, q, kv, 1500, bias, threads=threads) for threads in (1, 2, 4, 7)]
+    right = expected(q, kv, 1500, bias, 0)
+    assert all(error(out, right) < 2e-6 for out in outs)
+
+
+def test_scores_far_apart_neither_overflow_nor_vanish(kernel: Kernel) -> None:
+    kv, q = torch.randn(200, 2, 1, 1, 64), torch.randn(1, 2, 64)
+    kv[:, 0] *= 300
+    out = attend(kernel, kernel.level, q, kv, 200, None)
+    assert error(out, expected(q, kv, 200, None, 0)) < 1e-4
+
+
+def test_a_head_of_an_odd_size_goes_through_torch() -> None:
+    torch.manual_seed(0)
+    kv, q = torch.randn(20, 2, 2, 2, 6), torch.randn(2, 4, 6)
+    out = torch.empty_like(q)
+    cpu_attention.decode_attention_cpu(q, kv, 20, out_BNH=out, threads=1)
+    assert error(out, expected(q, kv, 20, None, 0)) < 2e-6
+
+
+def test_a_forked_process_has_threads_of_its_own(kernel: Kernel) -> None:
+    """The parent's are not in it: it would wait for them for ever."""
+    torch.manual_seed(0)
+    kv, q = torch.randn(900, 2, 2, 2, 64), torch.randn(2, 4, 64)
+    attend(kernel, kernel.level, q, kv, 900, None, threads=3)
+    out = torch.empty_like(q).share_memory_()
+
+    def child() -> None:
+        kernel.attend(
+            q, kv, 900, None, first=0, out_BNH=out, threads=3, scale_S2BKG=None, zero_S2BKG=None, group_size=64,
+            level=kernel.level,
+        )  # fmt: skip
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(60)
+    alive = process.is_alive()
+    process.kill()
+    assert not alive
+    assert error(out, expected(q, kv, 900, None, 0)) < 2e-6
+
+
+def test_reading_reads_all(kernel: Kernel) -> None:
+    data = torch.ones(5 << 20)
+    assert kernel.read(data, 2) == data.numel()
+
+
+def test_without_a_compiler_torch_serves_and_one_line_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    cpu_attention._kernel.cache_clear()
+    try:
+        torch.manual_seed(0)
+        kv, q = torch.randn(40, 2, 3, 2, 32).half(), torch.randn(3, 4, 32).half()
+        bias = padding(3, 3, 37, 40)
+        for _ in range(2):
+            out = torch.empty_like(q)
+            cpu_attention.decode_attention_cpu(q, kv, 37, bias, first=3, out_BNH=out, threads=1)
+            assert error(out, expected(q, kv, 37, bias, 3)) < 2e-3
+        assert not cpu_attention.available()
+        assert cpu_attention.which() == "torch"
+        (line,) = [record.getMessage() for record in caplog.records if "through torch" in record.getMessage()]
+        assert "no C++ compiler (no-such-compiler); install g++ or set CXX" in line
+    finally:
+        cpu_attention._kernel.cache_clear()
+
+
+def test_the_fallback_leaves_torchs_threads_as_they_were() -> None:
+    before = torch.get_num_threads()
+    q, kv = torch.randn(1, 2, 8), torch.randn(4, 2, 1, 2, 8)
+    attend_with_torch(
+        q, kv, 4, None, first=0, out_BNH=torch.empty_like(q), threads=before + 1, scale_S2BKG=None, zero_S2BKG=None,
+        group_size=64,
+    )  # fmt: skip
+    assert torch.get_num_threads() == before
+
+
+@pytest.fixture
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stands for a compiler, in a cache of its own: notes each build, and takes a while over it."""
+    script = tmp_path / "compiler"
+    script.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && echo 1 && exit\n'
+        f'echo built >> "{tmp_path}/builds"\nfor last; do :; done\necho half > "$last"\nsleep 0.3\n'
+        f'[ -e "{tmp_path}/broken" ] && echo "kernel.cpp:1: error: no" >&2 && exit 1\necho whole >> "$last"\n'
+    )
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def builds(folder: Path) -> int:
+    return len((folder / "builds").read_text().splitlines())
+
+
+def test_what_was_built_is_not_built_again(compiler: Path) -> None:
+    path = library_path()
+    assert path.read_text() == "half\nwhole\n"
+    assert library_path() == path
+    assert builds(compiler) == 1
+
+
+def test_another_source_or_compiler_is_another_library(
+    compiler: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    first = library_path()
+    script = compiler / "compiler"
+    script.write_text(script.read_text().replace("echo 1", "echo 2"))
+    second = library_path()
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "kernel.cpp").write_text("changed")
+    monkeypatch.setattr(cpu_attention.build, "SOURCES", tmp_path / "source")
+    assert len({first, second, library_path()}) == 3
+    assert builds(compiler) == 3
+
+
+def test_processes_that_want_it_at_once_build_it_once(compiler: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    processes = [context.Process(target=lambda: results.put(library_path().read_text())) for _ in range(3)]
+    for process in processes:
+        process.start()
+    found = [results.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    assert found == ["half\nwhole\n"] * 3
+    assert builds(compiler) == 1
+
+
+def test_a_failed_build_leaves_nothing_and_says_why(compiler: Path) -> None:
+    (compiler / "broken").touch()
+    with pytest.raises(BuildFailedError, match=r"failed: kernel\.cpp:1: error: no"):
+        library_path()
+    assert [path.suffix for path in (compiler / "cache" / "flexllmgen" / "cpu_attention").iterdir()] == [
+        ".lock"
+    ]
+    (compiler / "broken").unlink()
+    assert library_path().read_text() == "half\nwhole\n"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_cache_that_cannot_be_written_is_told(compiler: Path) -> None:
+    (compiler / "cache").mkdir(mode=0o500)
+    with pytest.raises(BuildFailedError, match="Permission denied"):
+        library_path()
