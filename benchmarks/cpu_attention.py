@@ -1,0 +1,242 @@
+"""Attention of a decode step on the CPU: bytes of KV read a second, against the memory's own rate and torch's attention.
+
+    python benchmarks/cpu_attention.py [--threads 8,12,15] [--out cpu_attention.json]
+
+Prints a table and writes JSON. With a GPU all is measured twice: alone, and while copies from page-locked memory to
+the GPU run without a pause. Each row has the memory's read rate, measured beside it with the same threads, and the
+share of it that the attention reaches. Bytes are those stored: codes of 8 bits with their scales and zeros.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import mmap
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "FlexLLMGen"))
+
+GIB = 1 << 30
+SHAPES = {"MHA, 56 heads of 128": (56, 56, 128), "GQA, 64 on 8 heads of 128": (64, 8, 128)}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.uint8}
+GROUP = 64
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument(
+        "--threads", default="", help="counts, with commas; without: the cores less one, 3/4 and 1/2"
+    )
+    parser.add_argument(
+        "--gib", type=float, default=1.0, help="KV that a call reads; two such buffers take turns"
+    )
+    parser.add_argument("--context", type=int, default=544)
+    parser.add_argument("--trials", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("cpu_attention.json"))
+    args = parser.parse_args()
+    cores = len(os.sched_getaffinity(0))
+    default = sorted({max(1, count) for count in (cores - 1, cores * 3 // 4, cores // 2)}, reverse=True)
+    counts = [int(count) for count in args.threads.split(",")] if args.threads else default
+
+    from flexllmgen.cpu_attention import which
+
+    if which() == "torch":
+        sys.exit("the kernel could not be built: see the line above")
+    bench = Bench(int(args.gib * GIB), args.context, args.trials)
+    rows: list[dict[str, Any]] = []
+    for load in ("alone", "under copies") if torch.cuda.is_available() else ("alone",):
+        with copies() if load == "under copies" else nothing() as copied:
+            for threads in counts:
+                rows += report(bench.kernel_rows(threads), load, copied)
+            rows += report(bench.torch_rows(counts[0]), load, copied)
+    result = {
+        "kernel": which(),
+        "cores": cores,
+        "cpu": cpu_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "context": args.context,
+        "kv_bytes": bench.num_bytes,
+        "rows": rows,
+    }
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{which()} kernel on {cores} cores of {cpu_name()}; written to {args.out}")
+
+
+class Bench:
+    """KV in two buffers that take turns, so that no call finds its own in a cache."""
+
+    def __init__(self, num_bytes: int, context: int, trials: int) -> None:
+        self.num_bytes, self.context, self.trials = num_bytes, context, trials
+        self.buffers = [host_memory(num_bytes + num_bytes // 8) for _ in range(2)]
+        for buffer in self.buffers:  # Small numbers in every format: bytes of 0x3c are fp16 ones, bf16 0.01.
+            buffer.fill_(0x3C)
+
+    def kernel_rows(self, threads: int) -> Iterator[dict[str, Any]]:
+        from flexllmgen.cpu_attention import _kernel, decode_attention_cpu
+
+        kernel = _kernel()
+        assert kernel is not None
+        for shape in SHAPES:
+            for name in DTYPES:
+                calls, num_bytes = self._calls(shape, name, threads, decode_attention_cpu)
+                reads = [
+                    lambda each=each: kernel.read(each[: self.num_bytes], threads) for each in self.buffers
+                ]
+                # In turns: what else the machine does then troubles both alike.
+                seconds, read_s = self._timed(calls, reads)
+                yield row("kernel", shape, name, threads, num_bytes / seconds, self.num_bytes / read_s)
+
+    def torch_rows(self, threads: int) -> Iterator[dict[str, Any]]:
+        """torch's attention on the same KV where it lies, as FlexLLMGen calls it without a kernel."""
+        from flexllmgen.cpu_attention.fallback import attend_with_torch
+
+        def attend(
+            q: torch.Tensor, kv: torch.Tensor, length: int, *, out_BNH: torch.Tensor, threads: int
+        ) -> None:
+            attend_with_torch(
+                q, kv, length, None, first=0, out_BNH=out_BNH, threads=threads, scale_S2BKG=None, zero_S2BKG=None,
+                group_size=GROUP,
+            )  # fmt: skip
+
+        for shape in SHAPES:
+            for name in ("bf16", "fp16", "fp32"):
+                calls, num_bytes = self._calls(shape, name, threads, attend)
+                (seconds,) = self._timed(calls[:1], trials=2)
+                yield row("torch", shape, name, threads, num_bytes / seconds, None)
+
+    def _calls(
+        self, shape: str, name: str, threads: int, attend: Callable[..., None]
+    ) -> tuple[list[Callable[[], None]], int]:
+        heads, num_kv_heads, size = SHAPES[shape]
+        dtype = DTYPES[name]
+        groups = size // GROUP if name == "int8" else 0
+        position = 2 * num_kv_heads * (size * dtype.itemsize + 4 * groups)
+        sequences = self.num_bytes // (position * self.context)
+        q = torch.randn(sequences, heads, size).to(torch.bfloat16 if name == "int8" else dtype)
+        out = torch.empty_like(q)
+        calls = []
+        for buffer in self.buffers:
+            count = self.context * 2 * sequences * num_kv_heads
+            content = count * size * dtype.itemsize
+            kv = buffer[:content].view(dtype).view(self.context, 2, sequences, num_kv_heads, size)
+            more = {}
+            if groups:
+                codes_end = -(-content // 64) * 64
+                parts = buffer[codes_end : codes_end + count * groups * 4].view(torch.float16)
+                scale, zero = parts.view(2, self.context, 2, sequences, num_kv_heads, groups)
+                more = {"scale_S2BKG": scale, "zero_S2BKG": zero}
+            calls.append(
+                lambda kv=kv, more=more: attend(q, kv, self.context, out_BNH=out, threads=threads, **more)
+            )
+        return calls, sequences * position * self.context
+
+    def _timed(self, *actions: list[Callable[[], object]], trials: int | None = None) -> list[float]:
+        """The quickest of the trials of each, its variants taking turns."""
+        best = [float("inf")] * len(actions)
+        for trial in range(1 + (trials or self.trials)):
+            for index, variants in enumerate(actions):
+                started = time.perf_counter()
+                variants[trial % len(variants)]()
+                if trial:
+                    best[index] = min(best[index], time.perf_counter() - started)
+        return best
+
+
+def row(
+    who: str, shape: str, name: str, threads: int, rate: float, read_rate: float | None
+) -> dict[str, Any]:
+    figures = {"who": who, "shape": shape, "dtype": name, "threads": threads, "kv_bytes_per_s": rate}
+    return figures | {"read_bytes_per_s": read_rate, "share": rate / read_rate if read_rate else None}
+
+
+def report(rows: Iterator[dict[str, Any]], load: str, copied: Callable[[], float]) -> list[dict[str, Any]]:
+    """Prints rows as they are measured."""
+    done = []
+    copied()
+    for each in rows:
+        full = each | {"load": load, "h2d_bytes_per_s": copied()}
+        done.append(full)
+        against = (
+            f"of {each['read_bytes_per_s'] / 1e9:6.1f}: {each['share']:4.0%}" if each["share"] else " " * 16
+        )
+        beside = f"   copies {full['h2d_bytes_per_s'] / 1e9:.1f}" if full["h2d_bytes_per_s"] else ""
+        print(
+            f"{load:12} {each['who']:6} {each['shape']:26} {each['dtype']} {each['threads']:3} threads "
+            f"{each['kv_bytes_per_s'] / 1e9:6.1f} GB/s {against}{beside}",
+            flush=True,
+        )
+    return done
+
+
+@contextmanager
+def nothing() -> Iterator[Callable[[], float]]:
+    yield lambda: 0.0
+
+
+@contextmanager
+def copies() -> Iterator[Callable[[], float]]:
+    """Copies to the GPU, always several under way; gives the rate since it was last asked."""
+    pinned = torch.empty(GIB // 2, dtype=torch.uint8, pin_memory=True)
+    device = torch.empty_like(pinned, device="cuda")
+    ended, moved = threading.Event(), [0]
+
+    def run() -> None:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            pending: list[torch.cuda.Event] = []
+            while not ended.is_set():
+                device.copy_(pinned, non_blocking=True)
+                # A blocking event: waiting for it takes no core from the attention.
+                event = torch.cuda.Event(blocking=True)
+                event.record(stream)
+                pending.append(event)
+                if len(pending) > 3:
+                    pending.pop(0).synchronize()
+                    moved[0] += pinned.nbytes
+            stream.synchronize()
+
+    last = [time.perf_counter(), 0]
+
+    def rate() -> float:
+        now, total = time.perf_counter(), moved[0]
+        since, before = last
+        last[:] = [now, total]
+        return (total - before) / (now - since)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    time.sleep(0.5)
+    try:
+        yield rate
+    finally:
+        ended.set()
+        thread.join()
+
+
+def host_memory(num_bytes: int) -> torch.Tensor:
+    """In huge pages where there are any, as the engine's arena."""
+    mapping = mmap.mmap(-1, num_bytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(mapping, dtype=torch.uint8)
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown"
+    )
+
+
+if __name__ == "__main__":
+    main()
