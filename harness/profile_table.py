@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 
 from flexllmgen.units import gib
 from profiling.layer_times import LayerShape, LayerTimes, Point
-from profiling.profile import NOISY, HardwareProfile, Measurement, Rates
+from profiling.profile import NOISY, HardwareProfile, Rates
 
 _CONTEXT = 512
 _TITLES = {
@@ -56,7 +56,7 @@ def profile_tables(profile: HardwareProfile, layers: LayerTimes | None) -> Itera
     yield ProfileTable(
         title="",
         columns=("rate", "median", "best", "spread", ""),
-        rows=[_rate_row(name, profile.measurements[name]) for name in measured],
+        rows=[_rate_row(name, profile) for name in measured],
     )
     if layers is not None:
         yield _layer_table(layers)
@@ -74,7 +74,13 @@ def _tier_rows(profile: HardwareProfile) -> Iterator[tuple[str, str, str]]:
     yield f"disk ({disk.filesystem}, {disk.path})", gib(disk.total_bytes), gib(capacity.disk_free_bytes)
 
 
-def _rate_row(name: str, measured: Measurement) -> tuple[str, ...]:
+def _rate_row(name: str, profile: HardwareProfile) -> tuple[str, ...]:
+    measured = profile.measurements[name]
+    # Which kernel it was sets this rate more than the machine does.
+    kernel = (
+        f" ({profile.cpu_attention})" if name.startswith("cpu_attention") and profile.cpu_attention else ""
+    )
+
     def reading(rate: float) -> str:
         if name == "compute_flops_per_s":
             return f"{rate / 1e12:,.2f} TFLOP/s"
@@ -83,7 +89,7 @@ def _rate_row(name: str, measured: Measurement) -> tuple[str, ...]:
         return f"{rate / 1e9:,.2f} GB/s"
 
     return (
-        _TITLES[name],
+        _TITLES[name] + kernel,
         reading(measured.median),
         reading(measured.best),
         f"{measured.spread:.1%}",

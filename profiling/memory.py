@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
+from flexllmgen.cpu_attention import decode_attention_cpu
+from flexllmgen.host_attention import attention_threads
+from flexllmgen.memory.arena import HostArena
 from profiling.compute import timed_runs
 from profiling.profile import Measurement
 
@@ -39,16 +42,21 @@ def host_read() -> HostWork:
 
 
 def host_attention(dtype: torch.dtype) -> HostWork:
-    """A decode step's attention: one query of each sequence against its keys and values."""
-    sequence_bytes = 2 * _HEADS * _POSITIONS * _HEAD_DIM * dtype.itemsize
-    batch = max(1, _KV_BYTES // sequence_bytes)
-    keys, values = (torch.ones(batch, _HEADS, _POSITIONS, _HEAD_DIM, dtype=dtype) for _ in range(2))
-    query = torch.ones(batch, _HEADS, 1, _HEAD_DIM, dtype=dtype)
+    """A decode step's attention, by the engine's kernel, with its threads, on KV as its cache lays it out."""
+    position_bytes = 2 * _HEADS * _HEAD_DIM * dtype.itemsize
+    batch = max(1, _KV_BYTES // (position_bytes * _POSITIONS))
+    num_bytes = batch * position_bytes * _POSITIONS
+    arena = HostArena(register=False)
+    region = arena.reserve(num_bytes)
+    arena.commit()
+    kv_S2BKH = arena.view(region).view(dtype).view(_POSITIONS, 2, batch, _HEADS, _HEAD_DIM).fill_(1)
+    query = torch.ones(batch, _HEADS, _HEAD_DIM, dtype=dtype)
+    out, threads = torch.empty_like(query), attention_threads()
 
     def attend() -> None:
-        torch.nn.functional.scaled_dot_product_attention(query, keys, values)
+        decode_attention_cpu(query, kv_S2BKH, _POSITIONS, out_BNH=out, threads=threads)
 
-    return HostWork(attend, batch * sequence_bytes)
+    return HostWork(attend, num_bytes)
 
 
 def measure_read(device: str) -> Measurement:

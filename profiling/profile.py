@@ -15,7 +15,7 @@ from flexllmgen.errors import UsageError
 from profiling.hardware import Disk, Gpu, Hardware
 from profiling.layer_times import LayerTimes
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 NOISY = 0.15
 """Relative spread from which a measurement is flagged."""
 
@@ -121,6 +121,7 @@ class HardwareProfile:
     Args:
         fingerprint: of all that the figures depend on; a profile with another one is never used silently.
         measurements: by the names of Rates.
+        cpu_attention: what attended on the CPU where that was measured: the kernel's instructions, or torch.
         layers: how long a decoder layer takes, one table for each shape of model that was measured.
     """
 
@@ -136,6 +137,7 @@ class HardwareProfile:
     energy_counter: bool
     capacity: Capacity
     measurements: Mapping[str, Measurement]
+    cpu_attention: str = ""
     layers: tuple[LayerTimes, ...] = ()
 
     @property

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from flexllmgen import cpu_attention
 from flexllmgen.errors import UsageError
 from flexllmgen.models.published import published_config
 from flexllmgen.spec import ModelSpec
@@ -106,6 +107,9 @@ class _Taker:
 
     def measure(self, fingerprint: str) -> HardwareProfile:
         """Everything but layer times."""
+        attends = (
+            cpu_attention.which()
+        )  # Which builds the kernel where that was not yet done; no part of measuring.
         started = time.perf_counter()
         context_bytes = _start_gpu() if self.device == "cuda" else 0
         capacity = self._capacity(context_bytes, 0)
@@ -128,6 +132,7 @@ class _Taker:
             energy_counter=energy_joules() is not None,
             capacity=capacity,
             measurements=measurements,
+            cpu_attention=attends,
         )
 
     def brought_up_to_date(self, kept: HardwareProfile) -> HardwareProfile:
