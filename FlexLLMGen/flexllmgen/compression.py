@@ -25,8 +25,9 @@ GROUP_SIZES = (64, 128)
 RULE = 1
 """Counts the ways in which numbers were ever rounded: what is kept on disk is found by it."""
 _FP16_MAX = 65504.0
-_BLOCK_NUMBERS = 1 << 20
+_BLOCK_NUMBERS = 1 << 17
 """Numbers that the CPU turns back at once: its temporaries stay in the cache, and small."""
+_CUDA_BLOCK_NUMBERS = 1 << 22
 
 
 def check_bits(bits: int | None, group_size: int, name: str) -> None:
@@ -91,13 +92,13 @@ def quantise(x: torch.Tensor, bits: int, group_size: int) -> tuple[torch.Tensor,
     *rows, size = x.shape
     levels = 2**bits - 1
     groups = num_groups(size, group_size)
-    numbers = x.float().clamp(-_FP16_MAX, _FP16_MAX)
+    numbers = x.float()
     if size % group_size:
         # The last number again and again: it changes neither the least nor the greatest of its group.
         missing = groups * group_size - size
         numbers = torch.cat([numbers, numbers[..., -1:].expand(*rows, missing)], dim=-1)
     grouped = numbers.reshape(*rows, groups, group_size)
-    low, high = grouped.aminmax(dim=-1)
+    low, high = (edge.clamp(-_FP16_MAX, _FP16_MAX) for edge in grouped.aminmax(dim=-1))
     zero = -_half_up(-low)
     zero32 = zero.float()
     scale = _half_up((high - zero32) / levels)
@@ -105,9 +106,9 @@ def quantise(x: torch.Tensor, bits: int, group_size: int) -> tuple[torch.Tensor,
     inverse = torch.where(scale32 > 0, 1 / scale32, 0.0)
     # The greatest code that does not turn back to more than fp16 holds.
     top = torch.where(scale32 > 0, ((_FP16_MAX - zero32) / scale32).floor(), 0.0).clamp(max=levels)
-    codes = ((grouped - zero32[..., None]) * inverse[..., None]).round_()
-    codes = torch.minimum(codes, top[..., None]).clamp_(min=0).to(torch.uint8)
-    codes = codes.reshape(*rows, groups * group_size)[..., :size]
+    scaled = (grouped - zero32[..., None]).mul_(inverse[..., None]).round_()
+    torch.minimum(scaled, top[..., None], out=scaled)
+    codes = scaled.clamp_(min=0).to(torch.uint8).reshape(*rows, groups * group_size)[..., :size]
     if bits == 4:
         if size % 2:
             codes = torch.cat([codes, codes.new_zeros(*rows, 1)], dim=-1)
@@ -145,7 +146,7 @@ def dequantise(
         codes, scale, zero, target = codes[None], scale[None], zero[None], out[None]
     else:
         target = out
-    at_once = max(1, _BLOCK_NUMBERS // max(1, size))
+    at_once = max(1, (_CUDA_BLOCK_NUMBERS if out.is_cuda else _BLOCK_NUMBERS) // max(1, size))
     for first in range(0, len(target), at_once):
         here = slice(first, first + at_once)
         _dequantise_rows(codes[here], scale[here], zero[here], bits, group_size, target[here])
@@ -176,18 +177,22 @@ def _dequantise_rows(
     group_size: int,
     out_RN: torch.Tensor,
 ) -> None:
-    rows, size = out_RN.shape
+    size = out_RN.shape[1]
     if bits == 4:
-        codes_RC = torch.stack((codes_RC & 15, codes_RC >> 4), dim=-1).view(rows, -1)[:, :size]
+        # Two codes of a byte to two bytes: the low half stays, the high half moves up.
+        pairs = codes_RC.to(torch.int16)
+        codes_RC = pairs.bitwise_or_(pairs << 4).bitwise_and_(0x0F0F).view(torch.uint8)[:, :size]
+    numbers_RN = codes_RC.float()
     whole = size // group_size
     first = whole * group_size
     if whole:
+        grouped = numbers_RN[:, :first].unflatten(-1, (whole, group_size))
         scale, zero = scale_RG[:, :whole, None].float(), zero_RG[:, :whole, None].float()
-        grouped = codes_RC[:, :first].reshape(rows, whole, group_size)
-        out_RN[:, :first].copy_((grouped * scale).add_(zero).view(rows, first))
+        torch.addcmul(zero, grouped, scale, out=grouped)
     if first < size:
-        scale, zero = scale_RG[:, whole:].float(), zero_RG[:, whole:].float()
-        out_RN[:, first:].copy_((codes_RC[:, first:] * scale).add_(zero))
+        rest = numbers_RN[:, first:]
+        torch.addcmul(zero_RG[:, whole:].float(), rest, scale_RG[:, whole:].float(), out=rest)
+    out_RN.copy_(numbers_RN)
 
 
 def _half_up(x: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,9 @@ from flexllmgen.spec import ModelSpec
 WINDOW_BYTES = 128 << 20
 """Random weights are made in so much device memory, which every plan has for work that comes later."""
 _QUANTISED_NUMBERS = 2 << 20
-"""Numbers that are compressed at once: its temporaries take some twenty bytes for each."""
+"""Numbers that a device compresses at once: its temporaries take some twenty bytes for each."""
+_CPU_QUANTISED_NUMBERS = 1 << 17
+"""The same on the CPU: they stay in its cache."""
 # The window holds one image's numbers only, and so does what compressing takes: one thread at a time uses a device.
 _device_lock = threading.Lock()
 
@@ -146,7 +148,8 @@ def _quantise_rows(
     device: torch.device,
 ) -> None:
     assert tensor.bits is not None
-    at_once = max(1, _QUANTISED_NUMBERS // dense_RN.shape[-1])
+    numbers = _CPU_QUANTISED_NUMBERS if device.type == "cpu" else _QUANTISED_NUMBERS
+    at_once = max(1, numbers // dense_RN.shape[-1])
     for first in range(0, len(dense_RN), at_once):
         here = slice(first, first + at_once)
         made = quantise(dense_RN[here].to(device), tensor.bits, tensor.group_size)

@@ -104,6 +104,21 @@ def test_depth_halves_and_copies_change_nothing(
     _check(tiny(name), policy, tmp_path, in_place=in_place)
 
 
+@pytest.mark.parametrize("sep_layer", [False, True])
+@pytest.mark.parametrize("name", ["opt", "qwen3-moe"])
+def test_while_the_cpu_attends(tiny: Any, tmp_path: Path, name: str, sep_layer: bool) -> None:
+    policy = Policy(
+        micro_batch_size=2,
+        num_micro_batches=3,
+        weights=Placement(gpu=0.4, cpu=0.6),
+        kv_cache=Placement(gpu=0.5, cpu=0.5),
+        cpu_attention=True,
+        sep_layer=sep_layer,
+        weight_bits=4,
+    )
+    _check(tiny(name), policy, tmp_path, in_place=False)
+
+
 @pytest.mark.parametrize("placement", [ON_CPU, MIXED], ids=["host", "mixed"])
 def test_other_number_types(tiny: Any, tmp_path: Path, placement: Placement) -> None:
     policy = Policy(micro_batch_size=6, weights=placement, weight_bits=8)
@@ -245,7 +260,7 @@ def test_random_weights_are_the_same_made_piece_by_piece(
 ) -> None:
     monkeypatch.setattr(checkpoints, "PIECE_NUMBERS", 10_000)
     monkeypatch.setattr(filling, "PIECE_NUMBERS", 10_000)
-    monkeypatch.setattr(filling, "_QUANTISED_NUMBERS", 3_000)
+    monkeypatch.setattr(filling, "_CPU_QUANTISED_NUMBERS", 3_000)
     # Rows that are no multiple of a group, and pieces that end within a row.
     config = {**published_config("opt-125m"), "num_hidden_layers": 1, "vocab_size": 700, "ffn_dim": 1100}
     spec = ModelSpec.from_hf_config(config, "opt")
