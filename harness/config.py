@@ -125,6 +125,12 @@ class EvalConfig(BaseModel):
         "Number format of weights and KV cache; auto: the checkpoint's on CUDA, float32 on CPU.",
         panel=_MODEL,
     )
+    allow_lossy: bool = _option(
+        False,
+        "Let autoflex choose policies that change what is generated (compressed weights or KV cache). What flexgen's own "
+        "keys ask for needs no leave.",
+        panel=_MODEL,
+    )
     trust_remote_code: bool = _option(
         False, "Let the model's repository run its own Python code.", panel=_MODEL
     )

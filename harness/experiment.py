@@ -32,6 +32,8 @@ from harness.measure import (
 from harness.prepare import Prepared, prepare
 from harness.prompts import PromptSet
 from harness.provenance import environment_freeze, git_diff, without_credentials
+from harness.quality.phase import Quality
+from harness.quality.words import loss_tags
 from harness.results import (
     UNWRITABLE,
     Repeat,
@@ -110,6 +112,7 @@ class _Run:
         self.placed: Placed | None = None
         self.plan = prepared.plan
         self.sampler: Sampler | None = None
+        self.quality: Quality | None = None
         self.result = self._opening_result()
         self.reserve = Reserve(folder / ".reserve")
 
@@ -205,6 +208,19 @@ class _Run:
                 self.once["energy_j_per_token"] = self.once["energy_j"] / tokens
             self.once.update(device_peaks())
             self._note_placed(engine)
+            if not self.plan.lossless:
+                # From here on nothing counts as the run's any more: not its memory, not what it moves.
+                self.once["peak_rss_bytes"] = float(peak_rss_bytes())
+                self.quality = Quality(self.job, self.plan, self.prepared.prompts, self.prepared.tokenizer)
+                self.events.send("phase", name="quality: perplexity")
+                with sampler.phase("quality"):
+                    self.quality.score(engine)
+        if self.quality is not None:
+            self.events.send("phase", name="quality: tokens and perplexity of the lossless model")
+            with sampler.phase("reference"):
+                self.quality.compare(self.output_ids)
+            for note in self.quality.notes:
+                self._warn(note)
 
     def _repeat(self, index: int, engine: Engine, batches: Sequence[Batch]) -> None:
         measured = Pass()
@@ -216,12 +232,9 @@ class _Run:
                 self._keep(index, measured)
             raise
         if self.output_ids and measured.output_ids != self.output_ids:
-            message = (
+            self._warn(
                 f"repeat {index + 1} generated other tokens than the first: this setup is not deterministic"
             )
-            if message not in self.warnings:
-                self.warnings.append(message)
-                self.events.send("warning", message=message)
         self._keep(index, measured)
 
     def _keep(self, index: int, measured: Pass) -> None:
@@ -266,18 +279,27 @@ class _Run:
     def _note_plan(self, plan: Plan) -> None:
         """Take over the plan that the engine really runs."""
         for warning in plan.warnings:
-            if warning not in self.warnings:
-                self.warnings.append(warning)
-                self.events.send("warning", message=warning)
+            self._warn(warning)
         self.plan = plan
         self.result = self.result.model_copy(
             update={
                 "plan": plan.as_dict(),
                 # Only now: what is recorded as a parameter cannot be changed.
                 "params": {**self.result.params, **policy_params(plan)},
+                "param_sources": {
+                    **self.result.param_sources,
+                    **({} if plan.lossless else {"lossy": "the plan"}),
+                },
+                "tags": {**self.result.tags, **loss_tags(plan.as_dict())},
                 "warnings": self.warnings,
             }
         )
+
+    def _warn(self, message: str) -> None:
+        """Tell of something, once."""
+        if message not in self.warnings:
+            self.warnings.append(message)
+            self.events.send("warning", message=message)
 
     def _note_placed(self, engine: Engine) -> None:
         self.placed = placed = engine.placed()
@@ -378,13 +400,16 @@ class _Run:
             medians, spread = median_and_spread([repeat.metrics for repeat in self.repeats])
             metrics.update(medians)
             metrics["repeats"] = float(len(self.repeats))
-        metrics["peak_rss_bytes"] = float(peak_rss_bytes())
+        metrics.setdefault("peak_rss_bytes", float(peak_rss_bytes()))
+        if self.quality is not None:
+            metrics.update(self.quality.metrics)
         metrics.update(compare_with_plan(self.plan, metrics.get("generation_tok_s")))
         return {
             "metrics": metrics,
             "spread": spread,
             "repeats": self.repeats,
             "cold": self.cold,
+            "quality": None if self.quality is None else self.quality.record,
             "itl_s": [mean_itl_by_position(batches) for batches in self.passes],
         }
 
@@ -446,7 +471,8 @@ def policy_params(plan: Plan) -> dict[str, Scalar]:
     for kind, shares in plan.details.get("shares", {}).items():
         for tier, percent in shares.items():
             params[f"policy_{short[kind]}_{tier}_percent"] = percent
-    return params
+    # Where it stands among the settings, runs with and without it are two setups.
+    return params if plan.lossless else {**params, "lossy": True}
 
 
 def make_batches(prompts: PromptSet, batch_size: int) -> list[Batch]:

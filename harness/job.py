@@ -1,7 +1,7 @@
 """What the command hands to its worker, and what the worker tells it on the way.
 
     command  --Job (one JSON line)-->  worker
-    command  <--events (JSON lines)--  worker      planned, phase, progress, warning, error, done
+    command  <--events (JSON lines)--  worker      planned, phase, progress, warning, error, done, reference
     command  --"go"------------------> worker      the record is open; timing may begin
 
 The worker is a process of its own so that its memory figures are the engine's alone, and so that a
@@ -20,6 +20,23 @@ from harness.provenance import process_identity
 from harness.results import Provenance, Scalar
 
 
+class ReferenceTask(BaseModel):
+    """What a worker does in place of a run: score windows of text and generate from prompts, losslessly.
+
+    Args:
+        windows: token ids, all of one length; `window_prompt_tokens` of each are read at once. `window_digest` names them.
+        prompts: token ids without padding, at most the job's input length of each.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    windows: list[list[int]]
+    window_prompt_tokens: int
+    window_digest: str
+    prompts: list[list[int]]
+    pad_token_id: int
+
+
 class Job(BaseModel):
     """Everything a worker needs to run."""
 
@@ -33,6 +50,7 @@ class Job(BaseModel):
     process: dict[str, Scalar]
     dry_run: bool = False
     verbose: bool = False
+    reference: ReferenceTask | None = None
 
     @classmethod
     def of(

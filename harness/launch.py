@@ -66,6 +66,11 @@ def one_signal_ignored(tell: Callable[[str], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def last_line(worker: Worker) -> str:
+    """The last words of a worker that has ended."""
+    return next((line for line in reversed(worker.last_lines) if line.strip()), "no output")
+
+
 class Launch:
     """One worker, from its start to its end.
 
@@ -191,7 +196,7 @@ class Launch:
             return RunError(type="Interrupted", message="interrupted", exit_code=exit_codes.INTERRUPTED)
         if code == -signal.SIGKILL:
             return RunError(type="WorkerDied", message=_OUT_OF_MEMORY, exit_code=OutOfMemory.exit_code)
-        last = next((line for line in reversed(self.worker.last_lines) if line.strip()), "no output")
+        last = last_line(self.worker)
         return RunError(
             type="WorkerDied", message=f"the worker ended with code {code} before it had planned: {last}"
         )

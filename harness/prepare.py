@@ -133,6 +133,7 @@ def make_request(config: EvalConfig, source: ModelSource, machine: Machine) -> P
         machine=machine,
         seed=config.seed,
         spec=known_spec(source),
+        allow_lossy=config.allow_lossy,
     )
 
 

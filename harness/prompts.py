@@ -66,16 +66,21 @@ class PromptSet:
         >>> ids_BT.shape
         torch.Size([4, 128])
         """
-        import torch
-
         assert 0 <= start < stop <= len(self.prompts), (start, stop, len(self.prompts))
         rows = [prompt.token_ids for prompt in self.prompts[start:stop]]
-        pads = [self.input_len - len(row) for row in rows]
-        ids_BT = torch.tensor(
-            [[self.pad_token_id] * pad + [*row] for pad, row in zip(pads, rows, strict=True)]
-        )
-        mask_BT = torch.tensor([[0] * pad + [1] * len(row) for pad, row in zip(pads, rows, strict=True)])
-        return ids_BT, mask_BT
+        return left_padded(rows, self.input_len, self.pad_token_id)
+
+
+def left_padded(
+    rows: Sequence[Sequence[int]], length: int, pad_token_id: int
+) -> "tuple[torch.Tensor, torch.Tensor]":
+    """Rows of ids as (ids_BT, mask_BT), int64, padded on the left to T = length."""
+    import torch
+
+    pads = [length - len(row) for row in rows]
+    ids_BT = torch.tensor([[pad_token_id] * pad + [*row] for pad, row in zip(pads, rows, strict=True)])
+    mask_BT = torch.tensor([[0] * pad + [1] * len(row) for pad, row in zip(pads, rows, strict=True)])
+    return ids_BT, mask_BT
 
 
 def load_prompts(

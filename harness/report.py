@@ -26,6 +26,7 @@ from rich.progress import (
 from rich.table import Table
 
 from flexllmgen.units import gib
+from harness.quality.words import losses
 from harness.results import RunResult, RunStatus
 
 if TYPE_CHECKING:
@@ -43,6 +44,10 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ("inter-token latency p50", "itl_p50_s", "ms"),
     ("inter-token latency p99", "itl_p99_s", "ms"),
     ("end to end, all prompts", "e2e_s", "s"),
+    ("perplexity", "perplexity", "number"),
+    ("  lossless", "perplexity_lossless", "number"),
+    ("tokens equal to lossless", "token_match_share", "share"),
+    ("  before the first other one", "equal_prefix_tokens", "tokens"),
     ("load", "load_s", "s"),
     ("peak host memory (RSS)", "peak_rss_bytes", "bytes"),
     ("peak GPU memory allocated", "peak_device_allocated_bytes", "bytes"),
@@ -169,6 +174,8 @@ class Report:
             f"{plan['gen_tokens']} tokens each",
             f"  weights {weights}; KV cache {kv} a batch; workspace {gib(plan['workspace_bytes'])}",
         ]
+        if lossy := losses(plan):
+            lines.append(f"  lossy: {lossy}")
         predicted, limit = plan.get("predicted"), plan.get("limit")
         if predicted and limit:
             lines.append(
@@ -300,6 +307,10 @@ def _reading(value: float, unit: str) -> str:
         return f"{value * 1000:.1f} ms"
     if unit == "bytes":
         return gib(value)
+    if unit == "number":
+        return f"{value:,.4g}"
+    if unit == "share":
+        return f"{value:.1%}"
     return f"{value:,.2f} {unit}"
 
 

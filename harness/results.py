@@ -132,6 +132,30 @@ class Timeline(Record):
     phases: list[tuple[str, float, float]] = Field(default_factory=list)
 
 
+class QualityRecord(Record):
+    """What the quality figures of a lossy run rest on; the figures themselves are metrics.
+
+    Args:
+        text: the dataset that perplexity was measured on; `digest` is of its windows' token ids.
+        scored_tokens: tokens that perplexity is the mean over, of all windows.
+        compared_sequences: prompts of the run whose tokens were held against the lossless ones.
+        reference: whether the lossless figures were measured for this run or kept from an earlier one; None without them.
+        notes: why figures are missing.
+    """
+
+    text: str | None = None
+    split: str | None = None
+    revision: str | None = None
+    digest: str | None = None
+    windows: int = 0
+    window_tokens: int = 0
+    scored_tokens: int = 0
+    compared_sequences: int = 0
+    compared_tokens: int = 0
+    reference: Literal["kept", "measured"] | None = None
+    notes: list[str] = Field(default_factory=list)
+
+
 class CellLink(Record):
     """Where a run stands in a benchmark: which one, which cell, and the processes it was measured in."""
 
@@ -168,6 +192,7 @@ class RunResult(Record):
     )
     tags: dict[str, str] = Field(default_factory=dict)
     dataset: DatasetRecord | None = None
+    quality: QualityRecord | None = Field(default=None, description="of a lossy run")
     provenance: Provenance = Field(default_factory=Provenance)
     hardware_fingerprint: str = ""
     workload_key: str = ""

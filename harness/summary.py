@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 
+from harness.quality.words import is_lossy, losses
 from harness.results import Provenance, RunError, RunResult, Scalar, Timeline
 
 PARAM_LIMIT, TAG_LIMIT, NAME_LIMIT = 6000, 8000, 250
@@ -188,7 +189,7 @@ def origin_tags(
 
 
 def describe(result: RunResult, error: RunError | None, pictures: Mapping[str, str] | None = None) -> str:
-    """The run in five lines of markdown: what ran, what came out, on what, with which prompts, where to look.
+    """The run in some five lines of markdown: what ran, what came out, on what, with which prompts, where to look.
 
     `pictures` maps names of artifacts to links. A run that failed tells its error before the figures, or
     in their place where none were measured.
@@ -199,6 +200,8 @@ def describe(result: RunResult, error: RunError | None, pictures: Mapping[str, s
     figures = _figures(result.metrics, result.spread, len(result.repeats))
     if figures or not error:
         lines.append(figures or "Nothing was measured.")
+    if lossy := _quality(result):
+        lines.append(lossy)
     lines += [_machine(result), _prompts(result)]
     if pictures:
         # Links: a picture shown right here has no width and pushes the rest of the page aside.
@@ -218,6 +221,24 @@ def _what(result: RunResult) -> str:
     if (gen := result.params.get("gen_len")) is not None:
         details.append(f"{result.params.get('input_len')} tokens in, {gen} out")
     return f"{line}: {', '.join(details)}" if details else line
+
+
+def _quality(result: RunResult) -> str:
+    """What a lossy run gives up and what that costs; empty for a lossless one."""
+    if not is_lossy(result.plan):
+        return ""
+    get, words = result.metrics.get, []
+    if (found := get("perplexity")) is not None:
+        text = f" on {result.quality.text}" if result.quality and result.quality.text else ""
+        against = f" ({ratio - 1:+.2%} of lossless)" if (ratio := get("perplexity_ratio")) is not None else ""
+        words.append(f"perplexity {found:.4g}{against}{text}")
+    if (share := get("token_match_share")) is not None:
+        words.append(f"{share:.1%} of the tokens equal the lossless ones")
+    if (prefix := get("equal_prefix_tokens")) is not None:
+        words.append(f"the first {prefix:.3g} on average")
+    if not words and result.quality and result.quality.notes:
+        words = list(result.quality.notes)
+    return f"**Lossy**: {losses(result.plan)}" + (f"; {', '.join(words)}" if words else "")
 
 
 def _machine(result: RunResult) -> str:

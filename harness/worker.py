@@ -14,6 +14,7 @@ from types import FrameType
 from harness import exit_codes
 from harness.experiment import LOG_FORMAT, run_experiment
 from harness.job import EventWriter, Job
+from harness.quality.reference_run import run_reference
 
 
 def main() -> int:
@@ -31,6 +32,8 @@ def main() -> int:
     go = threading.Event()
     threading.Thread(target=_watch_input, args=(go,), name="watch-input", daemon=True).start()
     try:
+        if job.reference is not None:
+            return run_reference(job, events)
         return run_experiment(job, events, lambda: _wait(go))
     except KeyboardInterrupt:
         events.send(

@@ -134,8 +134,12 @@ class AccelerateStrategy:
             weight_bytes=weight_bytes,
             kv_bytes=kv_tiers,
             workspace_bytes=workspace,
-            details={"device_map": {name: str(place) for name, place in device_map.items()}},
+            details={
+                "device_map": {name: str(place) for name, place in device_map.items()},
+                **({"quantize": config.quantize} if config.quantize != "none" else {}),
+            },
             warnings=tuple(warnings),
+            lossless=config.quantize == "none",
         )
 
     @contextmanager

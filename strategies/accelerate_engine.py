@@ -58,6 +58,19 @@ class AccelerateEngine:
         # every sequence gets exactly the tokens asked for.
         self.model.generation_config = GenerationConfig(pad_token_id=0)
 
+    @torch.inference_mode()
+    def score(self, ids_BT: torch.Tensor, *, prompt_tokens: int) -> torch.Tensor:  # noqa: ARG002
+        """Log-probabilities of each token after the first, float32 of shape (B, T - 1).
+
+        All tokens are read at once: steps would give the same, since KV is kept as it is.
+        """
+        scores = []
+        for ids_T in ids_BT.to(self.device):  # A row at a time: logits are the largest thing there is.
+            logits_TV = self.model(ids_T[None], use_cache=False).logits[0, :-1].float()
+            wanted_T1 = ids_T[1:, None].to(logits_TV.device)
+            scores.append(logits_TV.log_softmax(dim=-1).gather(1, wanted_T1)[:, 0].cpu())
+        return torch.stack(scores)
+
     def generate(
         self, ids_BT: torch.Tensor, mask_BT: torch.Tensor, gen_tokens: int
     ) -> Iterator[torch.Tensor]:

@@ -114,9 +114,13 @@ class AutoflexStrategy:
         return found
 
     def _plan(self, request: PlanRequest, found: Found) -> Plan:
-        return plan_of(
+        plan = plan_of(
             request, found.best.placement, strategy=self.name, details={"search": search_details(found)}
         )
+        if request.allow_lossy and plan.lossless:
+            text = "--allow-lossy: the policy found is lossless all the same"
+            return replace(plan, warnings=(*plan.warnings, text))
+        return plan
 
     def _search_again(self, plan: Plan, profile: HardwareProfile, engine: FlexgenEngine) -> Found | None:
         """The best policy at other rates. What this engine holds on disk would be free for another one."""

@@ -67,7 +67,8 @@ class Machine:
 class PlanRequest:
     """Everything a strategy may look at to plan a run.
 
-    `spec` is None for an architecture whose dimensions we do not know; nothing can be predicted then.
+    `spec` is None for an architecture whose dimensions we do not know; nothing can be predicted then. `allow_lossy` lets a
+    strategy that searches choose plans that change what is generated; what its own keys ask for needs no leave.
     """
 
     model: ModelSource
@@ -78,6 +79,7 @@ class PlanRequest:
     seed: int
     spec: "ModelSpec | None" = None
     profile: "HardwareProfile | None" = None
+    allow_lossy: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +94,7 @@ class Plan:
         details: what only this strategy has (a device map, a policy), JSON-ready.
         predicted: what the strategy's own model of itself says the run will take.
         limit: what the machine's measured rates allow at best for this plan.
+        lossless: whether the plan generates what the plain model does; a run of one that does not measures by how much.
     """
 
     request: PlanRequest
@@ -104,6 +107,7 @@ class Plan:
     predicted: CostEstimate | None = None
     limit: CostEstimate | None = None
     warnings: tuple[str, ...] = ()
+    lossless: bool = True
 
     @property
     def peak_bytes(self) -> dict[str, int]:
@@ -132,6 +136,7 @@ class Plan:
             "prompt_tokens": request.workload.prompt_tokens,
             "gen_tokens": request.workload.gen_tokens,
             "batch_size": self.batch_size,
+            "lossless": self.lossless,
             "weight_bytes": dict(self.weight_bytes),
             "kv_bytes": dict(self.kv_bytes),
             "workspace_bytes": self.workspace_bytes,
@@ -181,6 +186,18 @@ class CountsTraffic(Protocol):
 
     def moved_bytes(self) -> Mapping[str, int]:
         """Bytes over each link since loading began, as moved_h2d_bytes and the like; from any thread, at any time."""
+        ...
+
+
+@runtime_checkable
+class Scores(Protocol):
+    """An engine that can say how likely it finds a text; not every one can."""
+
+    def score(self, ids_BT: "torch.Tensor", *, prompt_tokens: int) -> "torch.Tensor":
+        """Log-probabilities of each token after the first, float32 of shape (B, T - 1), B being any number.
+
+        `prompt_tokens` are read at once, the others one a step, as when they are generated.
+        """
         ...
 
 

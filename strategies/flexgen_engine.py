@@ -6,6 +6,7 @@ strategies' own business.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from flexllmgen.checkpoint import Checkpoint, RandomCheckpoint, SafetensorsCheck
 from flexllmgen.engine import FlexEngine
 from flexllmgen.errors import OutOfMemory, UsageError
 from flexllmgen.placement import PlacementPlan
-from flexllmgen.policy import Policy
+from flexllmgen.policy import Placement, Policy
 from flexllmgen.sampling import Greedy
 from flexllmgen.spec import ModelSpec
 from flexllmgen.weights import weight_pack
@@ -24,6 +25,8 @@ from profiling.hardware import check_writable, free_disk_bytes
 from profiling.layer_times import LayerShape, nearest_table
 from profiling.profile import HardwareProfile
 from strategies.base import Placed, Plan, PlanRequest, out_of_memory_reason
+
+_ALWAYS_TOLD = ("micro_batch_size", "num_micro_batches", "overlap", "sep_layer", "pin_weight")
 
 
 class FlexgenEngine:
@@ -39,6 +42,10 @@ class FlexgenEngine:
         # A mask that hides nothing would only cost.
         mask = None if bool(mask_BT.all()) else mask_BT
         yield from self.engine.generate(ids_BT, mask, sampling=Greedy(), max_new_tokens=gen_tokens)
+
+    def score(self, ids_BT: torch.Tensor, *, prompt_tokens: int) -> torch.Tensor:
+        """Log-probabilities of each token after the first, those after the prompt predicted by steps."""
+        return self.engine.score(ids_BT, prompt_tokens=prompt_tokens)
 
     def moved_bytes(self) -> dict[str, int]:
         """Bytes over each link since loading began."""
@@ -128,6 +135,7 @@ def plan_of(
         predicted=predicted,
         limit=limit,
         warnings=tuple(_scaled_warning(placement.spec, request.profile)),
+        lossless=placement.policy.lossless,
     )
 
 
@@ -204,15 +212,17 @@ def make_checkpoint(request: PlanRequest) -> Checkpoint:
 
 
 def policy_details(policy: Policy) -> dict[str, object]:
-    """The integer choices and flags of a policy."""
-    return {
-        "micro_batch_size": policy.micro_batch_size,
-        "num_micro_batches": policy.num_micro_batches,
-        "overlap": policy.overlap,
-        "sep_layer": policy.sep_layer,
-        "pin_weight": policy.pin_weight,
-        "cpu_attention": policy.cpu_attention,
-    }
+    """The integer choices and flags of a policy; `Policy(**details, ...)` with its shares is the policy again.
+
+    What is at its default in a lossless policy is left out, so that records stay comparable when choices are added.
+    """
+    chosen = {}
+    for field in fields(policy):
+        value = getattr(policy, field.name)
+        known = field.name in _ALWAYS_TOLD or not policy.lossless or value != field.default
+        if known and not isinstance(value, Placement):
+            chosen[field.name] = value
+    return chosen
 
 
 def _tiers(sizes: object) -> dict[str, int]:

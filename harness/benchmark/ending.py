@@ -113,7 +113,7 @@ def exit_code(benchmark: Benchmark, *, delivered: bool, fail_on: str | None) -> 
 
 
 def unequal(benchmark: Benchmark) -> dict[str, str]:
-    """Why each cell that did not fail has no full parity with its baseline, by name."""
+    """Why each cell that did not fail has no full parity with its baseline, by name; lossy ones need none."""
     reasons = {}
     for cell in benchmark.cells:
         if cell.status is not CellStatus.FINISHED:
@@ -121,7 +121,7 @@ def unequal(benchmark: Benchmark) -> dict[str, str]:
         parity = benchmark.parity.get(cell.name)
         if parity is None:
             reasons[cell.name] = "there is no baseline on the same prompts to compare it with"
-        elif parity.equal_share < 1:
+        elif parity.equal_share < 1 and parity.expected:
             where = "" if parity.first_divergence is None else f", first at token {parity.first_divergence}"
             reasons[cell.name] = f"{parity.equal_share:.1%} of the sequences equal the baseline's{where}"
     return reasons

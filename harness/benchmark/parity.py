@@ -9,6 +9,7 @@ from flexllmgen.errors import UsageError
 from harness.benchmark.merge import launch_folder
 from harness.benchmark.record import Benchmark, Parity
 from harness.benchmark.table import baseline_of
+from harness.quality.words import is_lossy
 from harness.results import RunResult
 
 
@@ -75,7 +76,7 @@ def parity_of(
         theirs = None if base is None else _first(folder, results[base], base)
         mine = [_sequences(folder, cell.name, uuid) for uuid in _launches(results[cell.name])]
         there = [one for one in mine if one is not None]
-        if theirs is None or not there:
+        if base is None or theirs is None or not there:
             continue
         try:
             found = [compare(theirs, one) for one in there]
@@ -86,6 +87,7 @@ def parity_of(
         parities[cell.name] = Parity(
             equal_share=min(one.equal_share for one in found),
             first_divergence=min(divergences) if divergences else None,
+            expected=not any(is_lossy(results[name].plan) for name in (cell.name, base)),
         )
     return parities, refused
 

@@ -69,10 +69,12 @@ class Parity(Record):
     Args:
         equal_share: share of the sequences that are equal in every token; 1 for the baseline itself.
         first_divergence: the earliest position (from 0) at which any sequence differs; None where none does.
+        expected: false where the cell or its baseline is lossy, so that other tokens are no fault.
     """
 
     equal_share: float
     first_divergence: int | None = None
+    expected: bool = True
 
 
 class Benchmark(Record):

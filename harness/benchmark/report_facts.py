@@ -45,10 +45,27 @@ def verdicts(rows: Sequence[Row]) -> Iterator[str]:
     if not measured:
         done = any(row.status == "FAILED" for row in rows)
         yield "No cell has a measurement" + (": see the failures below." if done else " yet.")
-    differing = [row.name for row in rows if row.parity is not None and row.parity < 1]
+    lossy = {row.name for row in rows if row.lossy}
+    differing = [
+        row.name
+        for row in rows
+        if row.parity is not None and row.parity < 1 and not lossy & {row.name, row.baseline}
+    ]
     if differing:
         where = ", ".join(differing) if len(differing) <= 4 else f"{len(differing)} of {len(rows)} cells"
         yield f"Not all tokens equal those of the baseline in {where}."
+    for row in rows:
+        if row.lossy:
+            yield f"{row.name} is lossy: {row.lossy}{_quality(row)}."
+
+
+def _quality(row: Row) -> str:
+    words = []
+    if row.perplexity_ratio is not None:
+        words.append(f"perplexity {row.perplexity_ratio - 1:+.2%} of lossless")
+    if row.token_match_share is not None:
+        words.append(f"{percent(row.token_match_share)} of the tokens equal")
+    return f"; {', '.join(words)}" if words else ""
 
 
 def _overlap(one: Row, best: Row) -> bool:

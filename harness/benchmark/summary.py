@@ -66,7 +66,11 @@ def benchmark_metrics(benchmark: Benchmark, rows: Sequence[Row], at_ms: int) -> 
         ):
             if best is not None and (value := getattr(best, key)) is not None:
                 metrics[clean_name(f"{name}_{strategy}")] = value
-    if shares := [row.parity for row in rows if row.parity is not None]:
+    # Of a lossy cell other tokens are no fault; it has figures of its own.
+    lossy = {row.name for row in rows if row.lossy}
+    if shares := [
+        row.parity for row in rows if row.parity is not None and not lossy & {row.name, row.baseline}
+    ]:
         metrics["parity_lowest"] = min(shares)
     return [
         MetricRow(key=name, value=float(value), timestamp_ms=at_ms, step=0) for name, value in metrics.items()

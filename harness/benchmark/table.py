@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 from harness.benchmark.record import Benchmark, Cell, CellStatus, read_cells
+from harness.quality.words import losses
 from harness.results import RunResult, Scalar, write_json, write_text
 
 TABLE_SCHEMA_VERSION = 1
@@ -34,6 +35,8 @@ class Row:
         ratio_to_baseline: measured / the baseline's; 1 for the baseline itself.
         parity: share of sequences whose tokens all equal the baseline's; `first_divergence` the earliest position
             (from 0) that differs.
+        lossy: what the cell's policy gives up, in words; None for a lossless one. The other three are beside what the same
+            model does losslessly: perplexity, its ratio to the lossless one's, and the share of equal tokens.
     """
 
     name: str
@@ -66,6 +69,10 @@ class Row:
     predicted_disk_bytes: float | None = None
     parity: float | None = None
     first_divergence: int | None = None
+    lossy: str | None = None
+    perplexity: float | None = None
+    perplexity_ratio: float | None = None
+    token_match_share: float | None = None
 
 
 def rows_of(benchmark: Benchmark, results: Mapping[str, RunResult]) -> list[Row]:
@@ -225,6 +232,10 @@ def _row(cell: Cell, benchmark: Benchmark, results: Mapping[str, RunResult], bas
         predicted_disk_bytes=disk_bytes,
         parity=None if parity is None else finite(parity.equal_share),
         first_divergence=None if parity is None else parity.first_divergence,
+        lossy=losses(result.plan) or None,
+        perplexity=get("perplexity"),
+        perplexity_ratio=get("perplexity_ratio"),
+        token_match_share=get("token_match_share"),
     )
 
 

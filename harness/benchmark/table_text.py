@@ -167,6 +167,18 @@ def _plain() -> tuple[tuple[str, str, Callable[[Row], str | None], str], ...]:
             "tok/s that the strategy expected",
         ),
         ("parity", "parity", _parity, "sequences whose tokens all equal the baseline's"),
+        (
+            "token_match_share",
+            "tokens",
+            lambda row: _maybe(row.token_match_share, percent),
+            "of a lossy cell: generated tokens equal to the lossless model's, position by position",
+        ),
+        (
+            "perplexity_ratio",
+            "perplexity",
+            lambda row: _maybe(row.perplexity_ratio, lambda ratio: f"{ratio - 1:+.2%}"),
+            "of a lossy cell: perplexity on real text over the lossless model's, less 1",
+        ),
         ("runs", "runs", _runs, "launches x repeats of each"),
     )
 
@@ -225,7 +237,8 @@ def _parity(row: Row) -> str | None:
     if row.parity is None:
         return None
     where = "" if row.first_divergence is None else f" from {row.first_divergence}"
-    return f"{percent(row.parity)}{where}"
+    lossy = " (lossy)" if row.lossy else ""
+    return f"{percent(row.parity)}{where}{lossy}"
 
 
 def _runs(row: Row) -> str | None:

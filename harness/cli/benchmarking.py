@@ -105,7 +105,7 @@ def benchmark_command(
         typer.Option(
             "--fail-on",
             metavar="parity",
-            help="Exit with 3 where a cell's tokens are not all the baseline's.",
+            help="Exit with 3 where a lossless cell's tokens are not all the baseline's.",
             rich_help_panel="Output",
         ),
     ] = None,

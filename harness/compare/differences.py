@@ -11,7 +11,7 @@ from harness.config import EvalConfig
 from harness.results import RunResult, Scalar
 
 # Options that shape what is measured and are not in the workload key; of the others only strategies' own keys count.
-_SHAPING = ("model", "batch_size", "device", "gpu_mem", "cpu_mem", "weights")
+_SHAPING = ("model", "batch_size", "device", "gpu_mem", "cpu_mem", "weights", "allow_lossy")
 # What came out of planning, and where files lie.
 _OUTCOME = ("model_path", "model_revision", "path")
 

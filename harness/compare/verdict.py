@@ -18,6 +18,7 @@ from harness.compare.pairing import Group, Pair, Unpaired
 from harness.compare.plans import PlanChange, plan_change
 from harness.compare.statistics import Change, compare
 from harness.measure import relative_spread
+from harness.quality.words import losses
 
 DEFAULT_METRICS = (
     "generation_tok_s",
@@ -25,6 +26,8 @@ DEFAULT_METRICS = (
     "tpot_s",
     "peak_rss_bytes",
     "peak_device_allocated_bytes",
+    "perplexity_ratio",
+    "token_match_share",
 )
 _USUAL = (*DEFAULT_METRICS, "prefill_tok_s", "decode_tok_s", "e2e_s", "load_s", "attainment")
 
@@ -66,7 +69,10 @@ class MetricComparison:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CellComparison:
-    """One setup: its metrics, its plan, and what else differs between the two sides."""
+    """One setup: its metrics, its plan, and what else differs between the two sides.
+
+    `losses` is what each side gives up, in words; empty for a lossless one.
+    """
 
     label: str
     against: str
@@ -74,6 +80,7 @@ class CellComparison:
     plan: PlanChange | None
     differs: Mapping[str, tuple[str, str]]
     versions: Mapping[str, tuple[str, str]]
+    losses: tuple[str, str] = ("", "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,8 +121,15 @@ def direction(metric: str) -> int | None:
     """
     if metric.startswith(("predicted_", "limit_", "prediction_error", "repeats")):
         return None
-    if metric.endswith("_tok_s") or metric in ("attainment", "parity"):
+    if metric.endswith("_tok_s") or metric in (
+        "attainment",
+        "parity",
+        "token_match_share",
+        "equal_prefix_tokens",
+    ):
         return 1
+    if metric.startswith("perplexity"):
+        return -1
     return -1 if metric.endswith(("_s", "_bytes")) or metric.startswith("energy") else None
 
 
@@ -203,6 +217,7 @@ def _compare_pair(pair: Pair, metrics: Sequence[str], *, plans: bool) -> CellCom
         plan=plan_change(_launches(pair.base), _launches(pair.new)) if plans else None,
         differs=pair.differs,
         versions=version_differences(pair.base.members[-1], pair.new.members[-1]),
+        losses=(losses(pair.base.result.plan), losses(pair.new.result.plan)),
     )
 
 
@@ -267,6 +282,7 @@ def _cell_dict(cell: CellComparison) -> dict[str, Any]:
         },
         "differs": {name: list(values) for name, values in cell.differs.items()},
         "versions": {name: list(values) for name, values in cell.versions.items()},
+        "lossy": [words or None for words in cell.losses],
         "metrics": {
             one.metric: {
                 "base": one.base,

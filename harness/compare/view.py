@@ -74,8 +74,10 @@ def value_text(metric: str, value: float) -> str:
     if metric.endswith("_s") and not metric.endswith("tok_s"):
         shown, unit = (value * 1e3, "ms") if abs(value) < 1 else (value, "s")
         return f"{shown:#.4g}".rstrip(".") + f" {unit}"
-    if metric in ("attainment", "prediction_error", "parity"):
+    if metric in ("attainment", "prediction_error", "parity", "token_match_share"):
         return f"{value:.1%}"
+    if metric.startswith("perplexity"):
+        return f"{value:.4f}"
     return f"{value:,.2f}" if abs(value) < 1e5 else f"{value:.4g}"
 
 
@@ -146,12 +148,21 @@ def _heading(cell: CellComparison) -> list[str]:
 
 
 def _notes(cell: CellComparison) -> Iterator[str]:
+    base, new = cell.losses
+    if base != new:
+        yield f"not the same output: base is {_lossy(base)}, new is {_lossy(new)}"
+    elif base:
+        yield f"both are {_lossy(base)}"
     if cell.plan is not None:
         yield str(cell.plan)
     if cell.differs:
         yield f"forced, although these differ: {told(cell.differs)}"
     if cell.versions:
         yield f"what differs around it: {told(cell.versions, between=' -> ')}"
+
+
+def _lossy(words: str) -> str:
+    return f"lossy ({words})" if words else "lossless"
 
 
 def _row(one: MetricComparison) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from flexllmgen.errors import PlanInfeasible, UsageError
 from flexllmgen.workload import Workload
@@ -367,6 +368,24 @@ def test_a_half_precision_checkpoint_is_converted_once(
         ids_BT, attention_mask=mask_BT, max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0
     )
     assert got == out[:, 12:].tolist()
+
+
+@pytest.mark.parametrize("folder", [False, True], ids=["memory", "disk"])
+def test_scores_are_the_plain_models(request_for: Request, tiny_model: Path, *, folder: bool) -> None:
+    source = resolve_model(str(tiny_model), weights="pretrained")
+    request = request_for(source, cpu_bytes=450_000 if folder else 2**33)
+    ids_BT = torch.randint(3, 200, (3, 12), generator=torch.Generator().manual_seed(0))
+    strategy = create(config())
+    plan = strategy.plan(request)
+    assert plan.lossless
+    with strategy.build(plan) as engine:
+        got = engine.score(ids_BT, prompt_tokens=4)
+    with torch.inference_mode():
+        likely = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)(
+            ids_BT
+        ).logits.log_softmax(-1)
+    want = likely[:, :-1].gather(2, ids_BT[:, 1:, None])[..., 0]
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
 
 
 def test_a_consumer_that_leaves_stops_the_engine(request_for: Request) -> None:

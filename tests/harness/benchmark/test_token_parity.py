@@ -10,9 +10,12 @@ from flexllmgen.errors import UsageError
 from harness.benchmark.ending import exit_code, unequal
 from harness.benchmark.merge import launch_folder
 from harness.benchmark.parity import Sequences, compare, parity_of, read_sequences, with_parity
-from harness.benchmark.record import Benchmark, Parity, read_cells
-from harness.benchmark.table import baseline_of
-from harness.results import write_jsonl
+from harness.benchmark.record import Benchmark, Parity, cell_folder, read_cells
+from harness.benchmark.report_facts import verdicts
+from harness.benchmark.summary import benchmark_metrics
+from harness.benchmark.table import baseline_of, rows_of
+from harness.benchmark.table_text import columns_of
+from harness.results import RunResult, write_jsonl
 
 PROMPTS = [[1, 2], [3, 4], [5, 6], [7, 8]]
 TOKENS = [[10, 11, 12], [20, 21, 22], [30, 31, 32], [40, 41, 42]]
@@ -118,6 +121,60 @@ def test_damage_is_told(tmp_path: Path) -> None:
     (tmp_path / "requests.jsonl").write_text('{"input_ids": [1]}\n')
     with pytest.raises(UsageError, match="damaged"):
         read_sequences(tmp_path)
+
+
+def make_lossy(folder: Path, name: str) -> None:
+    """A cell whose recorded plan is lossy."""
+    result = RunResult.read(cell_folder(folder, name))
+    plan = {**result.plan, "lossless": False, "policy": {"weight_bits": 4, "weight_group_size": 64}}
+    metrics = {**result.metrics, "perplexity": 20.0, "perplexity_ratio": 1.0125, "token_match_share": 0.9}
+    result.model_copy(update={"plan": plan, "metrics": metrics}).write(cell_folder(folder, name))
+
+
+def test_of_a_lossy_cell_the_share_is_told_and_is_no_fault(folder: Path) -> None:
+    write_tokens(folder, "autoflex-b8", "autoflex-b8-launch1", changed(2, 1))
+    make_lossy(folder, "autoflex-b8")
+    found, _ = parities(folder)
+    assert found["autoflex-b8"] == Parity(equal_share=0.75, first_divergence=1, expected=False)
+    benchmark = Benchmark.read(folder).model_copy(update={"parity": found})
+    assert unequal(benchmark) == {}
+    assert exit_code(benchmark, delivered=True, fail_on="parity") == 0
+    # A lossless cell that differs still is one.
+    write_tokens(folder, "autoflex-b4", "autoflex-b4-launch1", changed(2, 1))
+    found, _ = parities(folder)
+    assert set(unequal(benchmark.model_copy(update={"parity": found}))) == {"autoflex-b4"}
+
+
+def test_beside_a_lossy_baseline_nobody_is_at_fault(folder: Path) -> None:
+    write_tokens(folder, "accelerate-b4", "accelerate-b4-launch0", changed(0, 0))
+    write_tokens(folder, "accelerate-b4", "accelerate-b4-launch1", changed(0, 0))
+    make_lossy(folder, "accelerate-b4")
+    found, _ = parities(folder)
+    assert found["flexgen-b4"] == Parity(equal_share=0.75, first_divergence=0, expected=False)
+    assert found["flexgen-b8"] == Parity(equal_share=1.0)
+
+
+def test_the_table_and_the_verdicts_say_that_a_cell_is_lossy(folder: Path) -> None:
+    write_tokens(folder, "autoflex-b8", "autoflex-b8-launch1", changed(2, 1))
+    make_lossy(folder, "autoflex-b8")
+    found, _ = parities(folder)
+    benchmark = Benchmark.read(folder).model_copy(update={"parity": found})
+    rows = rows_of(benchmark, read_cells(folder, benchmark))
+    columns = {
+        column.title: dict(zip([row.name for row in rows], column.cells, strict=True))
+        for column in columns_of(rows)
+    }
+    assert columns["parity"]["autoflex-b8"] == "75% from 1 (lossy)"
+    assert (columns["tokens"]["autoflex-b8"], columns["tokens"]["flexgen-b8"]) == ("90%", "-")
+    assert columns["perplexity"]["autoflex-b8"] == "+1.25%"
+    told = list(verdicts(rows))
+    assert (
+        "autoflex-b8 is lossy: weights in 4 bits (groups of 64); perplexity +1.25% of lossless, 90% of the tokens equal."
+        in told
+    )
+    assert not [line for line in told if line.startswith("Not all tokens equal")]
+    lowest = [row.value for row in benchmark_metrics(benchmark, rows, 0) if row.key == "parity_lowest"]
+    assert lowest == [1.0]
 
 
 def test_parity_is_a_metric(folder: Path) -> None:

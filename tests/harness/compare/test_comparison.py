@@ -56,6 +56,54 @@ def test_parity_is_compared_although_no_single_launch_has_it(tree: Tree) -> None
     assert all("autoflex" in line for line in failed)
 
 
+LOSSY = {"policy": {**POLICY, "weight_bits": 4, "kv_bits": None}, "lossless": False}
+
+
+def lossy_changes(**metrics: float) -> dict[str, Any]:
+    """What a lossy run has beside a lossless one."""
+    return {
+        "plan": LOSSY,
+        "params": {
+            "strategy": "flexgen",
+            "model": "owner/tiny",
+            "batch_size": 4,
+            "device": "cpu",
+            "weights": "pretrained",
+            "overlap": 1,
+            "lossy": True,
+        },
+        "param_sources": {"lossy": "the plan"},
+        "metrics": {"generation_tok_s": 20.0, **metrics},
+    }
+
+
+def test_a_lossy_setup_is_another_setup(tree: Tree) -> None:
+    leave_many(tree.results, tree.commits[1], SLOW)
+    leave(tree.results, tree.commits[4], 20.0, **lossy_changes())
+    with pytest.raises(UsageError, match=r"two different setups: .*lossy unset against true"):
+        compared(tree, "v1", "trunk")
+    comparison, _ = compared(tree, "v1", "trunk", force=True)
+    text = as_text(comparison, 200)
+    assert "not the same output: base is lossless, new is lossy (weights in 4 bits)" in text
+    assert comparison.as_dict()["cells"][0]["lossy"] == [None, "weights in 4 bits"]
+
+
+def test_lossy_setups_are_compared_in_quality_too(tree: Tree) -> None:
+    better = {"perplexity_ratio": 1.02, "token_match_share": 0.9}
+    worse = {"perplexity_ratio": 1.05, "token_match_share": 0.8}
+    for commit, found in ((1, better), (4, worse)):
+        for rate in SLOW:
+            leave(tree.results, tree.commits[commit], rate, **lossy_changes(**found))
+    comparison, failed = compared(
+        tree, "v1", "trunk", fail_on=["perplexity_ratio:1%", "token_match_share:5%"]
+    )
+    (cell,) = comparison.cells
+    marks = {one.metric: one.mark for one in cell.metrics}
+    assert (marks["perplexity_ratio"], marks["token_match_share"]) == (Mark.WORSE, Mark.WORSE)
+    assert len(failed) == 2
+    assert "both are lossy (weights in 4 bits)" in as_text(comparison, 200)
+
+
 def test_swapped_sides_mirror_the_verdict(faster: Tree) -> None:
     (cell,) = compared(faster, "trunk", "v1")[0].cells
     assert [one.mark for one in cell.metrics] == [Mark.WORSE, Mark.WORSE, Mark.WORSE, Mark.SAME]
