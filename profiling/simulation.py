@@ -450,9 +450,10 @@ class _Simulation:
 
     def _kv_row(self, layer: int, micro_batch: int) -> tuple[int, int]:
         """Bytes of one position of a unit's sequences in host memory and on disk."""
-        split, spec = self.plan.kv_splits[layer][micro_batch], self.plan.spec
-        cpu = row_bytes(spec, split.cpu, self.plan.dtype_bytes, disk=False) if split.cpu else 0
-        disk = row_bytes(spec, split.disk, self.plan.dtype_bytes, disk=True) if split.disk else 0
+        split, plan = self.plan.kv_splits[layer][micro_batch], self.plan
+        spec, policy = plan.spec, plan.policy
+        cpu = row_bytes(spec, policy, split.cpu, plan.dtype_bytes, disk=False) if split.cpu else 0
+        disk = row_bytes(spec, policy, split.disk, plan.dtype_bytes, disk=True) if split.disk else 0
         return cpu, disk
 
     def _hidden_bytes(self, micro_batch: int, token: int) -> tuple[int, int, int]:

@@ -10,7 +10,8 @@ step are passed as rows of one head: every kernel takes that, with or without a 
 import torch
 import torch.nn.functional as F
 
-from flexllmgen.kv_cache import Segment
+from flexllmgen.kv_cache import AnySegment, Segment
+from flexllmgen.kv_compression import CompressedSegment
 
 
 def prompt_mask(keep_BT: torch.Tensor | None, tokens: int, window: int, device: torch.device) -> torch.Tensor:
@@ -50,12 +51,15 @@ def prompt_attention(
 
 
 def decode_attention(
-    q_BNH: torch.Tensor, segment: Segment, length: int, bias_B11S: torch.Tensor | None, window: int
+    q_BNH: torch.Tensor, segment: AnySegment, length: int, bias_B11S: torch.Tensor | None, window: int
 ) -> torch.Tensor:
     """One new token per sequence against `length` cached positions, its own included; returns [B, N, H].
 
-    `bias_B11S` is added to the scores (minus infinity on padding).
+    `bias_B11S` is added to the scores (minus infinity on padding). Compressed KV is turned back first, for some sequences
+    after others.
     """
+    if isinstance(segment, CompressedSegment):
+        return _compressed_attention(q_BNH, segment, length, bias_B11S, window)
     sequences, heads, size = q_BNH.shape
     num_kv_heads = segment.kv_S2BKH.shape[3]
     first = max(0, length - window) if window else 0
@@ -69,22 +73,53 @@ def decode_attention(
 
 
 def append(
-    segment: Segment,
+    segment: AnySegment,
     k_BTKH: torch.Tensor,
     v_BTKH: torch.Tensor,
     first: int,
     row: torch.Tensor | None = None,
+    *,
+    prompt: bool = False,
+    keep_BT: torch.Tensor | None = None,
 ) -> None:
     """Writes keys and values of all the segment's sequences at positions from `first` on.
 
-    With `row`, at that one position, which the device knows and the host need not.
+    With `row`, at that one position, which the device knows and the host need not. `prompt` and `keep_BT`, which is false
+    on padding, count where KV is compressed.
     """
+    if isinstance(segment, CompressedSegment):
+        assert row is None, "a step with compressed KV is not recorded"
+        if prompt:
+            segment.codec.write_prompt(segment, k_BTKH, v_BTKH, first, keep_BT)
+        else:
+            segment.codec.write_step(segment, k_BTKH, v_BTKH, first)
+        return
     if row is not None:
         segment.kv_S2BKH.index_copy_(0, row, torch.stack((k_BTKH[:, 0], v_BTKH[:, 0]))[None])
         return
     rows = segment.kv_S2BKH[first : first + k_BTKH.shape[1]]
     rows[:, 0].copy_(k_BTKH.transpose(0, 1))
     rows[:, 1].copy_(v_BTKH.transpose(0, 1))
+
+
+def _compressed_attention(
+    q_BNH: torch.Tensor,
+    segment: CompressedSegment,
+    length: int,
+    bias_B11S: torch.Tensor | None,
+    window: int,
+) -> torch.Tensor:
+    first = max(0, length - window) if window else 0
+    turned, codec = segment.codec.turned(q_BNH), segment.codec
+    bias = None if bias_B11S is None else bias_B11S[..., first:length].contiguous()
+    mixed = []
+    for start in range(0, len(q_BNH), codec.sequences):
+        stop = min(start + codec.sequences, len(q_BNH))
+        mine = segment.part(segment.start + start, segment.start + stop)
+        dense = Segment(mine.start, mine.stop, codec.read(mine, first, length))
+        here = None if bias is None else bias[start:stop]
+        mixed.append(decode_attention(turned[start:stop], dense, length - first, here, 0))
+    return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
 
 
 def _attend(

@@ -154,6 +154,7 @@ class Executor:
         mask = mask_BT.to(self._device, torch.bool) if padded and mask_BT is not None else None
         batches, first = [], 0
         self._hidden.begin(prompt)
+        self._kv.begin(skipped, skipped + prompt)
         for size in micro_batch_sizes(count, self._plan.policy):
             keep = mask[first : first + size] if mask is not None else None
             if keep is None:

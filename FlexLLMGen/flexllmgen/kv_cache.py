@@ -2,7 +2,8 @@
 
 Rows are positions, so what a step reads is one run of bytes and what it appends is another. A unit is one
 layer of one micro-batch; its sequences lie on the device first, then on the host, then on disk. Nothing is
-ever moved to make room: all memory is taken once.
+ever moved to make room: all memory is taken once. Where the policy says so, rows are compressed (kv_compression.py): on
+the device, before they are stored, so that every tier holds and every link carries compressed bytes.
 """
 
 # B sequences  S cached positions  K key heads  H head dim
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from flexllmgen.kv_compression import CompressedSegment, KVCodec
 from flexllmgen.memory.arena import HostArena
 from flexllmgen.memory.tiers import BlockSize, Lanes, TieredBlocks
 from flexllmgen.memory.transfer import Event
@@ -29,6 +31,13 @@ class Segment:
     start: int
     stop: int
     kv_S2BKH: torch.Tensor
+
+    def part(self, start: int, stop: int) -> "Segment":
+        """Sequences [start, stop) of the micro-batch."""
+        return Segment(start, stop, self.kv_S2BKH[:, :, start - self.start : stop - self.start])
+
+
+AnySegment = Segment | CompressedSegment
 
 
 class KVCache:
@@ -64,9 +73,13 @@ class KVCache:
             in_place=plan.in_place,
             directory=directory,
         )
-        self._resident_region = arena.reserve(plan.kv_cache.gpu) if device.type == "cpu" else None
+        on_host = device.type == "cpu"
+        self._resident_region = arena.reserve(plan.kv_cache.gpu) if on_host else None
+        self._scratch_region = arena.reserve(plan.kv_scratch_bytes) if on_host else None
         self._resident: list[torch.Tensor] = []
-        self._views: dict[tuple[int, int, bool], list[Segment]] = {}
+        self._codec: KVCodec | None = None
+        self._centres: list[torch.Tensor] = []
+        self._views: dict[tuple[int, int, bool], list[AnySegment]] = {}
         self._host_views: dict[int, Segment] = {}
         self._loads: dict[int, Event] = {}
 
@@ -86,7 +99,14 @@ class KVCache:
             size = self._row(split.gpu) * self._plan.max_context
             self._resident.append(memory[offset : offset + size])
             offset += size
+        if self._plan.policy.kv_bits is not None:
+            self._make_codec(self._plan.policy.kv_bits)
         self._blocks.allocate()
+
+    def begin(self, first: int, stop: int) -> None:
+        """A new block of requests, whose prompts take positions [first, stop)."""
+        if self._codec is not None:
+            self._codec.begin(first, stop)
 
     def streams(self, layer: int) -> bool:
         """Whether any of a layer's KV goes through slots."""
@@ -112,7 +132,7 @@ class KVCache:
 
     def segments(
         self, layer: int, micro_batch: int, slot: int, count: int, *, host: bool = True
-    ) -> Sequence[Segment]:
+    ) -> Sequence[AnySegment]:
         """Where the KV of a unit's first `count` sequences is, as the compute device sees it.
 
         Without `host` those in host memory are left out: they are attended to there.
@@ -131,22 +151,17 @@ class KVCache:
         if unit not in self._host_views:
             rows = self._as_rows(self._blocks.home(unit), split.cpu)
             self._host_views[unit] = Segment(split.gpu, split.gpu + split.cpu, rows)
-        return self._first_of([self._host_views[unit]], unit, count)[0], self._blocks.stored(unit)
+        mine = self._host_views[unit]
+        return mine.part(mine.start, min(mine.stop, count)), self._blocks.stored(unit)
 
     def begins_on_device(self, layer: int, micro_batch: int) -> bool:
         """Whether a unit's first sequences lie on the compute device."""
         return self._splits[self._unit(layer, micro_batch)].gpu > 0
 
-    def _first_of(self, full: list[Segment], unit: int, count: int) -> list[Segment]:
+    def _first_of(self, full: list[AnySegment], unit: int, count: int) -> list[AnySegment]:
         if count == self._splits[unit].count:
             return full
-        return [
-            Segment(
-                each.start, min(each.stop, count), each.kv_S2BKH[:, :, : min(each.stop, count) - each.start]
-            )
-            for each in full
-            if each.start < count
-        ]
+        return [each.part(each.start, min(each.stop, count)) for each in full if each.start < count]
 
     def store(
         self, layer: int, micro_batch: int, slot: int, first: int, stop: int, after: Event, *, prompt: bool
@@ -173,6 +188,8 @@ class KVCache:
         self._views.clear()
         self._host_views.clear()
         self._resident.clear()
+        self._codec = None
+        self._centres.clear()
         self._blocks.close()
 
     def _unit(self, layer: int, micro_batch: int) -> int:
@@ -181,10 +198,30 @@ class KVCache:
     def _row(self, sequences: int, *, disk: bool = False) -> int:
         if not sequences:
             return 0
-        return row_bytes(self._plan.spec, sequences, self._plan.dtype_bytes, disk=disk)
+        return row_bytes(self._plan.spec, self._plan.policy, sequences, self._plan.dtype_bytes, disk=disk)
 
-    def _make_segments(self, unit: int, slot: int, *, host: bool) -> list[Segment]:
-        split, segments, start = self._splits[unit], [], 0
+    def _make_codec(self, bits: int) -> None:
+        plan, spec = self._plan, self._plan.spec
+        if self._scratch_region is not None:
+            memory = self._arena.view(self._scratch_region)
+        else:
+            memory = torch.empty(plan.kv_scratch_bytes, dtype=torch.uint8, device=self._device)
+        numbers = memory.view(self._dtype)
+        sizes = [split.count * spec.kv_size for split in self._splits]
+        scratch, *centres = numbers.split([len(numbers) - sum(sizes), *sizes])
+        self._centres = [each.view(-1, spec.num_kv_heads, spec.head_dim) for each in centres]
+        self._codec = KVCodec(
+            bits=bits,
+            group_size=plan.policy.kv_group_size,
+            kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            scratch=scratch,
+            sequences=plan.kv_scratch_sequences,
+        )
+
+    def _make_segments(self, unit: int, slot: int, *, host: bool) -> list[AnySegment]:
+        split, start = self._splits[unit], 0
+        segments: list[AnySegment] = []
         for tier, count in (("gpu", split.gpu), ("cpu", split.cpu), ("disk", split.disk)):
             if not count:
                 continue
@@ -197,8 +234,12 @@ class KVCache:
                 memory = self._blocks.cpu_part(unit, slot)
             else:
                 memory = None
-            if memory is not None:
+            if memory is not None and self._codec is None:
                 segments.append(Segment(start, start + count, self._as_rows(memory, count)))
+            elif memory is not None and self._codec is not None:
+                rows = memory.view(self._plan.max_context, -1)
+                centre = self._centres[unit][start : start + count]
+                segments.append(self._codec.segment(rows, start, centre))
             start += count
         return segments
 

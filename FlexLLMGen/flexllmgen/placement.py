@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from flexllmgen.errors import PolicyError
+from flexllmgen.compression import compressed_bytes
 from flexllmgen.images import Image, Stage, TierBytes, pack, place_images, streamed_bytes
 from flexllmgen.policy import Placement, Policy
 from flexllmgen.spec import ModelSpec
@@ -18,6 +19,8 @@ CHUNK_TOKENS = (8192, 4096, 2048, 1024, 1)
 """Positions that prefill may compute at once: the first that fits is taken, whole sequences at the least."""
 SMALL_UNIT_BYTES = 64 << 20
 """KV of one layer and micro-batch that is small enough for a spare slot."""
+KV_SCRATCH_BYTES = 128 << 20
+"""Compressed KV is turned back for so many sequences at once as come to this, for one at the least."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +45,9 @@ class PlacementPlan:
         dequantised_bytes: the buffer that a stage's compressed weights are turned back into; all stages share it.
         kv_slot_bytes: likewise for the KV of one unit.
         hidden_slot_bytes: likewise for the hidden states of one micro-batch.
-        workspace_bytes: peak of everything else on the device: activations inside a stage, logits, masks.
+        workspace_bytes: peak of everything else on the device: activations inside a stage, logits, masks, `kv_scratch_bytes`.
+        kv_scratch_bytes: what compressed KV takes beside its rows: a buffer that it is turned back into, for
+            `kv_scratch_sequences` at once, and the centre of each sequence's keys.
         staging_bytes: host memory that disk data passes through on its way to the device.
         chunk_tokens: positions that prefill computes at once within a micro-batch.
     """
@@ -70,6 +75,8 @@ class PlacementPlan:
     workspace_bytes: int
     staging_bytes: int
     chunk_tokens: int
+    kv_scratch_sequences: int = 0
+    kv_scratch_bytes: int = 0
 
     @property
     def attends_on_host(self) -> bool:
@@ -147,6 +154,8 @@ class PlacementPlan:
         windowed = any(0 < window < self.max_context for window in spec.sliding_windows)
         if windowed or spec.num_experts or self.in_place:
             return "none"
+        if self.policy.kv_bits:
+            return "none"  # As many rows are turned back as are attended to, which no graph can.
         if self.kv_slots or self.hidden_slots:
             return "none"  # The link sets the pace, and each graph starts and ends later than its kernels alone would.
         return "layers" if self.weights.cpu + self.weights.disk else "step"
@@ -206,10 +215,29 @@ def micro_batch_sizes(num_sequences: int, policy: Policy) -> tuple[int, ...]:
     return tuple(min(size, num_sequences - start) for start in range(0, num_sequences, size))
 
 
-def row_bytes(spec: ModelSpec, sequences: int, dtype_bytes: int, *, disk: bool) -> int:
+def row_bytes(spec: ModelSpec, policy: Policy, sequences: int, dtype_bytes: int, *, disk: bool) -> int:
     """Bytes of one position's keys and values of `sequences` sequences in one layer; whole pages on disk."""
-    num_bytes = 2 * spec.kv_size * sequences * dtype_bytes
+    if policy.kv_bits is None:
+        num_bytes = 2 * spec.kv_size * sequences * dtype_bytes
+    else:
+        num_bytes = compressed_bytes((sequences, 2, spec.kv_size), policy.kv_bits, policy.kv_group_size)
     return round_up(num_bytes, PAGE) if disk else num_bytes
+
+
+def kv_scratch(
+    spec: ModelSpec, policy: Policy, workload: Workload, dtype_bytes: int, largest_part: int
+) -> tuple[int, int]:
+    """Sequences whose compressed KV is turned back at once, and the bytes of that and of the keys' centres.
+
+    `largest_part` is the most sequences of a micro-batch on one tier.
+    """
+    if policy.kv_bits is None:
+        return 0, 0
+    position = 2 * spec.kv_size * dtype_bytes
+    each = round_up(workload.max_context, 8) * position
+    sequences = min(largest_part, max(1, KV_SCRATCH_BYTES // each))
+    block = min(policy.block_size, workload.num_sequences)
+    return sequences, sequences * each + spec.num_layers * block * position // 2
 
 
 def workspace_bytes(
@@ -228,6 +256,8 @@ def workspace_bytes(
     # Attention: the norm, q/k/v as one, rotated copies of q and k (expanded to all heads where a mask is),
     # output.
     attention = 2 * spec.hidden_size + 5 * spec.query_size + 6 * spec.kv_size
+    if policy.kv_bits:
+        attention += spec.kv_size  # Keys as they are quantised.
     mlp = 2 * spec.hidden_size + inner
     if spec.num_experts:
         # A row for each of a token's experts: taken together, computed and put back.
@@ -277,7 +307,7 @@ def plan_placement(
     hidden_row = spec.hidden_bytes(workload.prompt_tokens, dtype_bytes)
 
     def kv_tier(sequences: int, *, disk: bool = False) -> int:
-        return row_bytes(spec, sequences, dtype_bytes, disk=disk) * context if sequences else 0
+        return row_bytes(spec, policy, sequences, dtype_bytes, disk=disk) * context if sequences else 0
 
     kv = TierBytes(
         gpu=sum(kv_tier(each.gpu) for row in kv_splits for each in row),
@@ -321,6 +351,8 @@ def plan_placement(
     staging += hidden_slots * staged_hidden
     # What is recorded has memory of its own; a layer's work takes less than a step of all layers.
     recorded = 0 if kv_slots + hidden_slots else (96 << 20 if weight_slots else 256 << 20)
+    parts = [(each.gpu, each.cpu, each.disk) for row in kv_splits for each in row]
+    scratch_sequences, scratch_bytes = kv_scratch(spec, policy, workload, dtype_bytes, max(map(max, parts)))
     plan = None
     for chunk_tokens in CHUNK_TOKENS:
         plan = PlacementPlan(
@@ -347,9 +379,12 @@ def plan_placement(
             hidden_slots=hidden_slots,
             hidden_slot_bytes=slot_hidden,
             workspace_bytes=workspace_bytes(spec, policy, workload, dtype_bytes, chunk_tokens, not in_place)
-            + (recorded if not in_place else 0),
+            + (recorded if not in_place else 0)
+            + scratch_bytes,
             staging_bytes=staging,
             chunk_tokens=chunk_tokens,
+            kv_scratch_sequences=scratch_sequences,
+            kv_scratch_bytes=scratch_bytes,
         )
         if gpu_cap_bytes is None or plan.gpu_bytes <= gpu_cap_bytes:
             break

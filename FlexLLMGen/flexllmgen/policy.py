@@ -68,6 +68,8 @@ class Policy:
         weight_bits: 8 or 4: the layers' matrices are stored and streamed as integers of so many bits, a scale and a zero
             for each `weight_group_size` of them; None leaves them as they are.
         cpu_attention: a decode step attends to the KV in host memory on the CPU, where it lies, and not on the device.
+        kv_bits: 8 or 4: keys and values are kept, on every tier, as integers of so many bits, a scale and a zero for each
+            `kv_group_size` (32, 64 or 128) of them; None leaves them as they are.
 
     >>> Policy(micro_batch_size=4, num_micro_batches=3).block_size
     12
@@ -84,6 +86,8 @@ class Policy:
     weight_bits: int | None = None
     weight_group_size: int = 64
     cpu_attention: bool = False
+    kv_bits: int | None = None
+    kv_group_size: int = 64
 
     def __post_init__(self) -> None:
         for name in ("micro_batch_size", "num_micro_batches"):
@@ -97,6 +101,14 @@ class Policy:
                 "attention on the CPU needs all hidden states on the device; "
                 "give activations a gpu share of 100 % or turn cpu_attention off"
             )
+        if self.kv_bits not in (None, 8, 4):
+            raise PolicyError(f"kv_bits must be 8 or 4, not {self.kv_bits}")
+        if self.kv_group_size not in (32, 64, 128):
+            raise PolicyError(f"kv_group_size must be 32, 64 or 128, not {self.kv_group_size}")
+        if self.cpu_attention and self.kv_bits is not None:
+            raise PolicyError(
+                "attention on the CPU reads keys and values as they are; turn off either cpu_attention or kv_bits"
+            )
 
     @property
     def block_size(self) -> int:
@@ -106,4 +118,4 @@ class Policy:
     @property
     def lossless(self) -> bool:
         """Whether nothing is stored or read with less precision than it has."""
-        return self.weight_bits is None
+        return self.weight_bits is None and self.kv_bits is None

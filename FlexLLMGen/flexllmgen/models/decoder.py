@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from flexllmgen.attention import append, decode_attention, prompt_attention
-from flexllmgen.kv_cache import Segment
+from flexllmgen.kv_cache import AnySegment, Segment
 from flexllmgen.models.experts import grouped_experts
 from flexllmgen.models.linear import linear
 from flexllmgen.models.rope import angles, inverse_frequencies, rotate
@@ -107,7 +107,7 @@ class Decoder:
         x_BTD: torch.Tensor,
         layer: int,
         span: Span,
-        segments: Sequence[Segment],
+        segments: Sequence[AnySegment],
         offset: int = 0,
     ) -> None:
         """The attention half of a layer, in place; appends its keys and values to `segments`.
@@ -160,7 +160,15 @@ class Decoder:
             if start >= stop:
                 continue
             mine = _part_of(segment, offset + start, offset + stop)
-            append(mine, k_BTKH[start:stop], v_BTKH[start:stop], span.first, span.row)
+            append(
+                mine,
+                k_BTKH[start:stop],
+                v_BTKH[start:stop],
+                span.first,
+                span.row,
+                prompt=span.prompt,
+                keep_BT=None if span.keep_BT is None else span.keep_BT[start:stop],
+            )
             if not span.prompt:
                 bias = None if span.bias_B11S is None else span.bias_B11S[start:stop]
                 mixed.append(decode_attention(q_BTNH[start:stop, 0], mine, span.first + 1, bias, window))
@@ -241,7 +249,5 @@ def _rows(table: torch.Tensor, index: torch.Tensor, device: torch.device) -> tor
     return F.embedding(index.to(table.device), table).to(device)
 
 
-def _part_of(segment: Segment, start: int, stop: int) -> Segment:
-    if (start, stop) == (segment.start, segment.stop):
-        return segment
-    return Segment(start, stop, segment.kv_S2BKH[:, :, start - segment.start : stop - segment.start])
+def _part_of(segment: AnySegment, start: int, stop: int) -> AnySegment:
+    return segment if (start, stop) == (segment.start, segment.stop) else segment.part(start, stop)

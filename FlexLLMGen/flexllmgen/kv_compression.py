@@ -1,0 +1,242 @@
+"""KVCodec: keys and values of the cache as group-wise integers; how they are written, and turned back for a step.
+
+A row is a position, as in a dense cache, so that everything that moves rows is the same. It holds scales, zeros and codes
+[sequence, key or value, channel]. Values, and keys of generated tokens, have a scale and a zero for each `group_size`
+channels of a position. Keys of a prompt have them for each channel over `group_size` positions, as KIVI (Liu et al. 2024,
+arXiv 2402.02750) found to be better: a channel keeps its magnitude over positions, while neighbouring channels differ.
+A prompt is known at once, so its blocks are; what is left of it beyond whole blocks is written as generated tokens are.
+As many scales are needed either way, so that those of a block's channels lie where those of its rows would.
+
+Two steps make generated keys' groups alike. Each head is turned by a Hadamard matrix, queries too, which leaves scores as
+they are and spreads what few channels hold over all (as QuaRot does, Ashkboos et al. 2024, arXiv 2404.00456). And the
+prompt's mean key is taken off every key of a sequence: that adds the same to all scores of a query, which softmax does not
+see. So nothing is added back.
+
+{MEASURED}
+
+A step quantises its own key and value first and attends to them as every later step will. Knows nothing of tiers, slots
+or models.
+"""
+
+# B sequences  S positions  T new positions  K key heads  H head dim  E = K * H channels  C bytes of E codes
+# L groups of E channels  G positions of a block
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from flexllmgen.compression import quantise, split_compressed
+
+_NUMBERS_AT_ONCE = 1 << 22
+"""Numbers that are turned back at once without a kernel: bounds what that takes."""
+
+
+def hadamard(size: int) -> torch.Tensor:
+    """An orthogonal matrix [size, size] that spreads each channel over the power of two channels around it.
+
+    >>> (hadamard(2) * 2**0.5).round().tolist()
+    [[1.0, 1.0], [1.0, -1.0]]
+    """
+    block = size & -size
+    matrix = torch.ones(1, 1)
+    while len(matrix) < block:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return torch.block_diag(*[matrix / math.sqrt(block)] * (size // block))
+
+
+@dataclass(frozen=True, slots=True)
+class CompressedSegment:
+    """Neighbouring sequences [start, stop) of a micro-batch whose compressed KV lies together.
+
+    `centre_BKH` is what was taken off each turned key; it stays on the compute device.
+    """
+
+    start: int
+    stop: int
+    codes_SB2C: torch.Tensor
+    scale_SB2L: torch.Tensor
+    zero_SB2L: torch.Tensor
+    centre_BKH: torch.Tensor
+    codec: "KVCodec"
+
+    def part(self, start: int, stop: int) -> "CompressedSegment":
+        """Sequences [start, stop) of the micro-batch."""
+        mine = slice(start - self.start, stop - self.start)
+        return CompressedSegment(
+            start,
+            stop,
+            self.codes_SB2C[:, mine],
+            self.scale_SB2L[:, mine],
+            self.zero_SB2L[:, mine],
+            self.centre_BKH[mine],
+            self.codec,
+        )
+
+
+class KVCodec:
+    """Writes and reads compressed rows.
+
+    Args:
+        bits: of a code, 8 or 4.
+        group_size: channels, or positions of a prompt, that share a scale and a zero.
+        scratch: flat memory of the compute device in the model's dtype, for what is turned back.
+        sequences: how many the scratch holds all positions of.
+    """
+
+    def __init__(
+        self,
+        *,
+        bits: int,
+        group_size: int,
+        kv_heads: int,
+        head_dim: int,
+        scratch: torch.Tensor,
+        sequences: int,
+    ) -> None:
+        self.bits, self.group_size, self.sequences = bits, group_size, sequences
+        self._shape, self._scratch = (kv_heads, head_dim), scratch
+        self._channels = kv_heads * head_dim
+        self._turn_HH = hadamard(head_dim).to(scratch.device, scratch.dtype)
+        self._blocks_stop = 0
+
+    def begin(self, first: int, stop: int) -> None:
+        """A new block of requests, whose prompts take positions [first, stop)."""
+        # A prompt that begins later was not computed before: what lies there counts as its blocks.
+        self._blocks_stop = (first or stop) // self.group_size * self.group_size
+
+    def segment(self, rows: torch.Tensor, start: int, centre_BKH: torch.Tensor) -> CompressedSegment:
+        """The segment whose rows are `rows`, uint8 [S, bytes]: of the sequences from `start` that have a centre."""
+        count = len(centre_BKH)
+        parts = split_compressed(rows, (count, 2, self._channels), self.bits, self.group_size)
+        return CompressedSegment(start, start + count, *parts, centre_BKH, self)
+
+    def write_prompt(
+        self,
+        segment: CompressedSegment,
+        k_BTKH: torch.Tensor,
+        v_BTKH: torch.Tensor,
+        first: int,
+        keep_BT: torch.Tensor | None,
+    ) -> None:
+        """Writes positions from `first` on and learns the sequences' centres; `keep_BT` is false on padding."""
+        keys, kept = k_BTKH @ self._turn_HH, None
+        if keep_BT is None:
+            segment.centre_BKH.copy_(keys.mean(dim=1))
+        else:
+            kept = keep_BT.to(keys.dtype)
+            share_B1T = (kept / kept.sum(dim=1, keepdim=True))[:, None]
+            segment.centre_BKH.copy_((share_B1T @ keys.flatten(2)).view_as(segment.centre_BKH))
+        keys -= segment.centre_BKH[:, None]
+        if kept is not None:
+            # Padding is never read, and must not widen what its block spans.
+            keys *= kept[:, :, None, None]
+        blocks = max(0, min(self._blocks_stop - first, keys.shape[1]))
+        keys_BTE = keys.flatten(2)
+        if blocks:
+            self._write_blocks(segment, keys_BTE[:, :blocks], first)
+        if blocks < keys.shape[1]:
+            self._write(segment, 0, keys_BTE[:, blocks:], first + blocks)
+        self._write(segment, 1, v_BTKH.flatten(2), first)
+
+    def write_step(
+        self, segment: CompressedSegment, k_BTKH: torch.Tensor, v_BTKH: torch.Tensor, position: int
+    ) -> None:
+        """Writes the one position of a step."""
+        keys = self.turned(k_BTKH) - segment.centre_BKH[:, None]
+        self._write(segment, 0, keys.flatten(2), position)
+        self._write(segment, 1, v_BTKH.flatten(2), position)
+
+    def turned(self, x: torch.Tensor) -> torch.Tensor:
+        """Heads [..., H] in the directions that keys are kept in: queries must be too."""
+        return x @ self._turn_HH
+
+    def read(self, segment: CompressedSegment, first: int, stop: int) -> torch.Tensor:
+        """Keys and values of positions [first, stop), [S, 2, B, K, H] in scratch memory: good until the next call."""
+        count = segment.stop - segment.start
+        size = (stop - first) * count * 2 * self._channels
+        out_SB2E = self._scratch[:size].view(stop - first, count, 2, self._channels)
+        if out_SB2E.is_cuda:
+            from flexllmgen.kv_compression_triton import read_rows
+
+            read_rows(segment, out_SB2E, first, self._blocks_stop, self.bits, self.group_size)
+        else:
+            at_once = max(1, _NUMBERS_AT_ONCE // (count * self._channels))
+            for start in range(first, stop, at_once):
+                self._read(segment, out_SB2E[start - first :][:at_once], start)
+        return out_SB2E.unflatten(-1, self._shape).transpose(1, 2)
+
+    def _write(self, segment: CompressedSegment, which: int, x_BTE: torch.Tensor, first: int) -> None:
+        """Keys (0) or values (1) with groups along the channels of a position."""
+        if x_BTE.is_cuda:
+            from flexllmgen.kv_compression_triton import write_rows
+
+            write_rows(segment, which, x_BTE, first, self.bits, self.group_size)
+            return
+        rows = slice(first, first + x_BTE.shape[1])
+        parts = quantise(x_BTE, self.bits, self.group_size)
+        for target, part in zip(_parts(segment), parts, strict=True):
+            target[rows, :, which].copy_(part.transpose(0, 1))
+
+    def _write_blocks(self, segment: CompressedSegment, x_BTE: torch.Tensor, first: int) -> None:
+        """Keys with groups along the positions of a block."""
+        if x_BTE.is_cuda:
+            from flexllmgen.kv_compression_triton import write_blocks
+
+            write_blocks(segment, x_BTE, first, self.bits, self.group_size)
+            return
+        group, rows = self.group_size, slice(first, first + x_BTE.shape[1])
+        blocks_BNEG = x_BTE.unflatten(1, (-1, group)).transpose(2, 3)
+        codes, scale, zero = quantise(blocks_BNEG, self.bits, group)
+        codes_BTE = _unpacked(codes, self.bits, group).transpose(2, 3).flatten(1, 2)
+        segment.codes_SB2C[rows, :, 0] = _packed(codes_BTE, self.bits).transpose(0, 1)
+        for target, part in ((segment.scale_SB2L, scale), (segment.zero_SB2L, zero)):
+            room_BNE = part.new_zeros(*part.shape[:2], group * target.shape[-1])
+            room_BNE[..., : self._channels] = part[..., 0]
+            target[rows, :, 0] = room_BNE.unflatten(-1, (group, -1)).flatten(1, 2).transpose(0, 1)
+
+    def _read(self, segment: CompressedSegment, out_SB2E: torch.Tensor, first: int) -> None:
+        stop = first + len(out_SB2E)
+        middle = min(max(first, self._blocks_stop), stop)
+        for which, start, end in ((0, first, middle), (0, middle, stop), (1, first, stop)):
+            if start == end:
+                continue
+            blocks = which == 0 and start < self._blocks_stop
+            codes_SBC = segment.codes_SB2C[start:end, :, which]
+            scale, zero = (
+                self._of_blocks(part, start, end) if blocks else self._of_rows(part[start:end, :, which])
+                for part in (segment.scale_SB2L, segment.zero_SB2L)
+            )
+            codes = _unpacked(codes_SBC, self.bits, self._channels)
+            out_SB2E[start - first : end - first, :, which] = codes * scale + zero
+
+    def _of_rows(self, part_SBL: torch.Tensor) -> torch.Tensor:
+        """Scales or zeros of each channel, [S, B, E] in fp32."""
+        return part_SBL.float().repeat_interleave(self.group_size, dim=-1)[..., : self._channels]
+
+    def _of_blocks(self, part_SB2L: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        group, begin = self.group_size, start // self.group_size * self.group_size
+        end = -(-stop // group) * group
+        blocks_NGBL = part_SB2L[begin:end, :, 0].float().unflatten(0, (-1, group))
+        channels_NBE = blocks_NGBL.transpose(1, 2).flatten(2)[..., : self._channels]
+        return channels_NBE.repeat_interleave(group, dim=0)[start - begin : stop - begin]
+
+
+def _parts(segment: CompressedSegment) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return segment.codes_SB2C, segment.scale_SB2L, segment.zero_SB2L
+
+
+def _unpacked(codes: torch.Tensor, bits: int, size: int) -> torch.Tensor:
+    """One code a byte, `size` along the last dimension."""
+    if bits == 8:
+        return codes
+    return torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)[..., :size]
+
+
+def _packed(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """The reverse of `_unpacked`."""
+    if bits == 8:
+        return codes
+    if codes.shape[-1] % 2:
+        codes = torch.nn.functional.pad(codes, (0, 1))
+    return codes[..., 0::2] | codes[..., 1::2] << 4
