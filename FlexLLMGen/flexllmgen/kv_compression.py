@@ -42,7 +42,8 @@ def hadamard(size: int) -> torch.Tensor:
     matrix = torch.ones(1, 1)
     while len(matrix) < block:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    return torch.block_diag(*[matrix / math.sqrt(block)] * (size // block))
+    blocks: torch.Tensor = torch.block_diag(*[matrix / math.sqrt(block)] * (size // block))
+    return blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +165,8 @@ class KVCodec:
             at_once = max(1, _NUMBERS_AT_ONCE // (count * self._channels))
             for start in range(first, stop, at_once):
                 self._read(segment, out_SB2E[start - first :][:at_once], start)
-        return out_SB2E.unflatten(-1, self._shape).transpose(1, 2)
+        kv_SB2KH: torch.Tensor = out_SB2E.unflatten(-1, self._shape)
+        return kv_SB2KH.transpose(1, 2)
 
     def _write(self, segment: CompressedSegment, which: int, x_BTE: torch.Tensor, first: int) -> None:
         """Keys (0) or values (1) with groups along the channels of a position."""
@@ -217,8 +219,8 @@ class KVCodec:
     def _of_blocks(self, part_SB2L: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         group, begin = self.group_size, start // self.group_size * self.group_size
         end = -(-stop // group) * group
-        blocks_NGBL = part_SB2L[begin:end, :, 0].float().unflatten(0, (-1, group))
-        channels_NBE = blocks_NGBL.transpose(1, 2).flatten(2)[..., : self._channels]
+        blocks_NGBL: torch.Tensor = part_SB2L[begin:end, :, 0].float().unflatten(0, (-1, group))
+        channels_NBE: torch.Tensor = blocks_NGBL.transpose(1, 2).flatten(2)[..., : self._channels]
         return channels_NBE.repeat_interleave(group, dim=0)[start - begin : stop - begin]
 
 

@@ -147,7 +147,9 @@ def test_what_is_planned_is_what_is_taken(
         in_place=in_place,
     ) as engine:
         plan, cache = engine.placement, engine._kv
-        sequences = {tier: sum(getattr(each, tier) for row in plan.kv_splits for each in row) for tier in TIERS}
+        sequences = {
+            tier: sum(getattr(each, tier) for row in plan.kv_splits for each in row) for tier in TIERS
+        }
         assert all(sequences.values())
         row = compressed_bytes((2, model.spec.kv_size), bits, GROUP)
         assert plan.kv_cache.gpu == sum(each.numel() for each in cache._resident)
@@ -214,7 +216,10 @@ def channelled(batch: int, tokens: int, heads: int, size: int) -> torch.Tensor:
 def test_attention_is_nearer_than_by_flexgens_rule(bits: int) -> None:
     """Weights of attention over a prompt with generated tokens, at the same bits and group size."""
     batch, prompt, steps, heads, size, group = 2, 96, 32, 3, 64, 64
-    keys, values = channelled(batch, prompt + steps, heads, size), channelled(batch, prompt + steps, heads, size)
+    keys, values = (
+        channelled(batch, prompt + steps, heads, size),
+        channelled(batch, prompt + steps, heads, size),
+    )
     codec = KVCodec(
         bits=bits,
         group_size=group,

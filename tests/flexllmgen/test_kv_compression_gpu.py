@@ -23,12 +23,12 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"]
+)
 @pytest.mark.parametrize(("heads", "size", "group"), [(3, 64, 64), (8, 128, 128), (2, 40, 32), (1, 7, 32)])
 @pytest.mark.parametrize("bits", [8, 4])
-def test_kernels_do_what_torch_does(
-    bits: int, heads: int, size: int, group: int, dtype: torch.dtype
-) -> None:
+def test_kernels_do_what_torch_does(bits: int, heads: int, size: int, group: int, dtype: torch.dtype) -> None:
     batch, tokens = 3, 141
     x = torch.randn(2, batch, tokens, heads, 3 * size, generator=torch.Generator().manual_seed(0)).to(dtype)
     made: dict[str, tuple[KVCodec, CompressedSegment]] = {}
