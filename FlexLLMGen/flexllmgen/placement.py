@@ -7,8 +7,8 @@ to unit.
 from dataclasses import dataclass
 from typing import Literal
 
-from flexllmgen.errors import PolicyError
 from flexllmgen.compression import compressed_bytes
+from flexllmgen.errors import PolicyError
 from flexllmgen.images import Image, Stage, TierBytes, pack, place_images, streamed_bytes
 from flexllmgen.policy import Placement, Policy
 from flexllmgen.spec import ModelSpec
