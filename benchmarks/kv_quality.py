@@ -125,15 +125,20 @@ def losses(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], float]]:
 
     plain, whole = decoder.prompt_attention, Policy(micro_batch_size=4)
     yield {"keys": "lossless", "values": "lossless", "bits": 16.0}, loss(whole)
-    for bits, group in ((8, 64), (4, 64), (4, 32)):
-        for name, rule in RULES.items():
+    for bits, group, names in (
+        (8, 64, ("by token (FlexGen)", "by channel")),
+        (4, 64, tuple(RULES)),
+        (4, 32, ("by token (FlexGen)", "by token, centred, turned", "by channel")),
+    ):
+        for name in names:
+            rule = RULES[name]
             decoder.prompt_attention = attention(rule, by_token, bits, group, args.prompt)
             case = {"keys": name, "values": "by token", "code_bits": bits, "group_size": group}
             yield {**case, "bits": bits + 32 / group}, loss(whole)
     decoder.prompt_attention = attention(None, by_token, 4, 64, args.prompt)
     yield {"keys": "lossless", "values": "by token", "code_bits": 4, "group_size": 64}, loss(whole)
     decoder.prompt_attention = plain
-    for bits, group in ((8, 64), (4, 64), (4, 32), (4, 128)):
+    for bits, group in ((8, 64), (4, 64), (4, 32)):
         policy = Policy(micro_batch_size=args.windows, kv_bits=bits, kv_group_size=group)
         case = {"keys": "the engine's", "values": "the engine's", "code_bits": bits, "group_size": group}
         yield {**case, "bits": bits + 32 / group}, loss(policy, args.prompt)
@@ -143,7 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--prompt", type=int, default=384)
-    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []

@@ -40,6 +40,7 @@ class Traffic:
     disk is not read at all. `lookup_bytes` are those of the weights that no pass reads whole: tables of which an
     embedding takes some rows, where the engine does that where they lie. With `host_attention` the CPU attends to the KV
     in host memory, which then does not cross the link.
+    `kv_bytes_share` is what compressed KV has of the bytes of `dtype_bytes` numbers; it moves, and is read, compressed.
     """
 
     batch_size: int
@@ -49,6 +50,7 @@ class Traffic:
     page_cached: bool = False
     lookup_bytes: Mapping[str, int] = field(default_factory=dict)
     host_attention: bool = False
+    kv_bytes_share: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,8 +200,9 @@ def _phase_times(
     weights = sum(whole.values())
     # Of a mixture of experts a pass may read no more than the experts of one token.
     read_weights = weights * spec.active_parameters / spec.num_parameters
-    read_kv = batch * spec.kv_bytes(cached, traffic.dtype_bytes)
-    new_kv = batch * spec.kv_bytes(new_tokens, traffic.dtype_bytes) if stored else 0
+    kept = batch * traffic.kv_bytes_share
+    read_kv = kept * spec.kv_bytes(cached, traffic.dtype_bytes)
+    new_kv = kept * spec.kv_bytes(new_tokens, traffic.dtype_bytes) if stored else 0
     attended_kv = read_kv * spec.attended_share(cached)
     disk_weights = whole.get("disk", 0)
     disk_kv_share = traffic.kv_shares.get("disk", 0.0)

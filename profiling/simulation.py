@@ -389,13 +389,19 @@ class _Simulation:
         return held.get(step.kv_slot, 0.0)
 
     def _dequantise_seconds(self, step: Step) -> float:
-        """A stage's compressed weights are turned back once, by its first micro-batch."""
-        bits = self.plan.policy.weight_bits
-        if bits is None or step.micro_batch:
-            return 0.0
-        images = self.plan.stages[step.stage].images
-        dense = sum(self.plan.images[index].dequantised_bytes for index in images)
-        return dense / self.rates.dequantise_bytes_per_s(bits)
+        """A stage's compressed weights are turned back once, by its first micro-batch; compressed KV by each."""
+        stage, policy, seconds = self.plan.stages[step.stage], self.plan.policy, 0.0
+        if policy.weight_bits is not None and not step.micro_batch:
+            dense = sum(self.plan.images[index].dequantised_bytes for index in stage.images)
+            seconds += dense / self.rates.dequantise_bytes_per_s(policy.weight_bits)
+        if policy.kv_bits is not None and stage.has_kv:
+            window = self._window(stage.layer)
+            # A prompt's rows are written in about the time that they could be read in.
+            rows = self.contexts[step.token - 1] if step.token else self.prompt
+            rows = min(rows, window) if window and step.token else rows
+            dense = rows * self.batches[step.micro_batch] * self.plan.dense_kv_row_bytes
+            seconds += dense / self.rates.dequantise_bytes_per_s(policy.kv_bits)
+        return seconds
 
     def _compute_seconds(self, step: Step) -> float:
         stage, sequences = self.plan.stages[step.stage], self.batches[step.micro_batch]

@@ -111,6 +111,7 @@ def plan_of(
             dtype_bytes=placement.dtype_bytes,
             lookup_bytes=lookup_bytes(placement),
             host_attention=placement.attends_on_host,
+            kv_bytes_share=placement.kv_bytes_share,
         )
         limit = physical_limit(placement.spec, request.workload, traffic, request.profile.best)
         predicted = engine_cost(placement, request.profile)

@@ -268,7 +268,8 @@ class FlexEngine:
 
         Args:
             prompt_tokens: so many are read at once as a prompt; the others are fed one a step, and from the second of them
-                on predicted by steps, from KV as the cache keeps it. None: all are read at once, and no KV is read back.
+                on predicted by steps, from KV as the cache keeps it. None: all are read at once, and no KV is read back, so
+                that a compressed cache does not show.
         """
         prompt = ids.shape[-1] if prompt_tokens is None else min(prompt_tokens, ids.shape[-1])
         first = slice(0, self.block_size)

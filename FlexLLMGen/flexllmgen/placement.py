@@ -109,6 +109,17 @@ class PlacementPlan:
         return round_up(self.workload.max_context, 8)
 
     @property
+    def dense_kv_row_bytes(self) -> int:
+        """Bytes of one position's keys and values of a sequence in one layer, not compressed."""
+        return 2 * self.spec.kv_size * self.dtype_bytes
+
+    @property
+    def kv_bytes_share(self) -> float:
+        """Bytes of a position's keys and values as they are kept, of those that they have; 1 if not compressed."""
+        kept = row_bytes(self.spec, self.policy, 1, self.dtype_bytes, disk=False)
+        return kept / self.dense_kv_row_bytes
+
+    @property
     def slot_bytes(self) -> int:
         """Bytes of all slots: device memory that streamed data, and compressed data turned back, passes through."""
         return (

@@ -101,3 +101,11 @@ def test_tables_that_are_looked_up_are_not_read_whole() -> None:
     assert whole.decode_bound == "host to device link"
     blocks = -(-WORKLOAD.num_sequences // traffic(gpu=0.2).batch_size)
     assert whole.decode_s - looked_up.decode_s == pytest.approx(blocks * steps * tables / 55.1e9)
+
+
+def test_compressed_kv_moves_and_is_read_compressed() -> None:
+    plan = traffic(gpu=1.0, kv_cpu=1.0)
+    whole = physical_limit(OPT_30B, WORKLOAD, plan, H200)
+    less = physical_limit(OPT_30B, WORKLOAD, dataclasses.replace(plan, kv_bytes_share=4.5 / 16), H200)
+    assert whole.decode_bound == less.decode_bound == "host to device link"
+    assert less.decode_s == pytest.approx(whole.decode_s * 4.5 / 16)

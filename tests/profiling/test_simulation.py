@@ -214,3 +214,20 @@ def test_attention_on_the_cpu_takes_kv_off_the_link() -> None:
     busiest = max(in_place.decode_busy_s.values())
     assert in_place.decode_bound == "attention on the CPU"
     assert busiest <= in_place.decode_s < 1.35 * busiest
+
+
+def test_compressed_kv_takes_fewer_bytes_and_some_compute() -> None:
+    policy = Policy(micro_batch_size=8, num_micro_batches=2, kv_cache=ON_CPU)
+    plain, lossy = cost(policy), cost(dataclasses.replace(policy, kv_bits=4))
+    for link in ("h2d", "d2h"):
+        assert lossy.decode_moved_bytes[link] == pytest.approx(
+            plain.decode_moved_bytes[link] * 4.5 / 16, rel=0.01
+        )
+    assert lossy.decode_s < plain.decode_s
+    # Each of 15 steps turns back all that it attends to.
+    positions = sum(WORKLOAD.prompt_tokens + step for step in range(1, 16))
+    dense = positions * WORKLOAD.num_sequences * SPEC.kv_bytes(1, 2)
+    slow = cost(dataclasses.replace(policy, kv_bits=4), dequantise_4bit_bytes_per_s=1e9)
+    assert slow.decode_bound == "compute"
+    extra = slow.decode_busy_s["compute"] - lossy.decode_busy_s["compute"]
+    assert extra == pytest.approx(dense * (1 / 1e9 - 1 / 1.9e12), rel=0.02)

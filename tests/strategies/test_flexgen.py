@@ -386,3 +386,10 @@ def test_the_builtin_model_on_64_real_prompts_with_disk(tmp_path: Path) -> None:
         measured = run_pass(engine, blocks, 32)
         assert engine.placed().counters["moved_disk_read_bytes"] > 0
     assert measured.output_ids == transformers_tokens(source.path, Batch(ids_BT=ids_BT, mask_BT=mask_BT), 32)
+
+
+def test_a_compressed_cache_is_asked_for_by_its_keys() -> None:
+    keys = {"cache_bits": 8, "cache_group_size": 32}
+    assert make_policy(config(**keys), 2).kv_bits is None
+    policy = make_policy(config(compress_cache=True, **keys), 2)
+    assert (policy.kv_bits, policy.kv_group_size, policy.lossless) == (8, 32, False)
