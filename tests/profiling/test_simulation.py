@@ -223,7 +223,6 @@ def test_compressed_kv_takes_fewer_bytes_and_some_compute() -> None:
         assert lossy.decode_moved_bytes[link] == pytest.approx(
             plain.decode_moved_bytes[link] * 4.5 / 16, rel=0.01
         )
-    assert lossy.decode_s < plain.decode_s
     # Each of 15 steps turns back all that it attends to.
     positions = sum(WORKLOAD.prompt_tokens + step for step in range(1, 16))
     dense = positions * WORKLOAD.num_sequences * SPEC.kv_bytes(1, 2)
