@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from flexllmgen.attention import append, decode_attention, prompt_attention
-from flexllmgen.kv_cache import AnySegment, Segment
+from flexllmgen.kv_cache import AnySegment
 from flexllmgen.models.experts import grouped_experts
 from flexllmgen.models.linear import linear
 from flexllmgen.models.rope import angles, inverse_frequencies, rotate
@@ -146,7 +146,7 @@ class Decoder:
         self,
         layer: int,
         span: Span,
-        segments: Sequence[Segment],
+        segments: Sequence[AnySegment],
         q_BTNH: torch.Tensor,
         k_BTKH: torch.Tensor,
         v_BTKH: torch.Tensor,
