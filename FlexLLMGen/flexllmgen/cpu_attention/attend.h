@@ -147,6 +147,11 @@ inline void scores(const Call& c, const Row* row, int rows, int g0, float* out, 
             }
             for (int a = 0; a < AT_ONCE * GT; ++a) sum[r * GT + a] = s[a];
             next.lines(AT_ONCE * lines);
+            // Of keys soon to be read, from the second cache into the first.
+            for (int a = 0; a < AT_ONCE && g0 == 0; ++a) {
+                const char* soon = row[std::min(i + r + a + 4, rows - 1)].data;
+                for (int line = 0; line < lines; ++line) __builtin_prefetch(soon + 64 * line, 0, 3);
+            }
         }
         Simd::sums(sum, out + i * GT);
     }
