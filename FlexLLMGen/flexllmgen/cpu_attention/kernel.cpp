@@ -113,6 +113,7 @@ struct Shared {
 
 namespace generic {
 #include "vectors_generic.h"
+#include "tiles.h"
 #include "attend.h"
 }  // namespace generic
 
@@ -121,6 +122,7 @@ namespace generic {
 #pragma GCC target("avx2,fma,f16c")
 namespace avx2 {
 #include "vectors_avx2.h"
+#include "tiles.h"
 #include "attend.h"
 }  // namespace avx2
 #pragma GCC pop_options
@@ -128,6 +130,7 @@ namespace avx2 {
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 namespace avx512 {
 #include "vectors_avx512.h"
+#include "tiles.h"
 #include "attend.h"
 }  // namespace avx512
 #pragma GCC pop_options

@@ -1,0 +1,226 @@
+// The tiles: scores, weights and weighted sums of a block of rows, once for each instruction set; included inside a
+// namespace that has a Simd of its own.
+//
+// Queries and sums lie packed: [head][up to 8 queries together][vector of the head][query][W].
+
+using V = Simd::V;
+constexpr int W = Simd::W, NR = Simd::NR;
+
+// 2 to the power of x <= 0, nothing under 2^-126: the series to the sixth power, off by 1e-7 at most.
+inline V exp2(V x) {
+    const V least = Simd::set1(-126.0f), bounded = Simd::larger(x, least), n = Simd::nearest(bounded);
+    const V f = Simd::fma(n, Simd::set1(-1.0f), bounded);
+    V y = Simd::set1(1.5403530e-4f);
+    for (float each : {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.0f})
+        y = Simd::fma(y, f, Simd::set1(each));
+    return Simd::where_ge(x, least, Simd::times_power(y, n));
+}
+
+// Calls f(how many, from which) for the queries of a key head: eight at a time, then four, two, one.
+template <class F>
+inline void in_groups(int queries, F&& f) {
+    int g = 0;
+    for (; W >= 8 && queries - g >= 8; g += 8) f(std::integral_constant<int, 8>{}, g);
+    for (; queries - g >= 4; g += 4) f(std::integral_constant<int, 4>{}, g);
+    if (queries - g >= 2) f(std::integral_constant<int, 2>{}, g), g += 2;
+    if (queries - g >= 1) f(std::integral_constant<int, 1>{}, g);
+}
+
+// Where a row begins, its groups' scales and zeros (of codes), and its head's queries (of keys).
+struct Row {
+    const char* data;
+    const float *scale, *zero, *q;
+};
+
+template <class T>
+inline V value(T type, const Row& row, int column, V scale, V zero) {
+    const V x = Simd::get(type, row.data + int64_t(column) * W * T::size);
+    if constexpr (std::is_same_v<T, U8>) return Simd::fma(x, scale, zero);
+    return x;
+}
+
+template <class T>
+inline V of_group(const float* values, int group) {
+    if constexpr (std::is_same_v<T, U8>) return Simd::set1(values[group]);
+    return Simd::zero();
+}
+
+inline void fetch(const char* p, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+}
+
+// Fetches what is read next while something else is computed, in the order in which it lies: that is what the
+// processor's own prefetching follows. `runs` runs of `run` bytes, `step` apart.
+struct Fetcher {
+    const char *start, *at, *end;
+    int64_t run, step;
+    int runs;
+
+    Fetcher(const char* from, int64_t run, int64_t step, int runs) : start(from), run(run), step(step), runs(runs) {
+        begin();
+    }
+    void begin() {
+        at = (const char*)(uintptr_t(start) / 64 * 64);
+        end = start + run;
+    }
+    void lines(int count) {
+        if (runs <= 0) return;
+        for (int i = 0; i < count; ++i) {
+            __builtin_prefetch(at, 0, 2);  // Into the second cache: the first would be too small.
+            if ((at += 64) < end) continue;
+            if (--runs <= 0) return;
+            start += step;
+            begin();
+        }
+    }
+};
+
+// Scores of `rows` rows, [row][GT], of the queries from `g0` on.
+template <class T, int GT>
+inline void scores(const Call& c, const Row* row, int rows, int g0, float* out, Fetcher& next) {
+    constexpr int R = NR / GT, AT_ONCE = R < 2 ? R : 2;
+    const int columns = int(c.H / W), width = c.groups ? int(c.group_size / W) : columns;
+    const int64_t first = int64_t(g0) * c.H;
+    const int lines = int(c.H * T::size + 63) / 64;
+    for (int i = 0; i < rows; i += R) {
+        V sum[NR];
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r += AT_ONCE) {
+            const Row* k[AT_ONCE];
+            const float* q[AT_ONCE];
+            V s[AT_ONCE * GT];
+            for (int a = 0; a < AT_ONCE; ++a) {
+                k[a] = row + std::min(i + r + a, rows - 1);
+                q[a] = k[a]->q + first;
+            }
+            for (V& each : s) each = Simd::zero();
+            for (int group = 0, column = 0; column < columns; ++group) {
+                V scale[AT_ONCE], zero[AT_ONCE];
+                for (int a = 0; a < AT_ONCE; ++a) {
+                    scale[a] = of_group<T>(k[a]->scale, group);
+                    zero[a] = of_group<T>(k[a]->zero, group);
+                }
+                const int end = std::min(column + width, columns);
+                const auto add = [&](auto same) {
+                    for (; column < end; ++column) {
+                        V x[AT_ONCE];
+                        for (int a = 0; a < AT_ONCE; ++a) x[a] = value(T{}, *k[a], column, scale[a], zero[a]);
+                        for (int g = 0; g < GT; ++g) {
+                            const int64_t at = (column * GT + g) * W;
+                            const V first_q = Simd::load(q[0] + at);
+                            for (int a = 0; a < AT_ONCE; ++a) {
+                                const V each = decltype(same)::value ? first_q : Simd::load(q[a] + at);
+                                s[a * GT + g] = Simd::fma(x[a], each, s[a * GT + g]);
+                            }
+                        }
+                    }
+                };
+                // Keys of one head, as nearly all neighbours are, share what is loaded of its queries.
+                if (q[0] == q[AT_ONCE - 1])
+                    add(std::true_type{});
+                else
+                    add(std::false_type{});
+            }
+            for (int a = 0; a < AT_ONCE * GT; ++a) sum[r * GT + a] = s[a];
+            next.lines(AT_ONCE * lines);
+            // Of keys soon to be read, from the second cache into the first.
+            for (int a = 0; a < AT_ONCE && g0 == 0; ++a) {
+                const char* soon = row[std::min(i + r + a + 4, rows - 1)].data;
+                for (int line = 0; line < lines; ++line) __builtin_prefetch(soon + 64 * line, 0, 3);
+            }
+        }
+        Simd::sums(sum, out + i * GT);
+    }
+}
+
+// Turns scores into weights; moves the largest score `m`, leaves what all sums so far are multiplied by in `alpha`.
+template <int GT>
+inline void weigh(int heads, int block, const float* bias, float* score, float* m, float* l, float* alpha) {
+    const int count = block * GT;
+    for (int h = 0; h < heads; ++h, score += count, m += GT, l += GT, alpha += GT) {
+        if (bias)
+            for (int p = 0; p < block; ++p)
+                for (int g = 0; g < GT; ++g) score[p * GT + g] += bias[p] * LOG2E;
+        // Lanes of a vector are queries, and then the next position's; what is past the end repeats the first.
+        float lane[W];
+        V top = Simd::set1(LOWEST), sum = Simd::zero();
+        const int whole = count / W * W;
+        for (int i = 0; i < whole; i += W) top = Simd::larger(Simd::load(score + i), top);
+        Simd::store(lane, top);
+        for (int i = whole; i < count; ++i) lane[i - whole] = std::max(lane[i - whole], score[i]);
+        for (int step = W; (step /= 2) >= GT;)
+            for (int i = 0; i < step; ++i) lane[i] = std::max(lane[i], lane[i + step]);
+        for (int g = 0; g < GT; ++g) {
+            lane[g] = std::max(lane[g], m[g]);
+            alpha[g] = m[g] - lane[g];
+            m[g] = lane[g];
+        }
+        for (int i = GT; i < W; ++i) lane[i] = lane[i - GT];
+        const V minus = Simd::mul(Simd::load(lane), Simd::set1(-1.0f)), one = Simd::set1(1.0f);
+        for (int i = 0; i < whole; i += W) {
+            const V weight = exp2(Simd::fma(Simd::load(score + i), one, minus));
+            Simd::store(score + i, weight);
+            sum = Simd::fma(weight, one, sum);
+        }
+        Simd::store(lane, sum);
+        if (whole < count) {
+            float rest[W];
+            for (int i = 0; i < W; ++i) rest[i] = whole + i < count ? score[whole + i] - m[i % GT] : LOWEST;
+            Simd::store(rest, exp2(Simd::load(rest)));
+            for (int i = 0; i < W; ++i) lane[i] += rest[i];
+            for (int i = whole; i < count; ++i) score[i] = rest[i - whole];
+        }
+        for (int step = W; (step /= 2) >= GT;)
+            for (int i = 0; i < step; ++i) lane[i] += lane[i + step];
+        for (int g = 0; g < GT; ++g) l[g] = l[g] * (alpha[g] = alpha[g] < -126.0f ? 0.0f : std::exp2(alpha[g])) + lane[g];
+    }
+}
+
+// Adds weighted values of one head, CT vectors of it from `column` on; `lines` lines are fetched with each.
+template <class T, int GT, int CT>
+inline void add_values(const Row* row, int block, const float* weight, const float* alpha, float* acc, int column,
+                       int group, int lines, Fetcher& next) {
+    V sum[GT * CT];
+    for (int i = 0; i < CT; ++i)
+        for (int g = 0; g < GT; ++g)
+            sum[i * GT + g] = Simd::mul(Simd::load(acc + ((column + i) * GT + g) * W), Simd::set1(alpha[g]));
+    for (int p = 0; p < block; ++p) {
+        V x[CT];
+        const V scale = of_group<T>(row[p].scale, group), zero = of_group<T>(row[p].zero, group);
+        for (int i = 0; i < CT; ++i) x[i] = value(T{}, row[p], column + i, scale, zero);
+        for (int g = 0; g < GT; ++g) {
+            const V w = Simd::set1(weight[p * GT + g]);
+            for (int i = 0; i < CT; ++i) sum[i * GT + g] = Simd::fma(x[i], w, sum[i * GT + g]);
+        }
+        next.lines(lines);
+    }
+    for (int i = 0; i < CT; ++i)
+        for (int g = 0; g < GT; ++g) Simd::store(acc + ((column + i) * GT + g) * W, sum[i * GT + g]);
+}
+
+template <class T, int GT>
+inline void values(const Call& c, const Row* row, int heads, int block, int g0, const float* weight,
+                   const float* alpha, float* acc, Fetcher& next) {
+    // Of codes, vectors of one group at a time.
+    constexpr int MOST = std::is_same_v<T, U8> ? MIN_GROUP / W : 8, CT = std::min(NR / GT, MOST);
+    const int columns = int(c.H / W), queries = int(c.N / c.K);
+    acc += int64_t(g0) * c.H;
+    for (int h = 0; h < heads; ++h, row += block, weight += block * GT, alpha += GT, acc += queries * c.H) {
+        int column = 0;
+        const auto take = [&](auto count) {
+            constexpr int N = decltype(count)::value;
+            if constexpr (N <= CT) {
+                for (; columns - column >= N; column += N) {
+                    const int64_t offset = int64_t(column) * W * T::size;
+                    const int group = c.groups ? int(column * W / c.group_size) : 0;
+                    const int lines = int((offset + N * W * T::size + 63) / 64 - (offset + 63) / 64);
+                    add_values<T, GT, N>(row, block, weight, alpha, acc, column, group, lines, next);
+                }
+            }
+        };
+        take(std::integral_constant<int, 8>{});
+        take(std::integral_constant<int, 4>{});
+        take(std::integral_constant<int, 2>{});
+        take(std::integral_constant<int, 1>{});
+    }
+}
