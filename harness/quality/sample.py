@@ -77,7 +77,7 @@ def draw_sample(tokenizer: Any, *, input_len: int, batch_size: int) -> Sample:
     """
     prompt_tokens, length = window_shape(input_len)
     wanted = min(MAX_WINDOWS, WINDOWS_PER_SEQUENCE * batch_size)
-    rows, text = _text()
+    rows, text = read_text()
     windows = cut_windows(tokenizer, text, wanted, length)
     return Sample(
         text=rows.name,
@@ -85,7 +85,7 @@ def draw_sample(tokenizer: Any, *, input_len: int, batch_size: int) -> Sample:
         revision=rows.revision,
         windows=windows,
         prompt_tokens=prompt_tokens,
-        digest=_digest(windows, prompt_tokens),
+        digest=digest_of(windows, prompt_tokens),
     )
 
 
@@ -124,7 +124,7 @@ def cut_windows(tokenizer: Any, text: str, count: int, length: int) -> tuple[tup
     return windows
 
 
-def _text() -> tuple[Rows, str]:
+def read_text() -> tuple[Rows, str]:
     """The first text that can be read.
 
     Raises:
@@ -152,7 +152,8 @@ def _text() -> tuple[Rows, str]:
     raise UsageError(f"there is no text to measure perplexity on: {'; '.join(reasons)}")
 
 
-def _digest(windows: Sequence[Sequence[int]], prompt_tokens: int) -> str:
+def digest_of(windows: Sequence[Sequence[int]], prompt_tokens: int) -> str:
+    """sha256 over the prompt's length and each window's number of ids and ids, little-endian 32-bit numbers."""
     digest = hashlib.sha256(struct.pack("<I", prompt_tokens))
     for window in windows:
         digest.update(struct.pack(f"<{1 + len(window)}I", len(window), *window))

@@ -1,6 +1,7 @@
 """Strategy flexgen: its keys become a policy, its plan the truth, its tokens those of transformers."""
 
 import dataclasses
+import json
 import re
 import shutil
 from contextlib import nullcontext
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from flexllmgen.errors import CheckpointError, PlanInfeasible, PolicyError, UnsupportedModelError, UsageError
+from flexllmgen.policy import Policy
 from flexllmgen.spec import ModelSpec
 from flexllmgen.workload import Workload
 from harness.measure import Batch, run_pass
@@ -19,6 +21,7 @@ from harness.prompts import load_prompts
 from strategies.base import Machine, ModelSource, PlanRequest
 from strategies.flexgen import FlexgenStrategy, create, make_policy
 from strategies.flexgen_config import Config
+from strategies.flexgen_engine import policy_details
 from strategies.registry import find_strategy
 
 MIXED = {
@@ -108,6 +111,18 @@ def test_weights_are_compressed_where_a_key_says_so() -> None:
 def test_other_bits_are_refused(key: str, value: int) -> None:
     with pytest.raises(ValueError, match=key):
         config(compress_weight=True, **{key: value})
+
+
+@pytest.mark.parametrize(
+    "choices", [{}, {"weight_bits": 8, "weight_group_size": 128}, {"kv_bits": 4}, {"cpu_attention": True}]
+)
+def test_what_is_recorded_of_a_policy_makes_it_again(choices: dict[str, Any]) -> None:
+    policy = Policy(micro_batch_size=3, num_micro_batches=2, overlap=0, **choices)
+    details = policy_details(policy)
+    assert Policy(**details) == policy
+    assert json.loads(json.dumps(details)) == details
+    # A lossless record has no bits, so that it equals those of before there were any.
+    assert ("weight_bits" in details) == (not policy.lossless)
 
 
 def test_shares_over_a_hundred_are_refused_by_name() -> None:

@@ -69,7 +69,7 @@ def run(
     rounded_model: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Run:
-    """`run(**options)` gives the exit code and the result of a small run of the rounded model."""
+    """`run(*keys, **options)` gives the exit code and the result of a small run of the rounded model."""
     monkeypatch.chdir(tmp_path)
     # The text is then the one that an installed package carries, on every machine.
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -78,7 +78,7 @@ def run(
 
     count = itertools.count(1)
 
-    def start(**options: Any) -> tuple[int, RunResult]:
+    def start(*keys: str, **options: Any) -> tuple[int, RunResult]:
         uuid = f"u{next(count)}"
         common = {
             "strategy": "flexgen",
@@ -92,7 +92,7 @@ def run(
             "offload_dir": str(tmp_path / "offload"),
             **options,
         }
-        settings = resolve(common, config_file=None, assignments=[], environ={})
+        settings = resolve(common, config_file=None, assignments=list(keys), environ={})
         job = Job.of(
             settings, run_uuid=uuid, provenance=Provenance(command="test"), dry_run=False, verbose=False
         )
@@ -270,6 +270,50 @@ def test_random_weights_have_no_quality(run: Run, rounded_model: Path) -> None:
     assert code == 0
     assert not {"perplexity", "token_match_share"} & set(result.metrics)
     assert [text for text in result.warnings if "random weights" in text]
+
+
+def test_the_engines_own_compression_is_lossy(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("strategies.flexgen.create", FlexgenStrategy)
+    by_steps = []
+    score = phase.loss_of
+
+    def noted(*arguments: Any, **options: Any) -> float:
+        by_steps.append(options["by_steps"])
+        return score(*arguments, **options)
+
+    monkeypatch.setattr(phase, "loss_of", noted)
+    code, weights = run("compress_weight=true", "weight_bits=8")
+    assert code == 0
+    _, both = run("compress_weight=true", "weight_bits=8", "compress_cache=true", "cache_bits=4")
+    # KV that is computed and never read back would show nothing.
+    assert by_steps == [False, True]
+    assert {name: weights.tags.get(name) for name in ("lossy", "weight_bits", "kv_bits")} == {
+        "lossy": "true",
+        "weight_bits": "8",
+        "kv_bits": "none",
+    }
+    assert (both.tags["weight_bits"], both.tags["kv_bits"]) == ("8", "4")
+    assert (both.params["policy_weight_bits"], both.params["policy_kv_bits"]) == (8, 4)
+    off = [abs(one.metrics["perplexity_ratio"] - 1) for one in (weights, both)]
+    assert 0 < off[0] < off[1] < 0.2
+    assert weights.metrics["perplexity_lossless"] == both.metrics["perplexity_lossless"]
+
+
+@pytest.mark.parametrize("leave", [True, False])
+def test_leave_to_be_lossy_reaches_the_strategy(
+    run: Run, monkeypatch: pytest.MonkeyPatch, *, leave: bool
+) -> None:
+    asked = []
+
+    class Asked(FlexgenStrategy):
+        def plan(self, request: PlanRequest) -> Plan:
+            asked.append(request.allow_lossy)
+            return super().plan(request)
+
+    monkeypatch.setattr("strategies.flexgen.create", Asked)
+    _, result = run(allow_lossy=leave)
+    assert asked == [leave]
+    assert result.params["allow_lossy"] is leave
 
 
 def test_a_lossless_run_measures_nothing_more(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
