@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import sys
+
 import pytest
 import torch
 
+from flexllmgen import compression
 from flexllmgen.compression import (
     check_bits,
     compressed_bytes,
@@ -123,6 +127,20 @@ def test_into_memory_with_gaps(bits: int) -> None:
     assert torch.equal(out[:, 2:6], _back(x, bits, 64))
     assert not out[:, 6:].any()
     assert not out[:, :2].any()
+
+
+def test_without_a_kernel_torch_does_its_work(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "flexllmgen.compression_triton", None)
+    compression._kernel.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            assert compression._kernel() is None
+            assert compression._kernel() is None
+    finally:
+        compression._kernel.cache_clear()
+    assert caplog.text.count("torch turns them back instead") == 1
 
 
 @pytest.mark.parametrize(("bits", "group_size"), [(3, 64), (8, 32), (16, 64)])
