@@ -78,7 +78,8 @@ def test_floors_look_only_downwards(floor: str, tmp_path: Path) -> None:
     code = (
         f"import importlib, pkgutil, {floor}\n"
         f"for module in pkgutil.walk_packages({floor}.__path__, '{floor}.'):\n"
-        "    importlib.import_module(module.name)\n"
+        # Kernels in Triton are imported on a GPU, and only there.
+        "    module.name.endswith('_triton') or importlib.import_module(module.name)\n"
     )
     imported = imported_by(code, tmp_path)
     assert floor in imported

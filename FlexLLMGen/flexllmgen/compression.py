@@ -16,50 +16,28 @@ from collections.abc import Callable
 
 import torch
 
-from flexllmgen.errors import PolicyError
+from flexllmgen.compressed_size import BITS, check_bits, code_bytes, compressed_bytes, num_groups
+
+__all__ = [
+    "BITS",
+    "RULE",
+    "check_bits",
+    "code_bytes",
+    "compressed_bytes",
+    "dequantise",
+    "num_groups",
+    "quantise",
+    "split_compressed",
+]
 
 log = logging.getLogger(__name__)
 
-BITS = (8, 4)
-GROUP_SIZES = (64, 128)
 RULE = 1
 """Counts the ways in which numbers were ever rounded: what is kept on disk is found by it."""
 _FP16_MAX = 65504.0
 _BLOCK_NUMBERS = 1 << 17
 """Numbers that the CPU turns back at once: its temporaries stay in the cache, and small."""
 _CUDA_BLOCK_NUMBERS = 1 << 22
-
-
-def check_bits(bits: int | None, group_size: int, name: str) -> None:
-    """Refuses bits and groups that there are no codes for; `name` is what the user calls them.
-
-    Raises:
-        PolicyError: naming the values that there are.
-    """
-    if bits is not None and bits not in BITS:
-        raise PolicyError(f"{name}_bits must be 8 or 4, not {bits}")
-    if group_size not in GROUP_SIZES:
-        raise PolicyError(f"{name}_group_size must be 64 or 128, not {group_size}")
-
-
-def num_groups(size: int, group_size: int) -> int:
-    """Groups of a row of `size` numbers; the last may be shorter."""
-    return -(-size // group_size)
-
-
-def code_bytes(size: int, bits: int) -> int:
-    """Bytes of the codes of a row of `size` numbers: whole bytes, so two codes each in 4 bits."""
-    return -(-size * bits // 8)
-
-
-def compressed_bytes(shape: tuple[int, ...], bits: int, group_size: int) -> int:
-    """Bytes of a tensor's scales, zeros and codes.
-
-    >>> compressed_bytes((2, 128), bits=4, group_size=64)
-    144
-    """
-    rows, size = math.prod(shape[:-1]), shape[-1]
-    return rows * (4 * num_groups(size, group_size) + code_bytes(size, bits))
 
 
 def split_compressed(

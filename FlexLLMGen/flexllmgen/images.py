@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from flexllmgen.compression import compressed_bytes
+from flexllmgen.compressed_size import compressed_bytes
 from flexllmgen.policy import Placement, Policy
 from flexllmgen.spec import ModelSpec
 from flexllmgen.units import PAGE, round_up

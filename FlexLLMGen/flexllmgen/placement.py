@@ -7,7 +7,7 @@ to unit.
 from dataclasses import dataclass
 from typing import Literal
 
-from flexllmgen.compression import compressed_bytes
+from flexllmgen.compressed_size import compressed_bytes
 from flexllmgen.errors import PolicyError
 from flexllmgen.images import Image, Stage, TierBytes, pack, place_images, streamed_bytes
 from flexllmgen.policy import Placement, Policy

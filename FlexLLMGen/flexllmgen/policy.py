@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from flexllmgen.compression import check_bits
+from flexllmgen.compressed_size import check_bits
 from flexllmgen.errors import PolicyError
 
 Tier = Literal["gpu", "cpu", "disk"]
