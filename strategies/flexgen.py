@@ -92,6 +92,7 @@ def make_policy(config: Config, batch_size: int) -> Policy:
         cpu_attention=config.cpu_cache_compute,
         kv_bits=config.cache_bits if config.compress_cache else None,
         kv_group_size=config.cache_group_size,
+        attn_sparsity=config.attn_sparsity,
     )
 
 

@@ -31,3 +31,4 @@ class Config(BaseModel):
     compress_cache: bool
     cache_bits: Literal[8, 4]
     cache_group_size: Literal[32, 64, 128]
+    attn_sparsity: Annotated[float, Field(gt=0, le=1)]

@@ -51,15 +51,20 @@ def prompt_attention(
 
 
 def decode_attention(
-    q_BNH: torch.Tensor, segment: AnySegment, length: int, bias_B11S: torch.Tensor | None, window: int
+    q_BNH: torch.Tensor,
+    segment: AnySegment,
+    length: int,
+    bias_B11S: torch.Tensor | None,
+    window: int,
+    sparsity: float = 1.0,
 ) -> torch.Tensor:
     """One new token per sequence against `length` cached positions, its own included; returns [B, N, H].
 
     `bias_B11S` is added to the scores (minus infinity on padding). Compressed KV is turned back first, for some sequences
-    after others.
+    after others. With a `sparsity` below 1 only so large a share of the values is used.
     """
     if isinstance(segment, CompressedSegment):
-        return _compressed_attention(q_BNH, segment, length, bias_B11S, window)
+        return _compressed_attention(q_BNH, segment, length, bias_B11S, window, sparsity)
     sequences, heads, size = q_BNH.shape
     num_kv_heads = segment.kv_S2BKH.shape[3]
     first = max(0, length - window) if window else 0
@@ -67,6 +72,8 @@ def decode_attention(
     k, v = (kv_SBKH[:, which].permute(1, 2, 0, 3) for which in (0, 1))
     q = q_BNH.reshape(sequences, num_kv_heads, heads // num_kv_heads, size)
     bias = None if bias_B11S is None else bias_B11S[..., first:length]
+    if sparsity < 1:
+        return _sparse_attention(q, k, v, bias, sparsity).reshape(sequences, heads, size)
     if bias is not None and first:
         bias = bias.clone()  # The masked kernel loads it in vectors, and does not check where it starts.
     return _attend(q, k, v, bias).reshape(sequences, heads, size)
@@ -108,6 +115,7 @@ def _compressed_attention(
     length: int,
     bias_B11S: torch.Tensor | None,
     window: int,
+    sparsity: float,
 ) -> torch.Tensor:
     first = max(0, length - window) if window else 0
     turned, codec = segment.codec.turned(q_BNH), segment.codec
@@ -118,8 +126,32 @@ def _compressed_attention(
         mine = segment.part(segment.start + start, segment.start + stop)
         dense = Segment(mine.start, mine.stop, codec.read(mine, first, length))
         here = None if bias is None else bias[start:stop]
-        mixed.append(decode_attention(turned[start:stop], dense, length - first, here, 0))
+        mixed.append(decode_attention(turned[start:stop], dense, length - first, here, 0, sparsity))
     return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+
+
+def _sparse_attention(
+    q_BKGH: torch.Tensor,
+    k_BKSH: torch.Tensor,
+    v_BKSH: torch.Tensor,
+    bias_B11S: torch.Tensor | None,
+    share: float,
+) -> torch.Tensor:
+    """Attention with the values of a share of the positions only (FlexGen, Sheng et al. 2023, section 5): [B, K, G, H].
+
+    All weights are computed, and the largest used as they are: they no longer sum to one. The query heads that share a key
+    head share its positions, chosen by the sum of their weights, so that a value is read once for all of them.
+    """
+    scores = (q_BKGH @ k_BKSH.transpose(2, 3)).float() * q_BKGH.shape[-1] ** -0.5
+    if bias_B11S is not None:
+        scores += bias_B11S
+    weights_BKGS = scores.softmax(dim=-1)
+    count = max(1, round(share * weights_BKGS.shape[-1]))
+    top_BKC = weights_BKGS.sum(dim=2).topk(count, dim=-1).indices
+    kept = weights_BKGS.gather(3, top_BKC[:, :, None].expand(-1, -1, q_BKGH.shape[2], -1))
+    values = v_BKSH.gather(2, top_BKC[..., None].expand(-1, -1, -1, v_BKSH.shape[-1]))
+    out_BKGH: torch.Tensor = kept.to(values.dtype) @ values
+    return out_BKGH
 
 
 def _attend(

@@ -153,7 +153,9 @@ class FlexEngine:
                 torch.cuda.empty_cache()
             self._kv.allocate()
             self._hidden.allocate()
-            self._decoder = Decoder(plan.spec, device=device, dtype=dtype)
+            self._decoder = Decoder(
+                plan.spec, device=device, dtype=dtype, attn_sparsity=plan.policy.attn_sparsity
+            )
             self._executor = Executor(
                 plan,
                 decoder=self._decoder,

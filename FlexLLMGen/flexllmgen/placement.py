@@ -165,8 +165,8 @@ class PlacementPlan:
         windowed = any(0 < window < self.max_context for window in spec.sliding_windows)
         if windowed or spec.num_experts or self.in_place:
             return "none"
-        if self.policy.kv_bits:
-            return "none"  # As many rows are turned back as are attended to, which no graph can.
+        if self.policy.kv_bits or self.policy.attn_sparsity < 1:
+            return "none"  # As many rows are turned back, or chosen, as the length says, which no graph can.
         if self.kv_slots or self.hidden_slots:
             return "none"  # The link sets the pace, and each graph starts and ends later than its kernels alone would.
         return "layers" if self.weights.cpu + self.weights.disk else "step"
@@ -278,8 +278,10 @@ def workspace_bytes(
     mask = sequences * prompt * prompt * 2 + batch * context * 2
     fp32 = 2 if dtype_bytes == 2 else 1
     logits = batch * spec.vocab_size * (1 + 2 * fp32)
+    # A sparse step's scores in fp32, and its keys and values taken together.
+    sparse = batch * context * (6 * spec.num_heads + 2 * spec.kv_size) if policy.attn_sparsity < 1 else 0
     rope = 2 * min(policy.block_size, workload.num_sequences) * prompt * spec.head_dim
-    elements = rows * max(attention, mlp) + mask + logits + rope + 2 * batch * spec.hidden_size
+    elements = rows * max(attention, mlp) + mask + logits + rope + sparse + 2 * batch * spec.hidden_size
     # What the caching allocator loses to rounding and to blocks of other sizes; matrix libraries' workspace.
     return int(elements * dtype_bytes * 1.25) + ((160 << 20) if accelerated else 0)
 

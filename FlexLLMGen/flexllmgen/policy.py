@@ -70,6 +70,8 @@ class Policy:
         cpu_attention: a decode step attends to the KV in host memory on the CPU, where it lies, and not on the device.
         kv_bits: 8 or 4: keys and values are kept, on every tier, as integers of so many bits, a scale and a zero for each
             `kv_group_size` (32, 64 or 128) of them; None leaves them as they are.
+        attn_sparsity: share of the cached positions whose values a decode step uses, those of the largest weights; 1 is
+            all of them. What lies on other tiers is brought in whole all the same: a position's key and value are one row.
 
     >>> Policy(micro_batch_size=4, num_micro_batches=3).block_size
     12
@@ -88,6 +90,7 @@ class Policy:
     cpu_attention: bool = False
     kv_bits: int | None = None
     kv_group_size: int = 64
+    attn_sparsity: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("micro_batch_size", "num_micro_batches"):
@@ -105,6 +108,12 @@ class Policy:
             raise PolicyError(f"kv_bits must be 8 or 4, not {self.kv_bits}")
         if self.kv_group_size not in (32, 64, 128):
             raise PolicyError(f"kv_group_size must be 32, 64 or 128, not {self.kv_group_size}")
+        if not 0 < self.attn_sparsity <= 1:
+            raise PolicyError(f"attn_sparsity must be above 0 and at most 1, not {self.attn_sparsity:g}")
+        if self.cpu_attention and self.attn_sparsity < 1:
+            raise PolicyError(
+                "attention on the CPU reads all values; turn off either cpu_attention or attn_sparsity (1)"
+            )
         if self.cpu_attention and self.kv_bits is not None:
             raise PolicyError(
                 "attention on the CPU reads keys and values as they are; turn off either cpu_attention or kv_bits"
@@ -118,4 +127,4 @@ class Policy:
     @property
     def lossless(self) -> bool:
         """Whether nothing is stored or read with less precision than it has."""
-        return self.weight_bits is None and self.kv_bits is None
+        return self.weight_bits is None and self.kv_bits is None and self.attn_sparsity == 1

@@ -72,10 +72,16 @@ class Span:
 
 
 class Decoder:
-    """The arithmetic of a model's stages."""
+    """The arithmetic of a model's stages.
 
-    def __init__(self, spec: ModelSpec, *, device: torch.device, dtype: torch.dtype) -> None:
-        self.spec, self._dtype = spec, dtype
+    Args:
+        attn_sparsity: share of the values that a decode step uses.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, *, device: torch.device, dtype: torch.dtype, attn_sparsity: float = 1.0
+    ) -> None:
+        self.spec, self._dtype, self._sparsity = spec, dtype, attn_sparsity
         self._groups_experts = device.type == "cuda" and spec.num_experts > 0
         self._activation = _ACTIVATIONS[spec.activation]
         self._frequencies = (
@@ -171,7 +177,8 @@ class Decoder:
             )
             if not span.prompt:
                 bias = None if span.bias_B11S is None else span.bias_B11S[start:stop]
-                mixed.append(decode_attention(q_BTNH[start:stop, 0], mine, span.first + 1, bias, window))
+                q_BNH, length = q_BTNH[start:stop, 0], span.first + 1
+                mixed.append(decode_attention(q_BNH, mine, length, bias, window, self._sparsity))
         return mixed
 
     def finish_attention(self, w: Weights, x_BTD: torch.Tensor, attended: torch.Tensor) -> None:
