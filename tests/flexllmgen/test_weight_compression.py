@@ -119,6 +119,14 @@ def test_while_the_cpu_attends(tiny: Any, tmp_path: Path, name: str, sep_layer: 
     _check(tiny(name), policy, tmp_path, in_place=False)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_beside_a_compressed_cache(tiny: Any, tmp_path: Path, in_place: bool) -> None:
+    policy = Policy(
+        micro_batch_size=3, num_micro_batches=2, weight_bits=4, kv_bits=4, **PLACEMENTS["mixed-all"]
+    )
+    _check(tiny("llama3"), policy, tmp_path, in_place=in_place)
+
+
 @pytest.mark.parametrize("placement", [ON_CPU, MIXED], ids=["host", "mixed"])
 def test_other_number_types(tiny: Any, tmp_path: Path, placement: Placement) -> None:
     policy = Policy(micro_batch_size=6, weights=placement, weight_bits=8)
