@@ -96,6 +96,8 @@ class AutoflexStrategy:
             batch_size=request.batch_size,
             objective=self.config.objective,
             pin_weight=self.config.pin_weight,
+            allow_lossy=request.allow_lossy,
+            least_bits=self.config.least_bits,
         )
 
     def _found(self, request: PlanRequest, profile: HardwareProfile) -> Found:

@@ -14,3 +14,4 @@ class Config(BaseModel):
     calibrate: bool
     path: str
     pin_weight: bool
+    least_bits: Literal[8, 4]

@@ -15,7 +15,7 @@ import numpy as np
 from scipy.optimize import linprog
 
 from flexllmgen.images import pack
-from flexllmgen.placement import PlacementPlan, spare_kv_slots, workspace_bytes
+from flexllmgen.placement import PlacementPlan, kv_scratch, row_bytes, spare_kv_slots, workspace_bytes
 from flexllmgen.policy import Policy
 from flexllmgen.spec import ModelSpec
 from flexllmgen.units import round_up
@@ -50,6 +50,21 @@ class Limits:
             (self.gpu_bytes is None or plan.gpu_bytes <= self.gpu_bytes)
             and host <= self.cpu_bytes
             and plan.disk_bytes <= self.disk_bytes
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """What of a policy is neither shares nor cut: where it attends, and what it compresses."""
+
+    cpu_attention: bool = False
+    weight_bits: int | None = None
+    kv_bits: int | None = None
+
+    @staticmethod
+    def of(policy: Policy) -> "Variant":
+        return Variant(
+            cpu_attention=policy.cpu_attention, weight_bits=policy.weight_bits, kv_bits=policy.kv_bits
         )
 
 
@@ -102,18 +117,25 @@ class PlacementProgram:
         pin_weight: bool = True,
         depth: int = 1,
         sep_layer: bool = False,
+        variant: Variant | None = None,
     ) -> None:
+        self.variant = variant or Variant()
         self.spec, self.profile, self.times = spec, profile, times
         self.workload, self.limits, self.size = workload, limits, dtype_bytes
         self.pin_weight, self.depth, self.sep_layer = pin_weight, depth, sep_layer
         self.rates = profile.typical
         self.on_cpu = profile.device == "cpu"
-        self.weights = spec.weight_bytes(dtype_bytes)
+        policy = self.policy(1, 1)
+        images, stages = pack(spec, policy, dtype_bytes)
+        self.weights = sum(image.num_bytes for image in images)
         # The head is streamed like a layer; an embedding of its own is read by rows where it lies.
-        streamable = spec.layer_weight_bytes(dtype_bytes) * spec.num_layers
-        streamable += spec.vocab_size * spec.embed_size * dtype_bytes
-        self.rest = max(0, self.weights - streamable)
-        images, stages = pack(spec, self.policy(1, 1), dtype_bytes)
+        self.rest = images[0].num_bytes
+        self.kv_position = spec.num_layers * row_bytes(spec, policy, 1, dtype_bytes, disk=False)
+        dense = [sum(images[index].dequantised_bytes for index in stage.images) for stage in stages]
+        self.dequantised = max(dense)
+        self.dequantise_s = 0.0
+        if self.variant.weight_bits is not None:
+            self.dequantise_s = sum(dense) / self.rates.dequantise_bytes_per_s(self.variant.weight_bits)
         # Slots hold the largest stage that is streamed; a head that is may be kept on the device instead.
         self.slot = max(
             images[index].num_bytes for stage in stages if stage.layer >= 0 for index in stage.images
@@ -128,6 +150,9 @@ class PlacementProgram:
             overlap=self.depth,
             sep_layer=self.sep_layer,
             pin_weight=self.pin_weight,
+            cpu_attention=self.variant.cpu_attention,
+            weight_bits=self.variant.weight_bits,
+            kv_bits=self.variant.kv_bits,
         )
 
     def cheap_bound(self, cut: Cut) -> float:
@@ -146,14 +171,15 @@ class PlacementProgram:
         workload, limits = self.workload, self.limits
         weights = self.weights - self.rest
         context = workload.prompt_tokens + (workload.gen_tokens - 1) // 2
-        needed = weights + block * self.spec.kv_bytes(context, self.size)
+        kv = block * context * self.kv_position
         held = limits.cpu_bytes + (0 if limits.shared else limits.gpu_bytes or 0)
-        sources = [(self.rates.disk_read_bytes_per_s, held)]
+        sources = [(self.rates.disk_read_bytes_per_s, held, kv)]
         if not self.on_cpu and self.rates.h2d_bytes_per_s and limits.gpu_bytes is not None:
-            sources.append((self.rates.h2d_bytes_per_s, limits.gpu_bytes))
+            lifted = 0 if self.variant.cpu_attention else kv
+            sources.append((self.rates.h2d_bytes_per_s, limits.gpu_bytes, lifted))
         return (
-            max(0.0, *((weights - memory) / rate for rate, memory in sources)),
-            max(0.0, *((needed - memory) / rate for rate, memory in sources)),
+            max(0.0, *((weights - memory) / rate for rate, memory, _ in sources)),
+            max(0.0, *((weights + needed - memory) / rate for rate, memory, needed in sources)),
         )
 
     def solve(self, cut: Cut, kind: Kind) -> Solved | None:
@@ -207,14 +233,15 @@ class PlacementProgram:
         block = min(cut.size * cut.count, workload.num_sequences)
         size = min(cut.size, workload.num_sequences)
         context = round_up(workload.max_context, 8)
-        kv = block * self.spec.kv_bytes(context, self.size)
-        kv_unit = size * self.spec.kv_bytes(context, self.size) / self.spec.num_layers
+        kv = block * context * self.kv_position
+        kv_unit = size * context * self.kv_position / self.spec.num_layers
         hidden = block * self.spec.hidden_bytes(workload.prompt_tokens, self.size)
         policy = self.policy(cut.size, cut.count)
         work = workspace_bytes(
             self.spec, policy, workload, self.size, chunk_tokens=cut.chunk, accelerated=not self.on_cpu
         )
         slots = self.depth + 1
+        work += self.dequantised + kv_scratch(self.spec, policy, workload, self.size, 1)[1]
         kv_slots = slots + spare_kv_slots(round(kv_unit), self.depth, in_place=self.on_cpu)
         gpu, cpu, disk = (np.zeros(_SIZE) for _ in range(3))
         for row, tier in ((gpu, 0), (cpu, 1), (disk, 2)):
@@ -258,19 +285,27 @@ class PlacementProgram:
         compute = self._compute(cut, block)
         prompt = workload.prompt_tokens
         context = prompt + workload.gen_tokens / 2
-        token_kv = block * spec.kv_bytes(1, self.size)
+        token_kv = block * self.kv_position
+        exchanged = block * spec.num_layers * spec.query_size * self.size
+        on_host = self.variant.cpu_attention
         # KV that no step will read is not stored.
         kept = prompt if workload.gen_tokens > 1 else 0
         passes = ((0.0, kept, prompt), (context - 1, 1, 1))
         for variable, busy, (read, written, columns) in zip(variables, compute, passes, strict=True):
             hidden = 2 * (spec.num_layers + 1) * block * spec.hidden_bytes(columns, self.size)
-            yield self._at_most(variable, {}, busy)
+            attended = (
+                {K[0]: self._attention_s(block), K[2]: self._attention_s(block)} if on_host and read else {}
+            )
+            yield self._at_most(variable, attended, busy)
+            if on_host and read:
+                yield self._attended_on_host(variable, token_kv * read)
             if not self.on_cpu and rates.h2d_bytes_per_s and rates.d2h_bytes_per_s:
                 up = 1 / rates.h2d_bytes_per_s
                 paged = not self.pin_weight and rates.h2d_pageable_bytes_per_s
                 loads = {W[1]: self.weights * (1 / paged if paged else up), W[2]: self.weights * up}
                 for tier in (1, 2):
-                    loads[K[tier]] = token_kv * read * up
+                    lifted = min(exchanged, token_kv * read) if on_host and tier == 1 else token_kv * read
+                    loads[K[tier]] = lifted * up if read else 0.0
                     loads[A[tier]] = hidden / 2 * up
                 # What of the weights is never streamed takes host memory first.
                 yield self._at_most(variable, loads, -self.rest * up)
@@ -291,11 +326,32 @@ class PlacementProgram:
                 0.0,
             )
 
+    def _attended_on_host(self, variable: int, cached: float) -> tuple[np.ndarray, float]:
+        """What the CPU attends to, at its full rate but while weights are copied beside it."""
+        rates = self.rates
+        alone = rates.cpu_attention_bytes_per_s or rates.host_bytes_per_s
+        beside = min(alone, rates.cpu_attention_under_copies_bytes_per_s or alone)
+        slowed = (1 - beside / alone) / (rates.h2d_bytes_per_s or rates.host_bytes_per_s)
+        shares = {K[1]: cached / alone, W[1]: self.weights * slowed, W[2]: self.weights * slowed}
+        return self._at_most(variable, shares, -self.rest * slowed)
+
+    def _attention_s(self, block: int) -> float:
+        """Seconds of a step in the middle in which the device attends to the KV of a whole block."""
+        context = self.workload.prompt_tokens + self.workload.gen_tokens // 2
+        return self._layers_s(block, context) - self._layers_s(block, 0)
+
     def _compute(self, cut: Cut, block: int) -> tuple[float, float]:
-        """Seconds that the compute device needs for a block's prompts, and for a step in the middle."""
+        """Seconds that the compute device needs for a block's prompts, and for a step in the middle.
+
+        Where the CPU attends, without what is attended to.
+        """
         workload, layers, times = self.workload, self.spec.num_layers, self.times
         context = workload.prompt_tokens + workload.gen_tokens // 2
-        prompt_s = step_s = 0.0
+        prompt_s = step_s = self.dequantise_s
+        if self.variant.kv_bits is not None:
+            # Each step turns back what it attends to.
+            rate = self.rates.dequantise_bytes_per_s(self.variant.kv_bits)
+            step_s += block * self.spec.kv_bytes(context, self.size) / rate
         whole, rest = divmod(block, cut.size)
         for count, size in ((whole, cut.size), (1, rest)):
             if not count or not size:
@@ -304,7 +360,8 @@ class PlacementProgram:
             mine, issue_s = self._prompt_s(cut, size), layers * (times.issue_s + chunks * times.chunk_issue_s)
             # On an accelerator issued beside the device's work. A step may be recorded, and then costs nothing.
             mine = mine + issue_s if self.on_cpu else max(mine, issue_s)
-            step = self._layers_s(size, context) + (layers * times.issue_s if self.on_cpu else 0.0)
+            seen = 0 if self.variant.cpu_attention else context
+            step = self._layers_s(size, seen) + (layers * times.issue_s if self.on_cpu else 0.0)
             prompt_s, step_s = prompt_s + count * (mine + head_s), step_s + count * (step + head_s)
         return prompt_s, step_s
 

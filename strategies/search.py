@@ -19,7 +19,18 @@ from flexllmgen.workload import Workload
 from profiling.cost_model import CostEstimate, engine_cost
 from profiling.layer_times import layer_times_for
 from profiling.profile import HardwareProfile
-from strategies.placement_program import KINDS, A, Cut, K, Kind, Limits, PlacementProgram, Solved, W
+from strategies.placement_program import (
+    KINDS,
+    A,
+    Cut,
+    K,
+    Kind,
+    Limits,
+    PlacementProgram,
+    Solved,
+    Variant,
+    W,
+)
 
 Objective = Literal["throughput", "latency"]
 
@@ -34,6 +45,7 @@ _REFINED = 2
 _REPAIRS = 24
 _ODD = 0.01
 _HIDDEN_ODD = 0.1
+_LOSSY_ODD = 0.05
 _WORTH = 0.005
 """A relative gain that is not worth looking for."""
 _NARROWER = ((1, False), (1, True), (0, True))
@@ -86,11 +98,14 @@ def find_policy(
     batch_size: int,
     objective: Objective = "throughput",
     pin_weight: bool = True,
+    allow_lossy: bool = False,
+    least_bits: int = 4,
 ) -> Found:
     """The policy that the cost model says is fastest for this workload's requests.
 
     Args:
         batch_size: sequences served at once when the objective is latency; throughput may cut as it likes.
+        allow_lossy: weights and KV may be compressed, to `least_bits`.
 
     Raises:
         PlanInfeasible: nothing fits; names the least change that would.
@@ -102,61 +117,105 @@ def find_policy(
         )
     wanted = min(batch_size, workload.num_sequences) if objective == "latency" else None
     for depth, sep_layer in _NARROWER:
-        program = PlacementProgram(
-            spec,
-            profile,
-            times,
-            workload,
-            limits,
-            dtype_bytes,
-            pin_weight=pin_weight,
-            depth=depth,
-            sep_layer=sep_layer,
-        )
-        search = _Search(program)
-        if (found := search.run(wanted)) is not None:
-            return found
-    raise PlanInfeasible(search.least_change(wanted))
+        found: list[Candidate] = []
+        searches = [
+            _Search(
+                PlacementProgram(
+                    spec,
+                    profile,
+                    times,
+                    workload,
+                    limits,
+                    dtype_bytes,
+                    pin_weight=pin_weight,
+                    depth=depth,
+                    sep_layer=sep_layer,
+                    variant=variant,
+                ),
+                found,
+            )
+            for variant in _variants(profile, least_bits if allow_lossy else None)
+        ]
+        # What is found under one variant spares the next whatever cannot be better.
+        for search in searches:
+            search.run(wanted)
+        if found:
+            return _best_of(searches, found, wanted)
+    # The one that needs the least memory is the last that might have fitted.
+    raise PlanInfeasible(searches[0].least_change(wanted))
+
+
+def _variants(profile: HardwareProfile, bits: int | None) -> Iterator[Variant]:
+    """What is searched; the ones that move least first, since what they come to rules out most of the others."""
+    for weight_bits, kv_bits in (
+        ((bits, bits), (bits, None), (None, bits), (None, None)) if bits else ((None, None),)
+    ):
+        # Without an accelerator the CPU attends anyway; compressed KV is turned back on the device.
+        for cpu_attention in (True, False) if profile.device != "cpu" and kv_bits is None else (False,):
+            yield Variant(cpu_attention=cpu_attention, weight_bits=weight_bits, kv_bits=kv_bits)
+
+
+def _best_of(searches: "Sequence[_Search]", found: list[Candidate], wanted: int | None) -> Found:
+    """The best of all variants, after a closer look around it."""
+    best = min(found, key=lambda each: each.seconds)
+    near = next(each for each in searches if each.program.variant == Variant.of(best.policy))
+    near.look_around(wanted)
+    best = min(found, key=_with_preference)
+    others = sorted((each for each in found if each is not best), key=lambda each: each.seconds)
+    return Found(
+        best=best,
+        runners_up=tuple(_distinct(others))[:5],
+        # Cuts that were passed over may be better by what is not worth looking for.
+        bound_s=min(each.bound_s for each in searches) / (1 + _WORTH),
+        cuts=sum(each.num_cuts for each in searches),
+        simulated=sum(each.simulated for each in searches),
+    )
 
 
 class _Search:
-    """One search: the candidates found so far."""
+    """The search of one variant.
 
-    def __init__(self, program: PlacementProgram) -> None:
-        self.program = program
-        self.found: list[Candidate] = []
-        self.bound_s, self.simulated = float("inf"), 0
+    Args:
+        found: the candidates found so far, of this variant and of others.
+    """
 
-    def run(self, wanted: int | None) -> Found | None:
-        """The best policy; with `wanted`, of those that serve blocks of so many. None if nothing fits."""
-        program = self.program
-        capped = program.limits.gpu_bytes is not None
-        cuts = sorted(_cuts(program.workload, wanted, capped=capped), key=program.cheap_bound)
-        for kind in KINDS:
+    def __init__(self, program: PlacementProgram, found: list[Candidate]) -> None:
+        self.program, self.found = program, found
+        self.bound_s, self.simulated, self.num_cuts = float("inf"), 0, 0
+
+    def run(self, wanted: int | None) -> None:
+        """Adds the best policies; with `wanted`, of those that serve blocks of so many."""
+        cuts = self._all_cuts(wanted)
+        self.num_cuts = len(cuts)
+        for kind in self._kinds():
             # Some at a time: what is found early spares the rest.
             for start in range(0, len(cuts), _AT_ONCE):
                 best_s = self._best_s()
                 hopeful = [
                     cut
                     for cut in cuts[start : start + _AT_ONCE]
-                    if program.cheap_bound(cut) * (1 + _WORTH) < best_s
+                    if self.program.cheap_bound(cut) * (1 + _WORTH) < best_s
                 ]
-                solved = [each for each in (program.solve(cut, kind) for cut in hopeful) if each is not None]
+                solved = [
+                    each for each in (self.program.solve(cut, kind) for cut in hopeful) if each is not None
+                ]
                 self._simulate(sorted(solved, key=lambda each: each.bound_s), most=_MAX_SIMULATED)
-        if not self.found:
-            return None
-        self._climb(cuts)
+
+    def _kinds(self) -> Iterator[Kind]:
+        # Where the CPU attends, hidden states stay on the device.
+        return (kind for kind in KINDS if not (kind.hidden_elsewhere and self.program.variant.cpu_attention))
+
+    def look_around(self, wanted: int | None) -> None:
+        """Adds what is near the best: other cuts beside it, deeper prefetch, attention and MLP apart."""
+        self._climb(self._all_cuts(wanted))
         self._refine()
-        best = min(self.found, key=_with_preference)
-        others = sorted((each for each in self.found if each is not best), key=lambda each: each.seconds)
-        return Found(
-            best=best,
-            runners_up=tuple(_distinct(others))[:5],
-            # Cuts that were passed over may be better by what is not worth looking for.
-            bound_s=self.bound_s / (1 + _WORTH),
-            cuts=len(cuts),
-            simulated=self.simulated,
-        )
+
+    def _all_cuts(self, wanted: int | None) -> list[Cut]:
+        capped = self.program.limits.gpu_bytes is not None
+        return sorted(_cuts(self.program.workload, wanted, capped=capped), key=self.program.cheap_bound)
+
+    def _mine(self) -> list[Candidate]:
+        return [each for each in self.found if Variant.of(each.policy) == self.program.variant]
 
     def _best_s(self) -> float:
         return min((each.seconds for each in self.found), default=float("inf"))
@@ -173,20 +232,20 @@ class _Search:
 
     def _climb(self, cuts: Sequence[Cut]) -> None:
         """Walks from the best to cuts beside it while they are better: what bounds cannot tell apart, simulation can."""
-        tried = {each.cut for each in self.found}
+        tried = {each.cut for each in self._mine()}
         for _ in range(_STEPS_UP):
-            best = min(self.found, key=lambda each: each.seconds)
+            best = min(self._mine(), key=lambda each: each.seconds)
             beside = [cut for cut in _beside(best.cut, cuts) if cut not in tried]
             tried |= set(beside)
             kind = Kind(disk=best.placement.disk_bytes > 0, hidden_elsewhere=best.placement.hidden_slots > 0)
             solved = [each for each in (self.program.solve(cut, kind) for cut in beside) if each is not None]
             self._simulate(sorted(solved, key=lambda each: each.bound_s), most=len(solved))
-            if min(each.seconds for each in self.found) >= best.seconds:
+            if min(each.seconds for each in self._mine()) >= best.seconds:
                 return
 
     def _refine(self) -> None:
         """The best with deeper prefetch, and with attention and MLP apart."""
-        for near in sorted(self.found, key=lambda each: each.seconds)[:_REFINED]:
+        for near in sorted(self._mine(), key=lambda each: each.seconds)[:_REFINED]:
             for policy in (replace(near.policy, overlap=2), replace(near.policy, sep_layer=True)):
                 placement = self._place(policy)
                 if policy != near.policy and self.program.limits.fits(placement):
@@ -241,7 +300,7 @@ class _Search:
         for kind, total in (
             (W, plan.weights.total),
             (K, plan.kv_cache.total),
-            (A, plan.activations.total),
+            (A, 0 if self.program.variant.cpu_attention else plan.activations.total),
         ):
             if total and shares[kind[source]] > 0:
                 # A little more than is over: cuts are rounded, and slots grow with what is streamed.
@@ -300,9 +359,10 @@ class _Search:
             mine.size,
             depth=mine.depth,
             sep_layer=mine.sep_layer,
+            variant=mine.variant,
         )
-        search, cut = _Search(program), Cut(size=1, count=1, chunk=CHUNK_TOKENS[-1])
-        solved = (program.solve(cut, kind) for kind in KINDS)
+        search, cut = _Search(program, []), Cut(size=1, count=1, chunk=CHUNK_TOKENS[-1])
+        solved = (program.solve(cut, kind) for kind in search._kinds())
         return any(each is not None and search._fit(each) for each in solved)
 
 
@@ -326,6 +386,7 @@ def _distinct(candidates: Sequence[Candidate]) -> Iterator[Candidate]:
             policy.num_micro_batches,
             policy.overlap,
             policy.sep_layer,
+            Variant.of(policy),
             plan.disk_bytes > 0,
             plan.hidden_slots > 0,
         )
@@ -340,7 +401,9 @@ def _with_preference(candidate: Candidate) -> float:
     Of policies that are as good as equal the plainest is taken.
     """
     policy, plan = candidate.policy, candidate.placement
-    odd = _ODD * ((plan.disk_bytes > 0) + policy.sep_layer + (policy.overlap > 1))
+    odd = _ODD * ((plan.disk_bytes > 0) + policy.sep_layer + (policy.overlap > 1) + policy.cpu_attention)
+    # A loss of precision must be worth it.
+    odd += _LOSSY_ODD * ((policy.weight_bits is not None) + (policy.kv_bits is not None))
     # Hidden states are small and wanted at once: behind the copies of weights they wait longer than predicted.
     return candidate.seconds * (1 + odd + _HIDDEN_ODD * (plan.hidden_slots > 0))
 
