@@ -79,6 +79,8 @@ class LayerTimes:
         chunk_issue_s: host seconds to issue the operations of a chunk of a prompt, or of a step; 0 on the CPU, where it is the
             layer's own time.
         kv_issue_s: what a step takes more to issue where its KV is loaded and stored.
+        exchange_s: from a step's query to what the CPU has attended to, however little that is: half of it while the CPU
+            could attend, half while the host waits.
         replay_s: what a layer replayed from a graph takes beyond its kernels, waiting for its weights.
         recorded: points of a decode step that is replayed from a graph: it attends to all positions there is room
             for, under a mask. Empty on the CPU.
@@ -94,6 +96,7 @@ class LayerTimes:
     head: tuple[HeadPoint, ...]
     chunk_issue_s: float = 0.0
     kv_issue_s: float = 0.0
+    exchange_s: float = 0.0
     replay_s: float = 0.0
     recorded: tuple[Point, ...] = ()
     spread: float = 0.0
@@ -147,6 +150,7 @@ class LayerTimes:
             issue_s=self.issue_s,
             chunk_issue_s=self.chunk_issue_s,
             kv_issue_s=self.kv_issue_s,
+            exchange_s=self.exchange_s,
             replay_s=self.replay_s,
             recorded=tuple(scale(point, cached) for point in self.recorded),
             prompt=tuple(scale(point, heads) for point in self.prompt),

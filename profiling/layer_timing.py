@@ -61,6 +61,7 @@ def measure_layer_times(spec: ModelSpec, *, dtype: str, device: str) -> LayerTim
         issue_s=issue.step_s,
         chunk_issue_s=issue.chunk_s,
         kv_issue_s=issue.kv_s,
+        exchange_s=issue.exchange_s,
         replay_s=issue.replay_s,
         recorded=recorded,
         prompt=prompt,
@@ -241,13 +242,15 @@ def _recorded(work: Callable[[], object], stream: torch.cuda.Stream) -> Callable
 class _Issue:
     """Host seconds of a compute step: the engine's loop with its load of weights, its operations, its KV's moves.
 
-    `replay_s` is what a layer replayed from a graph takes beyond its kernels.
+    `replay_s` is what a layer replayed from a graph takes beyond its kernels, `exchange_s` from a query to what the CPU
+    found.
     """
 
     step_s: float
     chunk_s: float = 0.0
     kv_s: float = 0.0
     replay_s: float = 0.0
+    exchange_s: float = 0.0
 
     @staticmethod
     def measured(spec: ModelSpec, dtype: str, device: str) -> "_Issue":
@@ -262,13 +265,23 @@ class _Issue:
         eager = spec.num_experts > 0
         with contextlib.ExitStack() as stack:
 
-            def tiny(layers: int, kv_cache: Placement) -> FlexEngine:
-                return stack.enter_context(_tiny_engine(spec, layers, dtype, device, kv_cache))
+            def tiny(layers: int, kv_cache: Placement, *, on_host: bool = False) -> FlexEngine:
+                return stack.enter_context(
+                    _tiny_engine(spec, layers, dtype, device, kv_cache, on_host=on_host)
+                )
 
             plain = tiny(_MANY_LAYERS, ON_GPU), tiny(_FEW_LAYERS, ON_GPU)
             moving = None if alone else (tiny(_MANY_LAYERS, ON_CPU), tiny(_FEW_LAYERS, ON_CPU))
+            asking = (
+                None
+                if alone
+                else (
+                    tiny(_MANY_LAYERS, ON_CPU, on_host=True),
+                    tiny(_FEW_LAYERS, ON_CPU, on_host=True),
+                )
+            )
             bench = _Bench(_tiny(spec, 2), torch.device(device), getattr(torch, dtype))
-            plain_s, kv_s, operations_s, replay_s = [], [], [], []
+            plain_s, kv_s, operations_s, replay_s, exchange_s = [], [], [], [], []
             for _ in range(_ISSUE_ROUNDS):
                 plain_s.append(_per_layer_s(*plain))
                 with torch.inference_mode():
@@ -278,13 +291,22 @@ class _Issue:
                 if moving is not None:
                     # With its KV on the device a tiny model's layers are replayed from graphs: no operations are in
                     # `plain_s`.
-                    kv_s.append(_per_layer_s(*moving) - plain_s[-1] - (0 if eager else operations_s[-1]))
+                    eager_s = plain_s[-1] + (0 if eager else operations_s[-1])
+                    kv_s.append(_per_layer_s(*moving) - eager_s)
+                if asking is not None:
+                    exchange_s.append(_per_layer_s(*asking) - eager_s)
         plain_median_s, operations_median_s = statistics.median(plain_s), statistics.median(operations_s)
         own_s = max(0.0, plain_median_s - operations_median_s if alone or eager else plain_median_s)
         if alone:
             return _Issue(own_s)
         kv_median_s, replay_median_s = statistics.median(kv_s), statistics.median(replay_s or [0.0])
-        return _Issue(own_s, operations_median_s, max(0.0, kv_median_s), max(0.0, replay_median_s))
+        return _Issue(
+            own_s,
+            operations_median_s,
+            max(0.0, kv_median_s),
+            max(0.0, replay_median_s),
+            max(0.0, statistics.median(exchange_s)),
+        )
 
 
 def _tiny(spec: ModelSpec, layers: int) -> ModelSpec:
@@ -305,12 +327,14 @@ def _tiny(spec: ModelSpec, layers: int) -> ModelSpec:
     )
 
 
-def _tiny_engine(spec: ModelSpec, layers: int, dtype: str, device: str, kv_cache: Placement) -> FlexEngine:
+def _tiny_engine(
+    spec: ModelSpec, layers: int, dtype: str, device: str, kv_cache: Placement, *, on_host: bool
+) -> FlexEngine:
     """A tiny model whose weights are streamed."""
     return FlexEngine.load(
         _tiny(spec, layers),
         RandomCheckpoint(seed=0),
-        Policy(micro_batch_size=1, weights=ON_CPU, kv_cache=kv_cache),
+        Policy(micro_batch_size=1, weights=ON_CPU, kv_cache=kv_cache, cpu_attention=on_host),
         workload=Workload(num_sequences=1, prompt_tokens=4, gen_tokens=32),
         device=device,
         dtype=dtype,

@@ -330,7 +330,11 @@ class _Simulation:
         )
         cached = self._kv_row(layer, step.micro_batch)[0] * self._attended_positions(step)
         self.attended[step.micro_batch] = self.clocks.run(
-            CPU, "attention", ready, cached / self._attention_rate(step.stage), step.token
+            CPU,
+            "attention",
+            ready,
+            cached / self._attention_rate(step.stage) + self.times.exchange_s / 2,
+            step.token,
         )
 
     def _finish(self, step: Step) -> None:
@@ -339,6 +343,7 @@ class _Simulation:
         ready = self.attended.pop(step.micro_batch, 0.0)
         # The host waits until it is there, and issues the rest then.
         self.issued = max(self.issued, ready) + self._issue_seconds(step)
+        self.issued += self.times.exchange_s / 2 if rows else 0.0
         if rows:
             up = rows * self.plan.spec.query_size * self.plan.dtype_bytes
             between = PACKET_BESIDE_BYTES if any(self.weight_bytes[step.stage][1:]) else 0

@@ -177,9 +177,13 @@ class PlacementProgram:
         if not self.on_cpu and self.rates.h2d_bytes_per_s and limits.gpu_bytes is not None:
             lifted = 0 if self.variant.cpu_attention else kv
             sources.append((self.rates.h2d_bytes_per_s, limits.gpu_bytes, lifted))
+        attended_s = 0.0
+        if self.variant.cpu_attention:
+            alone = self.rates.cpu_attention_bytes_per_s or self.rates.host_bytes_per_s
+            attended_s = (kv - (limits.gpu_bytes or 0)) / alone
         return (
             max(0.0, *((weights - memory) / rate for rate, memory, _ in sources)),
-            max(0.0, *((weights + needed - memory) / rate for rate, memory, needed in sources)),
+            max(0.0, attended_s, *((weights + needed - memory) / rate for rate, memory, needed in sources)),
         )
 
     def solve(self, cut: Cut, kind: Kind) -> Solved | None:

@@ -20,7 +20,7 @@ from flexllmgen.units import GiB
 from flexllmgen.workload import Workload
 from profiling.cost_model import engine_cost
 from strategies.placement_program import Limits
-from strategies.search import Found, find_policy
+from strategies.search import Candidate, Found, find_policy
 
 sys.path.append(str(Path(__file__).parents[1] / "profiling"))
 from machines import machine
@@ -165,3 +165,56 @@ def test_every_policy_found_fits_and_more_never_hurts(
         larger = search(workload=workload, **limits, **{more: 8e10})
     # The same up to what is not worth looking for, and what plainness is preferred by.
     assert larger.best.seconds <= found.best.seconds * 1.05
+
+
+CPU_ATTENTION = {"cpu_attention_bytes_per_s": 9e10, "cpu_attention_under_copies_bytes_per_s": 5e10}
+
+
+def best_of(
+    workload: Workload, *, allow_lossy: bool = False, least_bits: int = 4, **rates: float
+) -> Candidate:
+    return find_policy(
+        OPT_30B,
+        machine(OPT_30B, **rates),
+        workload,
+        Limits(gpu_bytes=16 * GiB, cpu_bytes=100 * GiB, disk_bytes=0),
+        dtype_bytes=2,
+        batch_size=8,
+        allow_lossy=allow_lossy,
+        least_bits=least_bits,
+    ).best
+
+
+def test_the_cpu_attends_where_that_is_faster() -> None:
+    workload = Workload(num_sequences=96, prompt_tokens=512, gen_tokens=16)
+    fast, slow = best_of(workload, **CPU_ATTENTION), best_of(workload, cpu_attention_bytes_per_s=1e9)
+    assert fast.policy.cpu_attention
+    assert not slow.policy.cpu_attention
+    assert fast.seconds < 0.8 * slow.seconds
+
+
+def test_only_what_is_allowed_is_compressed() -> None:
+    workload = Workload(num_sequences=96, prompt_tokens=512, gen_tokens=16)
+    exact, lossy, careful = (
+        best_of(workload),
+        best_of(workload, allow_lossy=True),
+        best_of(workload, allow_lossy=True, least_bits=8),
+    )
+    assert exact.policy.lossless
+    assert {lossy.policy.weight_bits, lossy.policy.kv_bits} == {4}
+    assert {careful.policy.weight_bits, careful.policy.kv_bits} == {8}
+    assert lossy.seconds < careful.seconds < exact.seconds
+
+
+def test_nothing_is_compressed_for_nothing() -> None:
+    """All on the device, compression would only cost."""
+    found = find_policy(
+        SMALL,
+        machine(SMALL),
+        Workload(num_sequences=8, prompt_tokens=64, gen_tokens=8),
+        Limits(gpu_bytes=64 * GiB, cpu_bytes=64 * GiB, disk_bytes=0),
+        dtype_bytes=2,
+        batch_size=8,
+        allow_lossy=True,
+    )
+    assert found.best.policy.lossless
