@@ -201,8 +201,9 @@ def test_only_what_is_allowed_is_compressed() -> None:
         best_of(workload, allow_lossy=True, least_bits=8),
     )
     assert exact.policy.lossless
-    assert {lossy.policy.weight_bits, lossy.policy.kv_bits} == {4}
-    assert {careful.policy.weight_bits, careful.policy.kv_bits} == {8}
+    # The KV stays as it is where the CPU attends to it.
+    assert {lossy.policy.weight_bits, lossy.policy.kv_bits} in ({4}, {4, None})
+    assert {careful.policy.weight_bits, careful.policy.kv_bits} in ({8}, {8, None})
     assert lossy.seconds < careful.seconds < exact.seconds
 
 
