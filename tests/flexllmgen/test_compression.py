@@ -161,15 +161,13 @@ def test_cuda_gives_the_same_numbers(
 ) -> None:
     x = _numbers(shape).to(dtype)
     there = quantise(x.cuda(), bits, group_size)
-    here = quantise(x, bits, group_size)
     on_cpu = dequantise(*(part.cpu() for part in there), bits, group_size, torch.empty(shape, dtype=dtype))
     on_cuda = dequantise(*there, bits, group_size, torch.empty(shape, dtype=dtype, device="cuda"))
     assert torch.equal(on_cuda.cpu(), on_cpu)
-    # A number between two codes may go either way.
-    off = (there[0].cpu() != here[0]).float().mean()
-    assert off < 1e-3
-    assert torch.equal(there[1].cpu(), here[1])
-    assert torch.equal(there[2].cpu(), here[2])
+    # Its scales may be the next numbers to the CPU's, where a division is rounded the other way.
+    here = dequantise(*quantise(x, bits, group_size), bits, group_size, torch.empty(shape, dtype=dtype))
+    worst, theirs = ((each.double() - x.double()).abs().max() for each in (on_cpu, here))
+    assert worst < 1.01 * theirs
 
 
 @pytest.mark.gpu
