@@ -12,7 +12,11 @@ they are and spreads what few channels hold over all (as QuaRot does, Ashkboos e
 prompt's mean key is taken off every key of a sequence: that adds the same to all scores of a query, which softmax does not
 see. So nothing is added back.
 
-{MEASURED}
+Measured on SmolLM2-135M (perplexity of generated positions over the lossless one; benchmarks/kv_quality.py): with 4 bits in
+groups of 64, keys by token as FlexGen has them (Sheng et al. 2023) cost 11.7 %, turned 5.0 %, centred 6.5 %, both 3.3 %, and
+by channel 1.3 %, at the same bytes; values by token alone cost 0.6 %. With 8 bits every rule is within 0.1 %. KIVI keeps the
+newest positions of each sequence dense until their block is full; here they are integers at once, so that a row is written
+once and all rows are of one size, which costs a part of that gain for text that is much longer than its prompt.
 
 A step quantises its own key and value first and attends to them as every later step will. Knows nothing of tiers, slots
 or models.
@@ -214,14 +218,16 @@ class KVCodec:
 
     def _of_rows(self, part_SBL: torch.Tensor) -> torch.Tensor:
         """Scales or zeros of each channel, [S, B, E] in fp32."""
-        return part_SBL.float().repeat_interleave(self.group_size, dim=-1)[..., : self._channels]
+        each_SBLG = part_SBL.float()[..., None].expand(*part_SBL.shape, self.group_size)
+        return each_SBLG.flatten(-2)[..., : self._channels]
 
     def _of_blocks(self, part_SB2L: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         group, begin = self.group_size, start // self.group_size * self.group_size
         end = -(-stop // group) * group
         blocks_NGBL: torch.Tensor = part_SB2L[begin:end, :, 0].float().unflatten(0, (-1, group))
         channels_NBE: torch.Tensor = blocks_NGBL.transpose(1, 2).flatten(2)[..., : self._channels]
-        return channels_NBE.repeat_interleave(group, dim=0)[start - begin : stop - begin]
+        each_NGBE = channels_NBE[:, None].expand(-1, group, -1, -1)
+        return each_NGBE.flatten(0, 1)[start - begin : stop - begin]
 
 
 def _parts(segment: CompressedSegment) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
