@@ -24,11 +24,12 @@ pytestmark = [
 
 DEVICE = "cuda"
 SEQUENCES, PROMPT, TOKENS = 12, 33, 8
-PLACEMENTS: dict[str, dict[str, Placement]] = {
+PLACEMENTS: dict[str, dict[str, Any]] = {
     "device": {},
     "host": {"weights": ON_CPU, "kv_cache": ON_CPU, "activations": ON_CPU},
     "disk": {"weights": ON_DISK, "kv_cache": ON_DISK, "activations": ON_DISK},
     "mixed": {"weights": MIXED, "kv_cache": MIXED, "activations": MIXED},
+    "asking": {"weights": MIXED, "kv_cache": Placement(gpu=0.3, cpu=0.7), "cpu_attention": True},
 }
 FP32_TOLERANCE = 2e-4
 
