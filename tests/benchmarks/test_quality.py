@@ -48,6 +48,21 @@ def test_the_rule_with_many_bits_changes_nothing_and_with_few_does(tiny: TinyMod
     assert abs(loss(**{what: 3}) - plain) > 5e-3
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_weights_rounded_once_are_those_turned_back_at_each_pass(tiny: TinyModel, bits: int) -> None:
+    setting = quality.Setting(name="", policy={"weight_bits": bits, "kv_bits": 8})
+
+    def measured(*, once: bool) -> tuple[float, Any]:
+        return quality.measure(
+            setting, tiny.spec, tiny.folder, tiny_text(), device="cpu", dtype="float32", rounded_once=once
+        )
+
+    assert measured(once=True) == measured(once=False)
+    plain = quality.Setting(name="", policy={"kv_bits": 8})
+    there = quality.measure(plain, tiny.spec, tiny.folder, tiny_text(), device="cpu", dtype="float32")
+    assert there[0] != measured(once=True)[0]
+
+
 def test_the_rules_cache_leaves_the_prompt_to_itself(tiny: TinyModel) -> None:
     """Of its scores, those within the prompt are the plain model's; later ones are not."""
     from flexllmgen.engine import FlexEngine
