@@ -1,6 +1,6 @@
 """The kernels of KVCodec on CUDA: rows written and turned back in one pass each. Imported where a CUDA tensor is met.
 
-They give what kv_compression.py and compression.py do in torch, number for number, but for codes on the edge of two.
+They give what kv_compression.py and compression.py do in torch, but that a scale may be rounded to the next number.
 A row's parts are addressed by their strides, so that any sequences of any tier's rows are read and written in place.
 """
 
