@@ -1,6 +1,6 @@
 """Perplexity of the built-in model under ways to keep keys and values: what the KV cache's scheme was chosen by.
 
-    python benchmarks/kv_quality.py --out benchmarks/cpu/kv_quality.json
+    python benchmarks/kv_quality.py --out benchmarks/cpu/kv_quality-2026-11-23.json
 
 The text is HumanEval's prompts and solutions, one after another, in windows of which the first part is the prompt and the
 rest is scored. Each rule rounds what every position attends to; the last rows are the engine itself, which reads the
@@ -138,7 +138,7 @@ def losses(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], float]]:
     decoder.prompt_attention = attention(None, by_token, 4, 64, args.prompt)
     yield {"keys": "lossless", "values": "by token", "code_bits": 4, "group_size": 64}, loss(whole)
     decoder.prompt_attention = plain
-    for bits, group in ((8, 64), (4, 64), (4, 32)):
+    for bits, group in ((8, 64), (4, 64)):
         policy = Policy(micro_batch_size=args.windows, kv_bits=bits, kv_group_size=group)
         case = {"keys": "the engine's", "values": "the engine's", "code_bits": bits, "group_size": group}
         yield {**case, "bits": bits + 32 / group}, loss(policy, args.prompt)
