@@ -333,7 +333,7 @@ class _Simulation:
             CPU,
             "attention",
             ready,
-            cached / self._attention_rate(step.stage) + self.times.exchange_s / 2,
+            cached / self._attention_rate(step.stage) + self.times.exchange_s,
             step.token,
         )
 
