@@ -86,6 +86,8 @@ class LayerTimes:
             for, under a mask. Empty on the CPU.
         prompt: points over positions of a chunk of a prompt.
         step: points over sequences of a decode step.
+        cpu_attention_bytes_per_s: bytes of KV of this model's heads that the CPU attends to where nothing else runs; None
+            where that was not measured.
         spread: (largest - smallest) / median of a figure's trials, in the median over all figures.
     """
 
@@ -99,6 +101,7 @@ class LayerTimes:
     exchange_s: float = 0.0
     replay_s: float = 0.0
     recorded: tuple[Point, ...] = ()
+    cpu_attention_bytes_per_s: float | None = None
     spread: float = 0.0
 
     def prompt_s(self, kind: str, rows: int, positions: int) -> float:
@@ -128,7 +131,7 @@ class LayerTimes:
     def scaled_to(self, shape: LayerShape) -> "LayerTimes":
         """These times for another shape: products by their weights, attention by its heads.
 
-        An estimate, for a model that was not measured on that machine.
+        An estimate, for a model that was not measured on that machine. The CPU's rate of attention is another's.
         """
         mine = self.shape
         attention = shape.attention_weights / mine.attention_weights

@@ -28,6 +28,7 @@ from flexllmgen.units import round_up
 from flexllmgen.workload import Workload
 from profiling.compute import timed_runs
 from profiling.layer_times import HeadPoint, LayerShape, LayerTimes, Point
+from profiling.memory import host_attention
 
 STEP_ROWS = (1, 2, 4, 8, 9, 16, 32, 64, 128, 256)
 PROMPT_ROWS = (64, 256, 1024, 4096, 8192)
@@ -35,6 +36,7 @@ STEP_CONTEXTS = (64, 512)
 PROMPT_LENGTHS = (64, 512)
 _ROTATED_BYTES = 128 << 20
 _KV_BYTES = 1 << 30
+_ATTENDED_BYTES = 512 << 20
 _TRIALS = 4
 _ISSUED = 32
 _MANY_LAYERS, _FEW_LAYERS, _ISSUE_ROUNDS = 10, 2, 5
@@ -56,6 +58,8 @@ def measure_layer_times(spec: ModelSpec, *, dtype: str, device: str) -> LayerTim
     if device == "cuda":
         torch.cuda.empty_cache()
     issue = _Issue.measured(spec, dtype, device)
+    # Where the CPU computes everything, it does not attend beside anything.
+    attended = None if device == "cpu" else cpu_attention_bytes_per_s(spec, getattr(torch, dtype))
     return LayerTimes(
         shape=LayerShape.of(spec),
         issue_s=issue.step_s,
@@ -64,11 +68,24 @@ def measure_layer_times(spec: ModelSpec, *, dtype: str, device: str) -> LayerTim
         exchange_s=issue.exchange_s,
         replay_s=issue.replay_s,
         recorded=recorded,
+        cpu_attention_bytes_per_s=attended,
         prompt=prompt,
         step=step,
         head=head,
         spread=spread,
     )
+
+
+def cpu_attention_bytes_per_s(spec: ModelSpec, dtype: torch.dtype) -> float:
+    """Bytes of KV a second that the CPU attends to with this model's heads and nothing beside it; well under a second."""
+    work = host_attention(
+        dtype,
+        num_heads=spec.num_heads,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        kv_bytes=_ATTENDED_BYTES,
+    )
+    return work.measure().median
 
 
 class _Bench:

@@ -18,7 +18,7 @@ MIB = 1 << 20
 READ_BYTES = 512 * MIB
 COPY_BYTES = 256 * MIB
 _KV_BYTES = 256 * MIB
-_HEADS, _POSITIONS, _HEAD_DIM = 32, 512, 128
+_POSITIONS = 512
 _TRIALS = 7
 _GPU_ROUNDS = 16
 
@@ -41,16 +41,27 @@ def host_read() -> HostWork:
     return HostWork(data.sum, data.nbytes)
 
 
-def host_attention(dtype: torch.dtype) -> HostWork:
-    """A decode step's attention, by the engine's kernel, with its threads, on KV as its cache lays it out."""
-    position_bytes = 2 * _HEADS * _HEAD_DIM * dtype.itemsize
-    batch = max(1, _KV_BYTES // (position_bytes * _POSITIONS))
+def host_attention(
+    dtype: torch.dtype,
+    *,
+    num_heads: int = 32,
+    num_kv_heads: int = 32,
+    head_dim: int = 128,
+    kv_bytes: int | None = None,
+) -> HostWork:
+    """A decode step's attention, by the engine's kernel, with its threads, on KV as its cache lays it out.
+
+    Args:
+        kv_bytes: about how much of it is read.
+    """
+    position_bytes = 2 * num_kv_heads * head_dim * dtype.itemsize
+    batch = max(1, (kv_bytes or _KV_BYTES) // (position_bytes * _POSITIONS))
     num_bytes = batch * position_bytes * _POSITIONS
     arena = HostArena(register=False)
     region = arena.reserve(num_bytes)
     arena.commit()
-    kv_S2BKH = arena.view(region).view(dtype).view(_POSITIONS, 2, batch, _HEADS, _HEAD_DIM).fill_(1)
-    query = torch.ones(batch, _HEADS, _HEAD_DIM, dtype=dtype)
+    kv_S2BKH = arena.view(region).view(dtype).view(_POSITIONS, 2, batch, num_kv_heads, head_dim).fill_(1)
+    query = torch.ones(batch, num_heads, head_dim, dtype=dtype)
     out, threads = torch.empty_like(query), attention_threads()
 
     def attend() -> None:

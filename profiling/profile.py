@@ -15,7 +15,7 @@ from flexllmgen.errors import UsageError
 from profiling.hardware import Disk, Gpu, Hardware
 from profiling.layer_times import LayerTimes
 
-SCHEMA_VERSION = 8
+SCHEMA_VERSION = 9
 NOISY = 0.15
 """Relative spread from which a measurement is flagged."""
 
@@ -102,6 +102,17 @@ class Rates:
         """Bytes of numbers a second that compressed ones are turned back into; unmeasured, as a copy of them."""
         measured = self.dequantise_8bit_bytes_per_s if bits == 8 else self.dequantise_4bit_bytes_per_s
         return measured or self.device_copy_bytes_per_s or self.device_bytes_per_s / 2
+
+    def attention_bytes_per_s(self, times: LayerTimes) -> tuple[float, float]:
+        """Bytes of KV a second that the CPU attends to, alone and beside copies up.
+
+        For a model whose own rate was measured; otherwise as of many heads; unmeasured, as memory is read.
+        """
+        any_model = self.cpu_attention_bytes_per_s or self.host_bytes_per_s
+        alone = times.cpu_attention_bytes_per_s or any_model
+        beside = self.cpu_attention_under_copies_bytes_per_s or any_model
+        # Beside copies in the proportion that was measured for many heads.
+        return alone, alone * min(1.0, beside / any_model)
 
     @property
     def host_in_all_bytes_per_s(self) -> float:

@@ -361,9 +361,7 @@ class _Simulation:
 
     def _attention_rate(self, stage: int) -> float:
         """Bytes of KV a second that the CPU attends to in a layer, part of the time beside the copies of weights."""
-        rates = self.rates
-        alone = rates.cpu_attention_bytes_per_s or rates.host_bytes_per_s
-        beside = min(alone, rates.cpu_attention_under_copies_bytes_per_s or alone)
+        alone, beside = self.rates.attention_bytes_per_s(self.times)
         layer = self.plan.stages[stage].layer
         positions = self.contexts[len(self.contexts) // 2]
         cached = positions * sum(self._kv_row(layer, index)[0] for index in range(len(self.batches)))

@@ -179,7 +179,7 @@ class PlacementProgram:
             sources.append((self.rates.h2d_bytes_per_s, limits.gpu_bytes, lifted))
         attended_s = 0.0
         if self.variant.cpu_attention:
-            alone = self.rates.cpu_attention_bytes_per_s or self.rates.host_bytes_per_s
+            alone, _ = self.rates.attention_bytes_per_s(self.times)
             attended_s = (kv - (limits.gpu_bytes or 0)) / alone
         return (
             max(0.0, *((weights - memory) / rate for rate, memory, _ in sources)),
@@ -333,8 +333,7 @@ class PlacementProgram:
     def _attended_on_host(self, variable: int, cached: float) -> tuple[np.ndarray, float]:
         """What the CPU attends to, at its full rate but while weights are copied beside it."""
         rates = self.rates
-        alone = rates.cpu_attention_bytes_per_s or rates.host_bytes_per_s
-        beside = min(alone, rates.cpu_attention_under_copies_bytes_per_s or alone)
+        alone, beside = rates.attention_bytes_per_s(self.times)
         slowed = (1 - beside / alone) / (rates.h2d_bytes_per_s or rates.host_bytes_per_s)
         shares = {K[1]: cached / alone, W[1]: self.weights * slowed, W[2]: self.weights * slowed}
         return self._at_most(variable, shares, -self.rest * slowed)

@@ -57,5 +57,15 @@ def test_another_shape_scales_the_nearest() -> None:
     assert times.step_s("attention", 1, 10) == pytest.approx(2.0)
 
 
+def test_the_rate_of_attention_is_of_one_shape_alone() -> None:
+    measured = dataclasses.replace(TABLE, cpu_attention_bytes_per_s=7e10)
+    wider = dataclasses.replace(SPEC, intermediate_size=2 * SPEC.intermediate_size)
+    same, other = layer_times_for(SPEC, [measured]), layer_times_for(wider, [measured])
+    assert same is not None
+    assert other is not None
+    assert same.cpu_attention_bytes_per_s == 7e10
+    assert other.cpu_attention_bytes_per_s is None
+
+
 def test_json_there_and_back() -> None:
     assert LayerTimes.from_dict(TABLE.as_dict()) == TABLE

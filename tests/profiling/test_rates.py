@@ -5,14 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from machines import machine
 
 from flexllmgen.errors import OffloadDirError
 from flexllmgen.memory.disk import DirectFile
-from profiling import disk, links, memory
+from flexllmgen.models.published import published_config
+from flexllmgen.spec import ModelSpec
+from profiling import disk, layer_timing, links, memory
 from profiling.disk import measure_disk
 from profiling.profile import NOISY, Measurement, Rates
 from profiling.rates import measure_rates
 
+OPT = ModelSpec.from_hf_config(published_config("opt-1.3b"))
 GPU_ONLY = {"h2d", "d2h", "under"}
 
 
@@ -49,6 +53,28 @@ def test_rates_are_plausible_for_any_machine(small: None, tmp_path: Path) -> Non
     assert [done for _, done, _ in told] == list(range(len(told)))
     assert {total for _, _, total in told} == {len(told)}
     assert list(tmp_path.iterdir()) == []
+
+
+def test_attention_is_as_fast_as_it_was_measured_for_the_model() -> None:
+    """Beside copies in the proportion of the general figures, which serve where there is nothing better."""
+    table = machine(OPT).layers[0]
+    own = dataclasses.replace(table, cpu_attention_bytes_per_s=6e10)
+    rates = dataclasses.replace(machine(OPT).typical, host_bytes_per_s=9e10)
+    assert rates.attention_bytes_per_s(table) == (9e10, 9e10)
+    assert rates.attention_bytes_per_s(own) == (6e10, 6e10)
+    rates = dataclasses.replace(
+        rates, cpu_attention_bytes_per_s=8e10, cpu_attention_under_copies_bytes_per_s=4e10
+    )
+    assert rates.attention_bytes_per_s(table) == (8e10, 4e10)
+    assert rates.attention_bytes_per_s(own) == (6e10, 3e10)
+
+
+def test_a_models_own_attention_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_timing, "_ATTENDED_BYTES", 8 << 20)
+    spec = dataclasses.replace(OPT, num_heads=16, num_kv_heads=2)
+    work = memory.host_attention(torch.bfloat16, num_heads=16, num_kv_heads=2, head_dim=64, kv_bytes=8 << 20)
+    assert work.num_bytes == 8 << 20
+    assert 1e8 < layer_timing.cpu_attention_bytes_per_s(spec, torch.bfloat16) < 1e13
 
 
 def test_what_only_a_gpu_has_is_all_that_a_cpu_lacks(small: None, tmp_path: Path) -> None:

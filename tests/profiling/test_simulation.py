@@ -216,6 +216,19 @@ def test_attention_on_the_cpu_takes_kv_off_the_link() -> None:
     assert busiest <= in_place.decode_s < 1.35 * busiest
 
 
+def test_the_models_own_rate_of_attention_is_what_counts() -> None:
+    workload = Workload(num_sequences=96, prompt_tokens=512, gen_tokens=8)
+    policy = Policy(micro_batch_size=24, num_micro_batches=4, kv_cache=ON_CPU, cpu_attention=True)
+    plan = plan_placement(SPEC, policy, workload, 2, in_place=False)
+    profile = machine(SPEC, cpu_attention_bytes_per_s=9e10)
+    slow = [dataclasses.replace(table, cpu_attention_bytes_per_s=3e10) for table in profile.layers]
+    general, own = engine_cost(plan, profile), engine_cost(plan, dataclasses.replace(profile, layers=slow))
+    assert general is not None
+    assert own is not None
+    busy = "attention on the CPU"
+    assert own.decode_busy_s[busy] == pytest.approx(3 * general.decode_busy_s[busy])
+
+
 def test_compressed_kv_takes_fewer_bytes_and_some_compute() -> None:
     policy = Policy(micro_batch_size=8, num_micro_batches=2, kv_cache=ON_CPU)
     plain, lossy = cost(policy), cost(dataclasses.replace(policy, kv_bits=4))
