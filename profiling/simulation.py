@@ -319,7 +319,7 @@ class _Simulation:
     def _attend_on_host(self, step: Step) -> None:
         """The query, key and value go down, and the CPU attends, a micro-batch after the other."""
         layer = self.plan.stages[step.stage].layer
-        rows = self.plan.kv_splits[layer][step.micro_batch].cpu
+        rows = self._rows_on_host(layer, step.micro_batch)
         if not rows:
             return
         spec, size = self.plan.spec, self.plan.dtype_bytes
@@ -328,7 +328,7 @@ class _Simulation:
             self._down("exchange down", self.computed, down, step.token),
             self.stored.get((layer, step.micro_batch), 0.0),
         )
-        cached = self._kv_row(layer, step.micro_batch)[0] * self._attended_positions(step)
+        cached = rows * self.plan.dense_kv_row_bytes * self._attended_positions(step)
         self.attended[step.micro_batch] = self.clocks.run(
             CPU,
             "attention",
@@ -339,7 +339,7 @@ class _Simulation:
 
     def _finish(self, step: Step) -> None:
         """What the CPU found goes up, and the device computes the rest of the layer."""
-        rows = self.plan.kv_splits[self.plan.stages[step.stage].layer][step.micro_batch].cpu
+        rows = self._rows_on_host(self.plan.stages[step.stage].layer, step.micro_batch)
         ready = self.attended.pop(step.micro_batch, 0.0)
         # The host waits until it is there, and issues the rest then.
         self.issued = max(self.issued, ready) + self._issue_seconds(step)
@@ -355,6 +355,11 @@ class _Simulation:
         if step.slot >= 0:
             self.weight_busy[step.slot] = self.computed
 
+    def _rows_on_host(self, layer: int, micro_batch: int) -> int:
+        """Sequences of a micro-batch that the CPU attends to; of a ragged one fewer than lie there."""
+        split = self.plan.kv_splits[layer][micro_batch]
+        return min(split.cpu, max(0, self.batches[micro_batch] - split.gpu))
+
     def _attended_positions(self, step: Step) -> int:
         context, window = self.contexts[step.token - 1], self._window(self.plan.stages[step.stage].layer)
         return min(context, window) if window else context
@@ -364,7 +369,8 @@ class _Simulation:
         alone, beside = self.rates.attention_bytes_per_s(self.times)
         layer = self.plan.stages[stage].layer
         positions = self.contexts[len(self.contexts) // 2]
-        cached = positions * sum(self._kv_row(layer, index)[0] for index in range(len(self.batches)))
+        rows = sum(self._rows_on_host(layer, index) for index in range(len(self.batches)))
+        cached = positions * rows * self.plan.dense_kv_row_bytes
         copying_s = sum(self.weight_bytes[stage][1:]) / self._up_rate
         beside_s = min(copying_s, cached / beside)
         rate: float = cached / (beside_s + (cached - beside_s * beside) / alone)
@@ -408,7 +414,10 @@ class _Simulation:
 
     def _compute_seconds(self, step: Step) -> float:
         stage, sequences = self.plan.stages[step.stage], self.batches[step.micro_batch]
-        part = step.action.value if self._attends_on_host(step) else ""
+        part = ""
+        if self._attends_on_host(step):
+            # Layers and micro-batches differ in how many sequences rounding left on the device.
+            part = f"{step.action.value} {self._rows_on_host(stage.layer, step.micro_batch)}"
         key = (step.token, f"{part} {stage.kind}{self._window(stage.layer)}", sequences)
         if key not in self._compute_cache:
             self._compute_cache[key] = (
@@ -443,8 +452,7 @@ class _Simulation:
             return (
                 products_s - before_s + (self.times.step_s("mlp", sequences, 0) if kind == "layer" else 0.0)
             )
-        split = self.plan.kv_splits[layer][step.micro_batch]
-        here = split.count - split.cpu
+        here = sequences - self._rows_on_host(layer, step.micro_batch)
         if here:
             positions = self._attended_positions(step)
             before_s += self.times.step_s("attention", here, positions) - self.times.step_s(

@@ -180,7 +180,10 @@ class PlacementProgram:
         attended_s = 0.0
         if self.variant.cpu_attention:
             alone, _ = self.rates.attention_bytes_per_s(self.times)
-            attended_s = (kv - (limits.gpu_bytes or 0)) / alone
+            # Layers with a window attend to less than lies there; what lies on disk is brought in beside that.
+            alone /= self.spec.attended_share(context)
+            beside = self.rates.disk_read_bytes_per_s if limits.disk_bytes else 0.0
+            attended_s = (kv - (limits.gpu_bytes or 0)) / (alone + beside)
         return (
             max(0.0, *((weights - memory) / rate for rate, memory, _ in sources)),
             max(0.0, attended_s, *((weights + needed - memory) / rate for rate, memory, needed in sources)),
@@ -302,7 +305,7 @@ class PlacementProgram:
             )
             yield self._at_most(variable, attended, busy)
             if on_host and read:
-                yield self._attended_on_host(variable, token_kv * read)
+                yield self._attended_on_host(variable, token_kv * read * spec.attended_share(int(read)))
             if not self.on_cpu and rates.h2d_bytes_per_s and rates.d2h_bytes_per_s:
                 up = 1 / rates.h2d_bytes_per_s
                 paged = not self.pin_weight and rates.h2d_pageable_bytes_per_s

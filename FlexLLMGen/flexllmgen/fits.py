@@ -70,7 +70,7 @@ def find_shortages(
             "cpu",
             plan.cpu_bytes,
             cpu_bytes,
-            parts("cpu", buffers=plan.staging_bytes + (slots if plan.in_place else 0)),
+            parts("cpu", buffers=plan.staging_bytes + plan.exchange_bytes + (slots if plan.in_place else 0)),
         ),
         ("disk", plan.disk_bytes, disk_free_bytes, parts("disk")),
     )

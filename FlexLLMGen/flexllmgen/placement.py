@@ -98,6 +98,11 @@ class PlacementPlan:
         spec = self.spec
         return 2 * (spec.query_size + spec.kv_size) * self.dtype_bytes
 
+    @property
+    def exchange_bytes(self) -> int:
+        """Host bytes of all micro-batches' sequences that are attended to on the CPU, in whole pages each."""
+        return sum(round_up(rows * self.exchange_row_bytes, PAGE) for rows in self.exchange_rows)
+
     def loads_kv(self, layer: int) -> bool:
         """Whether decode steps bring any KV of a layer to the device."""
         here = self.in_place or self.attends_on_host
@@ -141,9 +146,9 @@ class PlacementPlan:
     @property
     def cpu_bytes(self) -> int:
         """Bytes in host memory; without an accelerator the slots are there too."""
-        placed = self.weights.cpu + self.kv_cache.cpu + self.activations.cpu + self.staging_bytes
-        placed += sum(round_up(rows * self.exchange_row_bytes, PAGE) for rows in self.exchange_rows)
-        return placed + (self.slot_bytes if self.in_place else 0)
+        placed = self.weights.cpu + self.kv_cache.cpu + self.activations.cpu
+        buffers = self.staging_bytes + self.exchange_bytes
+        return placed + buffers + (self.slot_bytes if self.in_place else 0)
 
     @property
     def disk_bytes(self) -> int:

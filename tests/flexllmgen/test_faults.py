@@ -22,7 +22,7 @@ from flexllmgen.errors import CheckpointError, OffloadDirError
 from flexllmgen.memory.disk import DirectFile
 from flexllmgen.memory.pack import WeightPack
 from flexllmgen.memory.transfer import Event, Lane
-from flexllmgen.policy import Placement, Policy
+from flexllmgen.policy import ON_CPU, Placement, Policy
 from flexllmgen.workload import Workload
 
 MIXED = Placement(gpu=0.3, cpu=0.3, disk=0.4)
@@ -111,6 +111,31 @@ def test_a_failing_writer_ends_the_run_with_its_error(
         monkeypatch.setattr(os, "pwritev", full)
         with pytest.raises(OffloadDirError, match="no space left"):
             generate(engine)
+
+
+@pytest.mark.parametrize("kv_cache", [ON_CPU, Placement(gpu=0.5, cpu=0.5)], ids=["host", "half"])
+def test_what_fails_on_the_cpu_ends_the_block_and_not_the_engine(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kv_cache: Placement
+) -> None:
+    """Each micro-batch's attention fails; the error comes once, and the next block knows nothing of them."""
+    model = tiny("llama")
+    ids, _ = prompts(4, 9, padded=False)
+    policy = Policy(micro_batch_size=1, num_micro_batches=4, kv_cache=kv_cache, cpu_attention=True)
+    workload = Workload(num_sequences=4, prompt_tokens=9, gen_tokens=6)
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no attention today")
+
+    with FlexEngine.load(
+        model.spec, model.checkpoint, policy, workload=workload, device="cpu", in_place=False
+    ) as engine:
+        want = torch.stack(list(engine.generate(ids)), dim=1)
+        with monkeypatch.context() as patched:
+            patched.setattr("flexllmgen.host_attention.decode_attention_cpu", broken)
+            with pytest.raises(RuntimeError, match="no attention today") as caught:
+                list(engine.generate(ids))
+        assert caught.value.__context__ is None, "no second error on the way out"
+        assert torch.equal(torch.stack(list(engine.generate(ids)), dim=1), want)
 
 
 def test_packed_layers_are_used_again(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,6 +94,13 @@ def test_shortages_say_what_the_need_is_made_of() -> None:
         assert sum(each.parts.values()) == each.need_bytes, "the parts are the whole"
 
 
+def test_what_goes_to_the_cpu_and_back_is_a_part_of_the_need() -> None:
+    plan = plan_placement(OPT_125M, Policy(micro_batch_size=4, kv_cache=ON_CPU, cpu_attention=True), WORK, 2)
+    (shortage,) = find_shortages(plan, cpu_bytes=1 << 20)
+    assert plan.exchange_bytes > 0
+    assert sum(shortage.parts.values()) == shortage.need_bytes
+
+
 def test_without_a_gpu_none_is_spoken_of_and_buffers_are_counted() -> None:
     plan = plan_placement(OPT_125M, Policy(micro_batch_size=4, weights=ON_DISK), WORK, 2, in_place=True)
     with pytest.raises(PlanInfeasible, match=r"on the compute device \(.*buffers \d") as caught:

@@ -12,7 +12,7 @@ from machines import machine
 
 from flexllmgen.models.published import published_config
 from flexllmgen.placement import plan_placement
-from flexllmgen.policy import ON_CPU, ON_DISK, Placement, Policy
+from flexllmgen.policy import ON_CPU, ON_DISK, ON_GPU, Placement, Policy
 from flexllmgen.spec import ModelSpec
 from flexllmgen.workload import Workload
 from profiling.cost_model import CostEstimate, engine_cost
@@ -243,3 +243,28 @@ def test_compressed_kv_takes_fewer_bytes_and_some_compute() -> None:
     assert slow.decode_bound == "compute"
     extra = slow.decode_busy_s["compute"] - lossy.decode_busy_s["compute"]
     assert extra == pytest.approx(dense * (1 / 1e9 - 1 / 1.9e12), rel=0.02)
+
+
+def test_the_cpu_attends_to_the_sequences_that_there_are() -> None:
+    """In a ragged block fewer than there is room for; and single sequences lie here or there, layer by layer."""
+    rates = {"cpu_attention_bytes_per_s": 1e9, "h2d_bytes_per_s": 1e12}
+    policy = Policy(micro_batch_size=8, num_micro_batches=2, kv_cache=ON_CPU, cpu_attention=True)
+    few, many = (
+        cost(policy, dataclasses.replace(WORKLOAD, num_sequences=16 + ragged), **rates) for ragged in (1, 16)
+    )
+    cpu = "attention on the CPU"
+    assert few.decode_busy_s[cpu] / many.decode_busy_s[cpu] == pytest.approx(17 / 32, rel=0.05)
+
+    half = Policy(
+        micro_batch_size=1,
+        num_micro_batches=2,
+        kv_cache=Placement(gpu=0.5, cpu=0.5),
+        cpu_attention=True,
+    )
+    long = Workload(num_sequences=2, prompt_tokens=2000, gen_tokens=2)
+    device, none = (
+        cost(dataclasses.replace(half, kv_cache=shares), long).decode_busy_s["compute"]
+        for shares in (ON_GPU, ON_CPU)
+    )
+    assert device > 1.1 * none
+    assert cost(half, long).decode_busy_s["compute"] == pytest.approx((device + none) / 2, rel=0.02)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -14,12 +15,13 @@ from flexllmgen.errors import PlanInfeasible
 from flexllmgen.fits import check_fits
 from flexllmgen.models.published import published_config
 from flexllmgen.placement import plan_placement
-from flexllmgen.policy import Placement, Policy
+from flexllmgen.policy import ON_CPU, Placement, Policy
 from flexllmgen.spec import ModelSpec
 from flexllmgen.units import GiB
 from flexllmgen.workload import Workload
 from profiling.cost_model import engine_cost
-from strategies.placement_program import Limits
+from profiling.layer_times import layer_times_for
+from strategies.placement_program import KINDS, Cut, Limits, PlacementProgram, Variant
 from strategies.search import Candidate, Found, find_policy
 
 sys.path.append(str(Path(__file__).parents[1] / "profiling"))
@@ -219,3 +221,28 @@ def test_nothing_is_compressed_for_nothing() -> None:
         allow_lossy=True,
     )
     assert found.best.policy.lossless
+
+
+@pytest.mark.parametrize("window", [0, 64])
+def test_no_bound_is_above_what_attending_on_the_cpu_takes(window: int) -> None:
+    """Where layers have a window, the CPU attends to that and not to all that lies in host memory."""
+    spec = dataclasses.replace(SMALL, sliding_windows=(window,) * SMALL.num_layers)
+    workload = Workload(num_sequences=96, prompt_tokens=1024, gen_tokens=32)
+    profile, limits = (
+        machine(spec, **CPU_ATTENTION),
+        Limits(gpu_bytes=2 * GiB, cpu_bytes=100 * GiB, disk_bytes=0),
+    )
+    times = layer_times_for(spec, profile.layers)
+    assert times is not None
+    policy = Policy(
+        micro_batch_size=24, num_micro_batches=4, weights=ON_CPU, kv_cache=ON_CPU, cpu_attention=True
+    )
+    plan = plan_placement(spec, policy, workload, 2, gpu_cap_bytes=limits.gpu_bytes)
+    assert limits.fits(plan)
+    cost = engine_cost(plan, profile)
+    assert cost is not None
+    program = PlacementProgram(spec, profile, times, workload, limits, 2, variant=Variant.of(policy))
+    cut = Cut(size=24, count=4, chunk=plan.chunk_tokens)
+    solved = program.solve(cut, KINDS[0])
+    assert solved is not None
+    assert program.cheap_bound(cut) <= solved.bound_s <= cost.prefill_s + cost.decode_s
