@@ -10,8 +10,6 @@ Knows nothing of weights, slots or schedules.
 import contextlib
 import os
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from flexllmgen.cpu_attention import decode_attention_cpu
@@ -81,15 +79,20 @@ class HostAttention:
             self._traffic.add("d2h", target.numel() * target.element_size())
         bias = None if bias_BS is None else bias_BS[mine]
         window = self._plan.spec.sliding_window(layer)
-        rows_S2BKH, new = segment.kv_S2BKH, (_as_bytes(k_host), _as_bytes(v_host))
-        row = _as_bytes(rows_S2BKH)[position]
+        rows_S2BKH, length = segment.kv_S2BKH, position + 1
         first = max(0, position + 1 - window) if window else 0
 
         def attend() -> None:
-            # Not by torch, whose threads would spin beside the kernel's when they have done this little.
-            row[0], row[1] = new
             decode_attention_cpu(
-                q_host, rows_S2BKH, position + 1, bias, first=first, out_BNH=out_host, threads=self._threads
+                q_host,
+                rows_S2BKH,
+                length,
+                bias,
+                first=first,
+                out_BNH=out_host,
+                threads=self._threads,
+                k_BKH=k_host,
+                v_BKH=v_host,
             )
 
         event = self._lane.submit(attend, [mark(self._device), stored])
@@ -126,8 +129,3 @@ class HostAttention:
             parts.append(numbers[start:stop].view(rows, heads, spec.head_dim))
             start = stop
         return tuple(parts)
-
-
-def _as_bytes(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
-    """A host tensor of any type for numpy to copy."""
-    return tensor.view(torch.uint8).numpy()

@@ -31,6 +31,8 @@ def decode_attention_cpu(
     scale_S2BKG: torch.Tensor | None = None,
     zero_S2BKG: torch.Tensor | None = None,
     group_size: int = 64,
+    k_BKH: torch.Tensor | None = None,
+    v_BKH: torch.Tensor | None = None,
 ) -> None:
     """One new token per sequence against the cached positions [first, length), its own included.
 
@@ -45,6 +47,8 @@ def decode_attention_cpu(
         scale_S2BKG: fp16, of uint8 codes: groups along the last dimension, value = code * scale + zero.
         zero_S2BKG: the same shape.
         group_size: numbers of a group, a multiple of 64; the last group of a head may be shorter (compression.py).
+        k_BKH: contiguous, of the KV's type, which is no codes: the token's keys, written at position length - 1 first.
+        v_BKH: its values.
     """
     assert 0 <= first < length <= kv_S2BKH.shape[0], f"positions [{first}, {length}) of {kv_S2BKH.shape[0]}"
     assert q_BNH.is_contiguous()
@@ -62,6 +66,12 @@ def decode_attention_cpu(
         assert scale_S2BKG[0, 0, 0].is_contiguous()
         assert zero_S2BKG[0, 0, 0].is_contiguous()
     assert kv_S2BKH[0, 0, 0].is_contiguous(), "a position's heads of a sequence are one run"
+    assert (k_BKH is None) == (v_BKH is None)
+    if k_BKH is not None and v_BKH is not None:
+        assert k_BKH.shape == v_BKH.shape == kv_S2BKH.shape[2:]
+        assert k_BKH.dtype == v_BKH.dtype == kv_S2BKH.dtype != torch.uint8
+        assert k_BKH.is_contiguous()
+        assert v_BKH.is_contiguous()
     kernel = _kernel()
     level = None if kernel is None else kernel.level_for(q_BNH.shape[2])
     if kernel is None or level is None:
@@ -76,6 +86,8 @@ def decode_attention_cpu(
             scale_S2BKG=scale_S2BKG,
             zero_S2BKG=zero_S2BKG,
             group_size=group_size,
+            k_BKH=k_BKH,
+            v_BKH=v_BKH,
         )
         return
     kernel.attend(
@@ -90,6 +102,8 @@ def decode_attention_cpu(
         zero_S2BKG=zero_S2BKG,
         group_size=group_size,
         level=level,
+        k_BKH=k_BKH,
+        v_BKH=v_BKH,
     )
 
 

@@ -148,16 +148,19 @@ inline void finish(Q type, const Call& c, const Piece& piece, const Partial* par
 template <class Q, class T>
 inline void serve(const Call& c, const Plan& plan, Shared& shared) {
     static thread_local Bench bench;
+    static thread_local std::vector<Partial> parts;
     bench.size(c, plan);
-    for (int64_t task; (task = shared.next.fetch_add(1)) < plan.tasks();) {
-        const Piece piece = plan.piece(c, task);
+    for (int64_t task, count; (count = shared.take(plan, task)) > 0;) {
+        const Piece piece = plan.piece(c, task, count);
         const int64_t unit = task / plan.chunks;
+        shared.taken[task] = int(count);
         pack_queries(Q{}, c, piece, bench.q);
         attend_piece<T>(c, plan, piece, bench, shared.partial(c, plan, task));
-        if (shared.left[unit].fetch_sub(1) != 1) continue;
-        std::vector<Partial> parts;
-        for (int64_t i = 0; i < plan.chunks; ++i) parts.push_back(shared.partial(c, plan, unit * plan.chunks + i));
-        finish(Q{}, c, piece, parts.data(), int(plan.chunks));
+        if (shared.left[unit].fetch_sub(int(count)) != count) continue;
+        parts.clear();
+        for (int64_t i = unit * plan.chunks; i < (unit + 1) * plan.chunks; i += shared.taken[i])
+            parts.push_back(shared.partial(c, plan, i));
+        finish(Q{}, c, piece, parts.data(), int(parts.size()));
     }
 }
 

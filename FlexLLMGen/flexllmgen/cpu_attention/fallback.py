@@ -23,9 +23,13 @@ def attend_with_torch(
     scale_S2BKG: torch.Tensor | None,
     zero_S2BKG: torch.Tensor | None,
     group_size: int,
+    k_BKH: torch.Tensor | None = None,
+    v_BKH: torch.Tensor | None = None,
 ) -> None:
     """The arguments of `decode_attention_cpu`, already checked."""
     sequences, heads, size = q_BNH.shape
+    if k_BKH is not None and v_BKH is not None:
+        kv_S2BKH[length - 1, 0], kv_S2BKH[length - 1, 1] = k_BKH, v_BKH
     kv = kv_S2BKH[first:length]
     if scale_S2BKG is not None and zero_S2BKG is not None:
         numbers = torch.empty(kv.shape, dtype=q_BNH.dtype)

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -25,15 +26,18 @@ constexpr int64_t BLOCK_BYTES = 32 << 10;  // keys read together: they and their
 constexpr int64_t QUERY_BYTES = 64 << 10;  // queries and sums that go with them
 constexpr int MIN_GROUP = 64;  // of codes
 constexpr int64_t READ_BYTES = 4 << 20;
-constexpr int64_t MIN_CHUNK = 128;       // positions
-constexpr int64_t TASKS_A_THREAD = 12;   // so that threads end together
+constexpr int64_t MIN_CHUNK = 64;        // positions
+constexpr int64_t TASKS_A_THREAD = 48;   // at most, so that threads end together
 constexpr int64_t THREAD_BYTES = 128 << 10;  // Waking a thread for less costs more than it reads.
 
 // A call, laid out as its Python side has it (library.py). Strides are bytes, but for the bias's.
 struct Call {
-    const char *q, *kv, *scale, *zero;
+    const char *q;
+    char* kv;
+    const char *scale, *zero;
     const float* bias;
     char* out;
+    const char *k_new, *v_new;  // [B, K, H], written at the last position before anything is read; or none
     int64_t position_bytes, half_bytes, sequence_bytes;
     int64_t scale_position_bytes, scale_half_bytes, scale_sequence_bytes;
     int64_t zero_position_bytes, zero_half_bytes, zero_sequence_bytes;
@@ -81,10 +85,11 @@ struct Plan {
         chunks = (positions + chunk - 1) / chunk;
     }
     int64_t tasks() const { return units * chunks; }
-    Piece piece(const Call& c, int64_t task) const {
+    // `count` tasks of one unit.
+    Piece piece(const Call& c, int64_t task, int64_t count) const {
         const int64_t unit = task / chunks, part = unit % parts, first = c.first + task % chunks * chunk;
         return Piece{unit / parts, part * heads, int(std::min<int64_t>(heads, c.K - part * heads)), first,
-                     std::min(first + chunk, c.length)};
+                     std::min(first + count * chunk, c.length)};
     }
 };
 
@@ -95,21 +100,43 @@ struct Partial {
 
 struct Shared {
     std::atomic<int64_t> next{0};
-    std::vector<std::atomic<int>> left;
-    float* memory;
+    float* sums;
+    std::atomic<int>* left;  // tasks of each unit that have not ended
+    int* taken;              // of a task from which on some were done as one piece: how many
 
-    Shared(const Plan& plan, float* memory) : left(size_t(plan.units)), memory(memory) {
-        for (auto& each : left) each.store(int(plan.chunks));
+    Shared(const Call& c, const Plan& plan, Pool& pool) {
+        const size_t floats = size_t(plan.tasks() * stride(c, plan));
+        char* memory = pool.memory(floats * 4 + size_t(plan.units) * sizeof(*left) + size_t(plan.tasks()) * 4);
+        sums = reinterpret_cast<float*>(memory);
+        left = reinterpret_cast<std::atomic<int>*>(sums + floats);
+        taken = reinterpret_cast<int*>(left + plan.units);
+        for (int64_t i = 0; i < plan.units; ++i) new (left + i) std::atomic<int>(int(plan.chunks));
+    }
+    // Takes tasks of one unit, at once as long as there is much left, one by one in the end; how many.
+    int64_t take(const Plan& plan, int64_t& task) {
+        for (task = next.load(); task < plan.tasks();) {
+            const int64_t fair = (plan.tasks() - task) / (2 * plan.threads);
+            const int64_t count = std::min(plan.chunks - task % plan.chunks, std::max<int64_t>(1, fair));
+            if (next.compare_exchange_weak(task, task + count)) return count;
+        }
+        return 0;
     }
     static int64_t stride(const Call& c, const Plan& plan) {
         return (plan.heads * (c.N / c.K) * (c.H + 2) + 15) / 16 * 16;
     }
     Partial partial(const Call& c, const Plan& plan, int64_t task) const {
         const int64_t queries = plan.heads * (c.N / c.K);
-        float* acc = memory + task * stride(c, plan);
+        float* acc = sums + task * stride(c, plan);
         return Partial{acc, acc + queries * c.H, acc + queries * (c.H + 1)};
     }
 };
+
+inline void append(const Call& c, int64_t half_bytes, const char* rows) {
+    static constexpr int64_t sizes[] = {4, 2, 2, 1};
+    const int64_t run = c.K * c.H * sizes[c.kv_type];
+    char* to = c.kv + (c.length - 1) * c.position_bytes + half_bytes;
+    for (int64_t b = 0; b < c.B; ++b) std::memcpy(to + b * c.sequence_bytes, rows + b * run, size_t(run));
+}
 
 namespace generic {
 #include "vectors_generic.h"
@@ -153,9 +180,12 @@ int flex_level() {
 void flex_attend(const Call* call) {
     const Call& c = *call;
     const Plan plan(c);
+    // By this thread, before any other reads: it is little.
+    if (c.k_new) append(c, 0, c.k_new);
+    if (c.v_new) append(c, c.half_bytes, c.v_new);
     Pool& pool = Pool::of_process();
     const std::lock_guard<std::mutex> lock(pool.one_caller);
-    Shared shared(plan, pool.memory(size_t(plan.tasks() * Shared::stride(c, plan))));
+    Shared shared(c, plan, pool);
     pool.run(plan.threads, [&](int) {
 #if defined(__x86_64__)
         if (c.level == 2) return avx512::attend(c, plan, shared);

@@ -11,7 +11,7 @@ import torch
 LEVELS = ("generic", "avx2", "avx512")
 _WIDTHS = (4, 8, 16)
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
-_POINTERS = ("q", "kv", "scale", "zero", "bias", "out")
+_POINTERS = ("q", "kv", "scale", "zero", "bias", "out", "k_new", "v_new")
 _STRIDES = tuple(
     f"{of}{axis}_bytes" for of in ("", "scale_", "zero_") for axis in ("position", "half", "sequence")
 )
@@ -73,6 +73,8 @@ class Kernel:
         zero_S2BKG: torch.Tensor | None,
         group_size: int,
         level: int,
+        k_BKH: torch.Tensor | None = None,
+        v_BKH: torch.Tensor | None = None,
     ) -> None:
         """The arguments of `decode_attention_cpu`, already checked, by the instructions of `level`."""
         sequences, heads, head_dim = q_BNH.shape
@@ -80,6 +82,8 @@ class Kernel:
             q=q_BNH.data_ptr(),
             kv=kv_S2BKH.data_ptr(),
             out=out_BNH.data_ptr(),
+            k_new=None if k_BKH is None else k_BKH.data_ptr(),
+            v_new=None if v_BKH is None else v_BKH.data_ptr(),
             B=sequences,
             N=heads,
             K=kv_S2BKH.shape[3],
