@@ -113,7 +113,7 @@ def available() -> bool:
 
 
 def which() -> str:
-    """What serves the calls: "avx512", "avx2", "generic" (the kernel's instructions) or "torch"."""
+    """What serves the calls: "avx512_bf16", "avx512", "avx2", "generic" (the kernel's instructions) or "torch"."""
     kernel = _kernel()
     return "torch" if kernel is None else LEVELS[kernel.level]
 

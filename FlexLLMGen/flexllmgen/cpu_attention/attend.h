@@ -25,6 +25,11 @@ struct Bench {
     }
 };
 
+#ifndef BF16_DOTS
+inline bool by_dots(const Call&) { return false; }
+inline void pack_dots(const Call&, const Piece&, float*) {}
+#endif
+
 template <class Q>
 inline void pack_queries(Q type, const Call& c, const Piece& piece, float* q) {
     const int queries = int(c.N / c.K);
@@ -91,6 +96,7 @@ inline void find_groups(const Call& c, const Piece& piece, int64_t position, int
 template <class T>
 inline void attend_piece(const Call& c, const Plan& plan, const Piece& piece, Bench& bench, const Partial& to) {
     const int queries = int(c.N / c.K);
+    const bool dots = by_dots(c);
     std::fill_n(to.acc, int64_t(piece.heads) * queries * c.H, 0.0f);
     std::fill_n(to.m, piece.heads * queries, LOWEST);
     std::fill_n(to.l, piece.heads * queries, 0.0f);
@@ -109,6 +115,16 @@ inline void attend_piece(const Call& c, const Plan& plan, const Piece& piece, Be
         in_groups(queries, [&](auto together, int g0) {
             constexpr int GT = decltype(together)::value;
             const int at = g0 * piece.heads;
+#ifdef BF16_DOTS
+            if constexpr (std::is_same_v<T, BF16>) {
+                if (dots) {
+                    scores_dots<GT>(c, bench.rows.data(), rows, g0, bench.score, values_now);
+                    weigh<GT>(piece.heads, block, bias, bench.score, to.m + at, to.l + at, bench.alpha);
+                    return values_dots<GT>(c, bench.rows.data() + rows, piece.heads, block, g0, bench.score, bench.alpha,
+                                           to.acc, keys_next);
+                }
+            }
+#endif
             scores<T, GT>(c, bench.rows.data(), rows, g0, bench.score, values_now);
             weigh<GT>(piece.heads, block, bias, bench.score, to.m + at, to.l + at, bench.alpha);
             values<T, GT>(c, bench.rows.data() + rows, piece.heads, block, g0, bench.score, bench.alpha, to.acc, keys_next);
@@ -118,7 +134,7 @@ inline void attend_piece(const Call& c, const Plan& plan, const Piece& piece, Be
 
 // Puts the partial sums of a sequence's heads together, in the first, and writes the output.
 template <class Q>
-inline void finish(Q type, const Call& c, const Piece& piece, const Partial* parts, int count) {
+inline void finish(Q type, const Call& c, const Piece& piece, const Partial* parts, int count, float* share) {
     const int queries = int(c.N / c.K);
     for (int h = 0; h < piece.heads; ++h) {
         in_groups(queries, [&](auto together, int g0) {
@@ -130,16 +146,29 @@ inline void finish(Q type, const Call& c, const Piece& piece, const Partial* par
                 for (int i = 1; i < count; ++i) top = std::max(top, parts[i].m[at]);
                 for (int i = 0; i < count; ++i) total += parts[i].l[at] * std::exp2(parts[i].m[at] - top);
                 const float each = total > 0 ? 1 / total : 0;
+                for (int i = 0; i < count; ++i) share[i] = std::exp2(parts[i].m[at] - top) * each;
                 char* out = c.out + (piece.sequence * c.N + int64_t(piece.head) * queries + n + g) * c.H * Q::size;
-                for (int column = 0; column < c.H / W; ++column) {
+                const auto total_of = [&](int column) {
                     V sum = Simd::zero();
                     for (int i = 0; i < count; ++i) {
-                        const float share = std::exp2(parts[i].m[at] - top) * each;
                         const V acc = Simd::load(parts[i].acc + n * c.H + (column * GT + g) * W);
-                        sum = Simd::fma(Simd::set1(share), acc, sum);
+                        sum = Simd::fma(Simd::set1(share[i]), acc, sum);
                     }
-                    Simd::put(type, out + column * W * Q::size, sum);
+                    return sum;
+                };
+#ifdef BF16_DOTS
+                if (by_dots(c)) {
+                    for (int column = 0; column < c.H / W; column += 2) {
+                        V low = total_of(column), high = total_of(column + 1);
+                        in_order(low, high);
+                        Simd::put(type, out + column * W * Q::size, low);
+                        Simd::put(type, out + (column + 1) * W * Q::size, high);
+                    }
+                    continue;
                 }
+#endif
+                for (int column = 0; column < c.H / W; ++column)
+                    Simd::put(type, out + column * W * Q::size, total_of(column));
             }
         });
     }
@@ -149,18 +178,23 @@ template <class Q, class T>
 inline void serve(const Call& c, const Plan& plan, Shared& shared) {
     static thread_local Bench bench;
     static thread_local std::vector<Partial> parts;
+    static thread_local std::vector<float> shares;
     bench.size(c, plan);
     for (int64_t task, count; (count = shared.take(plan, task)) > 0;) {
         const Piece piece = plan.piece(c, task, count);
         const int64_t unit = task / plan.chunks;
         shared.taken[task] = int(count);
-        pack_queries(Q{}, c, piece, bench.q);
+        if (by_dots(c))
+            pack_dots(c, piece, bench.q);
+        else
+            pack_queries(Q{}, c, piece, bench.q);
         attend_piece<T>(c, plan, piece, bench, shared.partial(c, plan, task));
         if (shared.left[unit].fetch_sub(int(count)) != count) continue;
         parts.clear();
         for (int64_t i = unit * plan.chunks; i < (unit + 1) * plan.chunks; i += shared.taken[i])
             parts.push_back(shared.partial(c, plan, i));
-        finish(Q{}, c, piece, parts.data(), int(parts.size()));
+        shares.resize(parts.size());
+        finish(Q{}, c, piece, parts.data(), int(parts.size()), shares.data());
     }
 }
 

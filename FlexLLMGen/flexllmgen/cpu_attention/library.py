@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-LEVELS = ("generic", "avx2", "avx512")
-_WIDTHS = (4, 8, 16)
+LEVELS = ("generic", "avx2", "avx512", "avx512_bf16")
+_WIDTHS = (4, 8, 16, 16)
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
 _POINTERS = ("q", "kv", "scale", "zero", "bias", "out", "k_new", "v_new")
 _STRIDES = tuple(

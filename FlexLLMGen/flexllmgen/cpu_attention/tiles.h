@@ -107,7 +107,8 @@ inline void scores(const Call& c, const Row* row, int rows, int g0, float* out, 
                         for (int a = 0; a < AT_ONCE; ++a) x[a] = value(T{}, *k[a], column, scale[a], zero[a]);
                         for (int g = 0; g < GT; ++g) {
                             const int64_t at = (column * GT + g) * W;
-                            const V first_q = Simd::load(q[0] + at);
+                            V first_q = Simd::load(q[0] + at);
+                            if (decltype(same)::value) Simd::keep(first_q);
                             for (int a = 0; a < AT_ONCE; ++a) {
                                 const V each = decltype(same)::value ? first_q : Simd::load(q[a] + at);
                                 s[a * GT + g] = Simd::fma(x[a], each, s[a * GT + g]);

@@ -11,6 +11,7 @@ struct Simd {
     static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
     static V mul(V a, V b) { return _mm256_mul_ps(a, b); }
 
+    static void keep(V&) {}
     static V get(F32, const char* p) { return _mm256_loadu_ps((const float*)p); }
     static V get(F16, const char* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
     static V get(BF16, const char* p) {

@@ -12,6 +12,7 @@ struct Simd {
     static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
     static V mul(V a, V b) { return _mm512_mul_ps(a, b); }
 
+    static void keep(V& v) { asm("" : "+v"(v)); }  // in a register
     static V get(F32, const char* p) { return _mm512_loadu_ps(p); }
     static V get(F16, const char* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
     static V get(BF16, const char* p) {

@@ -15,6 +15,7 @@ struct Simd {
     static V fma(V a, V b, V c) { return a * b + c; }
     static V mul(V a, V b) { return a * b; }
 
+    static void keep(V&) {}
     static V get(F32, const char* p) { return load((const float*)p); }
     static V get(F16, const char* p) {
         const uint16_t* x = (const uint16_t*)p;
