@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import stat
+import time
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,10 @@ def test_codes_are_turned_back_while_they_are_read(
             parts = {"scale_S2BKG": scale, "zero_S2BKG": zero, "group_size": group_size}
             out = attend(kernel, level, q, codes, length, None, first=first, threads=2, **parts)
             assert error(out, expected(q, numbers, length, None, first)) < 2e-6
+            # Of queries in 16 bits too.
+            short = q.bfloat16()
+            out = attend(kernel, level, short, codes, length, None, first=first, threads=2, **parts)
+            assert error(out, expected(short, numbers, length, None, first)) < BOUNDS[torch.bfloat16]
 
 
 def test_codes_through_the_public_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,6 +153,36 @@ def test_rows_may_be_longer_than_their_content(q_dtype: torch.dtype) -> None:
     out = torch.empty_like(q)
     cpu_attention.decode_attention_cpu(q, kv, 50, out_BNH=out, threads=2)
     assert error(out, expected(q, kv, 50, None, 0)) < BOUNDS[q_dtype]
+
+
+def test_the_tokens_own_row_is_written_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the kernel and by torch; nothing else of the cache changes, and rows of other sequences lie between."""
+    torch.manual_seed(0)
+    rows = torch.randn(60, 2, 5, 2, 32)
+    q, k, v = torch.randn(3, 4, 32), torch.randn(3, 2, 32), torch.randn(3, 2, 32)
+    wanted = rows.clone()
+    wanted[52, 0, 1:4], wanted[52, 1, 1:4] = k, v
+    right = expected(q, wanted[:, :, 1:4], 53, None, 2)
+    for one in (cpu_attention._kernel(), None):
+        monkeypatch.setattr(cpu_attention, "_kernel", lambda one=one: one)
+        cache, out = rows.clone(), torch.empty_like(q)
+        cpu_attention.decode_attention_cpu(
+            q, cache[:, :, 1:4], 53, first=2, out_BNH=out, threads=2, k_BKH=k, v_BKH=v
+        )
+        assert torch.equal(cache, wanted)
+        assert error(out, right) < 2e-6
+
+
+def test_calls_that_follow_at_once_find_their_threads(kernel: Kernel) -> None:
+    """Of any number, awake or asleep; each writes its own output."""
+    torch.manual_seed(0)
+    kv, q = torch.randn(700, 2, 3, 4, 64), torch.randn(3, 4, 64)
+    right = expected(q, kv, 700, None, 0)
+    for index in range(200):
+        if index % 50 == 0:
+            time.sleep(0.001)
+        out = attend(kernel, kernel.level, q, kv, 700, None, threads=(2, 5, 1, 3)[index % 4])
+        assert error(out, right) < 2e-6
 
 
 def test_few_sequences_use_all_threads_to_the_same_effect(kernel: Kernel) -> None:

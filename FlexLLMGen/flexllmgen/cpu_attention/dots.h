@@ -122,7 +122,7 @@ inline void values_dots(const Call& c, const Row* row, int heads, int block, int
                         const float* alpha, float* acc, Fetcher& next) {
     constexpr int CT = NR / GT / 2 < 4 ? NR / GT / 2 : 4;
     const int parts = int(c.H / PAIRS), queries = int(c.N / c.K);
-    uint32_t pairs[BLOCK * GT / 2 + W];
+    uint32_t pairs[LONG_BLOCK * GT / 2 + W];
     acc += int64_t(g0) * c.H;
     for (int h = 0; h < heads; ++h, row += block, weight += block * GT, alpha += GT, acc += queries * c.H) {
         pair_weights<GT>(weight, block * GT, pairs);

@@ -22,6 +22,7 @@
 constexpr float LOG2E = 1.44269504088896f;
 constexpr float LOWEST = -1e30f;  // Below every score; finite, so that differences are numbers.
 constexpr int BLOCK = 16;                  // positions whose keys are read before their values
+constexpr int LONG_BLOCK = 32;             // where many queries share them
 constexpr int64_t BLOCK_BYTES = 32 << 10;  // keys read together: they and their values stay near the core
 constexpr int64_t QUERY_BYTES = 64 << 10;  // queries and sums that go with them
 constexpr int MIN_GROUP = 64;  // of codes
@@ -72,7 +73,7 @@ struct Plan {
         static constexpr int64_t sizes[] = {4, 2, 2, 1};
         const int64_t queries = c.N / c.K, row = c.H * sizes[c.kv_type], positions = c.length - c.first;
         const int64_t most = std::max<int64_t>(1, std::min(BLOCK_BYTES / (BLOCK * row), QUERY_BYTES / (queries * c.H * 8)));
-        block = BLOCK;
+        block = queries >= 4 ? LONG_BLOCK : BLOCK;
         parts = (c.K + most - 1) / most;
         heads = int((c.K + parts - 1) / parts);
         parts = (c.K + heads - 1) / heads;

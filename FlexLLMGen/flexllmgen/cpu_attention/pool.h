@@ -85,8 +85,11 @@ class Pool {
     }
 
     static int count_cores() {
+#if defined(__linux__)
         cpu_set_t mine;
-        return sched_getaffinity(0, sizeof mine, &mine) ? int(std::thread::hardware_concurrency()) : CPU_COUNT(&mine);
+        if (!sched_getaffinity(0, sizeof mine, &mine)) return CPU_COUNT(&mine);
+#endif
+        return int(std::thread::hardware_concurrency());
     }
 
     void serve(int index, uint64_t seen) {

@@ -143,7 +143,7 @@ inline void weigh(int heads, int block, const float* bias, float* score, float* 
             for (int p = 0; p < block; ++p)
                 for (int g = 0; g < GT; ++g) score[p * GT + g] += bias[p] * LOG2E;
         // Lanes of a vector are queries, and then the next position's; what is past the end repeats the first.
-        float lane[W];
+        float lane[W], change[W] = {};
         V top = Simd::set1(LOWEST), sum = Simd::zero();
         const int whole = count / W * W;
         for (int i = 0; i < whole; i += W) top = Simd::larger(Simd::load(score + i), top);
@@ -153,9 +153,10 @@ inline void weigh(int heads, int block, const float* bias, float* score, float* 
             for (int i = 0; i < step; ++i) lane[i] = std::max(lane[i], lane[i + step]);
         for (int g = 0; g < GT; ++g) {
             lane[g] = std::max(lane[g], m[g]);
-            alpha[g] = m[g] - lane[g];
+            change[g] = m[g] - lane[g];
             m[g] = lane[g];
         }
+        Simd::store(change, exp2(Simd::load(change)));
         for (int i = GT; i < W; ++i) lane[i] = lane[i - GT];
         const V minus = Simd::mul(Simd::load(lane), Simd::set1(-1.0f)), one = Simd::set1(1.0f);
         for (int i = 0; i < whole; i += W) {
@@ -173,7 +174,7 @@ inline void weigh(int heads, int block, const float* bias, float* score, float* 
         }
         for (int step = W; (step /= 2) >= GT;)
             for (int i = 0; i < step; ++i) lane[i] += lane[i + step];
-        for (int g = 0; g < GT; ++g) l[g] = l[g] * (alpha[g] = alpha[g] < -126.0f ? 0.0f : std::exp2(alpha[g])) + lane[g];
+        for (int g = 0; g < GT; ++g) l[g] = l[g] * (alpha[g] = change[g]) + lane[g];
     }
 }
 
