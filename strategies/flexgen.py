@@ -6,8 +6,9 @@ flexllmgen. Where weights go is the user's word here; finding the best policy is
 
 from contextlib import AbstractContextManager
 
+from flexllmgen.errors import PolicyError
 from flexllmgen.placement import plan_placement
-from flexllmgen.policy import Placement, Policy
+from flexllmgen.policy import ON_GPU, Placement, Policy
 from strategies.base import Plan, PlanRequest
 from strategies.flexgen_config import Config
 from strategies.flexgen_engine import (
@@ -40,7 +41,7 @@ class FlexgenStrategy:
         """Place every byte by the shares that were asked for.
 
         Raises:
-            PolicyError: shares over 100 %.
+            PolicyError: shares over 100 %, or keys that rule each other out.
             UnsupportedModelError: an architecture the engine does not have.
             CheckpointError: the checkpoint is not the model's.
             PlanInfeasible: some tier is too small; the message has the numbers.
@@ -76,14 +77,27 @@ def make_policy(config: Config, batch_size: int) -> Policy:
     """The engine's policy from the strategy's keys.
 
     Raises:
-        PolicyError: shares of one kind sum to more than 100 %.
+        PolicyError: shares of one kind sum to more than 100 %, or keys rule each other out.
     """
+    activations = _shares(config, "act")
+    if config.cpu_cache_compute:
+        # What the engine would refuse in its own words.
+        others = {
+            "compress_cache=false": config.compress_cache,
+            "attn_sparsity=1": config.attn_sparsity < 1,
+            "act_gpu_percent=100": activations != ON_GPU,
+        }
+        if ways := [f"--set {way}" for way, needed in others.items() if needed]:
+            raise PolicyError(
+                "cpu_cache_compute reads keys and values as they are, and needs all hidden states on the GPU; "
+                f"{' and '.join(ways)}, or --set cpu_cache_compute=false"
+            )
     return Policy(
         micro_batch_size=config.micro_batch_size or batch_size,
         num_micro_batches=config.num_micro_batches,
         weights=_shares(config, "w"),
         kv_cache=_shares(config, "cache"),
-        activations=_shares(config, "act"),
+        activations=activations,
         pin_weight=config.pin_weight,
         overlap=config.overlap,
         sep_layer=config.sep_layer,

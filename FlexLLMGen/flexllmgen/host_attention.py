@@ -12,7 +12,7 @@ import os
 
 import torch
 
-from flexllmgen.cpu_attention import decode_attention_cpu
+from flexllmgen.cpu_attention import available, decode_attention_cpu
 from flexllmgen.kv_cache import KVCache
 from flexllmgen.memory.arena import HostArena
 from flexllmgen.memory.transfer import Event, Lane, Traffic, mark
@@ -46,6 +46,8 @@ class HostAttention:
         self._plan, self._device, self._dtype, self._arena = plan, device, dtype, arena
         self._kv, self._traffic = kv, traffic
         self._regions = [arena.reserve(rows * plan.exchange_row_bytes) for rows in plan.exchange_rows]
+        if self._regions:
+            available()  # Builds the kernel now, where that was not yet done: no step shall wait for a compiler.
         self._lane = Lane("cpu-attention", None, threaded=True) if self._regions else None
         self._under_way: dict[int, tuple[Event, torch.Tensor]] = {}
         self._threads = attention_threads()

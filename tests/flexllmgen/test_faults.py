@@ -138,6 +138,18 @@ def test_what_fails_on_the_cpu_ends_the_block_and_not_the_engine(
         assert torch.equal(torch.stack(list(engine.generate(ids)), dim=1), want)
 
 
+def test_the_kernel_is_built_before_the_first_step(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("flexllmgen.host_attention.available", lambda: asked.append("kernel"))
+    model = tiny("llama")
+    for cpu_attention, want in ((False, []), (True, ["kernel"])):
+        policy = Policy(micro_batch_size=6, kv_cache=ON_CPU, cpu_attention=cpu_attention)
+        FlexEngine.load(
+            model.spec, model.checkpoint, policy, workload=WORK, device="cpu", in_place=False
+        ).close()
+        assert asked == want
+
+
 def test_packed_layers_are_used_again(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with load(tiny("opt"), tmp_path) as engine:
         want = generate(engine)

@@ -133,6 +133,19 @@ def test_shares_over_a_hundred_are_refused_by_name() -> None:
 # Plan
 
 
+@pytest.mark.parametrize(
+    ("changes", "way"),
+    [
+        ({"compress_cache": True}, "--set compress_cache=false"),
+        ({"attn_sparsity": 0.5}, "--set attn_sparsity=1"),
+        ({"act_gpu_percent": 50, "act_cpu_percent": 50}, "--set act_gpu_percent=100"),
+    ],
+)
+def test_keys_that_rule_each_other_out_are_named(changes: dict[str, Any], way: str) -> None:
+    with pytest.raises(PolicyError, match=f"{way}, or --set cpu_cache_compute=false"):
+        make_policy(config(cpu_cache_compute=True, **changes), 4)
+
+
 def test_the_plan_places_the_shares_asked_for(tiny_model: Path, tmp_path: Path) -> None:
     source = resolve_model(str(tiny_model), weights="pretrained")
     plan = create(config(**MIXED)).plan(request_for(source, tmp_path))
