@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import signal
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 REFERENCE_STRATEGY = "autoflex"
 """Finds a lossless policy wherever there is one; which one it is does not change what is generated."""
 _VERSION = 1
+_PATIENCE_S = 60 * 60.0
+"""A reference that is not there by then is given up: what its plan says (reference_run.py) may be wrong, and it may hang."""
 
 
 class Reference(Record):
@@ -136,14 +139,28 @@ def _read(file: Path, rows: int) -> Reference | None:
 def _measure(job: Job) -> Reference:
     worker = Worker(job)
     said: dict[str, dict[str, object]] = {}
+    given_up = threading.Event()
+
+    def give_up() -> None:
+        given_up.set()
+        worker.process.kill()
+
+    timer = threading.Timer(_PATIENCE_S, give_up)
+    timer.daemon = True
     with worker.interruptible():
-        code = worker.follow(lambda event: said.update({str(event["event"]): dict(event)}))
+        timer.start()
+        try:
+            code = worker.follow(lambda event: said.update({str(event["event"]): dict(event)}))
+        finally:
+            timer.cancel()
     if worker.interrupted:
         raise KeyboardInterrupt
     if (found := said.get("reference")) is not None and code == 0:
         return Reference.model_validate({"loss": found["loss"], "output_ids": found["output_ids"]})
     if (error := said.get("error")) is not None:
         raise OffloadError(str(error["message"]))
+    if given_up.is_set():
+        raise OffloadError(f"it was not there after {_PATIENCE_S / 60:.0f} minutes and is given up")
     if code == -signal.SIGKILL:
         raise OffloadError("its process was killed by signal 9; most likely the machine ran out of memory")
     raise OffloadError(f"its process ended with code {code}: {last_line(worker)}")

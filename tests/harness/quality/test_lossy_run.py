@@ -252,6 +252,20 @@ def test_a_reference_whose_process_dies_is_told_of(run: Run, monkeypatch: pytest
     assert (job.common.gpu_mem, job.common.cpu_mem) == (None, None)
 
 
+def test_a_reference_that_hangs_is_given_up(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hanging(reference.Worker):
+        def _write(self, text: str) -> None:
+            """Says nothing, so that the process waits for its job for ever."""
+
+    monkeypatch.setattr(reference, "Worker", Hanging)
+    monkeypatch.setattr(reference, "_PATIENCE_S", 0.5)
+    code, result = run()
+    assert code == 0
+    assert result.quality is not None
+    assert "was not there after 0 minutes" in result.quality.notes[0]
+    assert result.metrics["generation_tok_s"] > 0
+
+
 def test_an_interruption_of_the_reference_ends_the_run_and_keeps_its_figures(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
