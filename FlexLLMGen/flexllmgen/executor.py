@@ -14,7 +14,7 @@ from flexllmgen.graph import RecordedDecode
 from flexllmgen.host_attention import HostAttention
 from flexllmgen.kv_cache import KVCache
 from flexllmgen.memory.transfer import Event, mark
-from flexllmgen.models.decoder import Decoder, Span, Weights
+from flexllmgen.models.decoder import Bring, Decoder, Span, Weights
 from flexllmgen.placement import PlacementPlan, micro_batch_sizes
 from flexllmgen.schedule import Action, Shape, Step, zigzag
 from flexllmgen.weights import WeightStore
@@ -226,7 +226,8 @@ class Executor:
         """Starts a load or a store; the first pass computes positions [skipped, prompt)."""
         layer = self._plan.stages[step.stage].layer
         if step.action is Action.LOAD_WEIGHTS:
-            self._weights.load(step.stage, step.slot, step.part, shape.num_micro_batches)
+            experts = not self._chooses(step)
+            self._weights.load(step.stage, step.slot, step.part, shape.num_micro_batches, experts=experts)
         elif step.action is Action.LOAD_KV:
             self._kv.load(layer, step.micro_batch, step.slot, prompt + step.token - 1)
         elif step.action is Action.STORE_KV:
@@ -288,7 +289,7 @@ class Executor:
         """The arithmetic of a compute step."""
         stage = self._plan.stages[step.stage]
         if step.micro_batch == 0 and step.action is Action.COMPUTE:
-            self._weights.dequantise(step.stage, step.slot)
+            self._weights.begin(step.stage, step.slot, experts=not self._chooses(step))
         w = self._weights.tensors(step.stage, step.slot)
         x_BTD = self._hidden.hidden(step.micro_batch, step.hidden_slot, batch.count)
         if stage.kind == "embed":
@@ -320,7 +321,7 @@ class Executor:
             if kind in ("layer", "attention"):
                 self._decoder.attention(w, x_BTD[start:stop], layer, part, segments, start)
             if kind in ("layer", "mlp"):
-                self._decoder.mlp(w, x_BTD[start:stop])
+                self._decoder.mlp(w, x_BTD[start:stop], self._bring(step))
 
     def _begin_layer(
         self, layer: int, w: Weights, x_BTD: torch.Tensor, step: Step, batch: _MicroBatch
@@ -351,7 +352,17 @@ class Executor:
         batch.attended = ()
         self._decoder.finish_attention(w, x_BTD, parts[0] if len(parts) == 1 else torch.cat(parts))
         if kind == "layer":
-            self._decoder.mlp(w, x_BTD)
+            self._decoder.mlp(w, x_BTD, self._bring(step))
+
+    def _chooses(self, step: Step) -> bool:
+        """Whether a step uses only the experts that are chosen in it: a prompt's rows are sent to all of them."""
+        return step.token > 0 and self._weights.chooses(step.stage)
+
+    def _bring(self, step: Step) -> Bring | None:
+        """What brings in a step's experts. The host learns the choice: one wait for each layer and micro-batch."""
+        if not self._chooses(step):
+            return None
+        return lambda experts_RK: self._weights.bring(step.stage, step.slot, experts_RK.flatten().tolist())
 
     def _parts(self, batch: _MicroBatch, columns: int) -> Iterator[tuple[int, int]]:
         """Ranges of sequences that are computed at once."""

@@ -8,7 +8,7 @@ shares are what was asked for, and every layer streams the same number of bytes.
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from flexllmgen.compressed_size import compressed_bytes
@@ -231,16 +231,54 @@ def streamed_bytes(image: Image, *, in_place: bool, embedding: bool) -> int:
     return round_up(image.num_bytes - streamed_from(image, resident), PAGE) + 2 * PAGE
 
 
-def streamed_parts(image: Image, *, in_place: bool, embedding: bool) -> TierBytes:
-    """Bytes that a pass copies into a slot from each tier: `gpu` is the resident part of a tensor that is cut."""
+def streamed_parts(image: Image, *, in_place: bool, embedding: bool, first: int = 0) -> TierBytes:
+    """Bytes that a pass copies into a slot from each tier: `gpu` is the resident part of a tensor that is cut.
+
+    Only those from offset `first` of the image on.
+    """
     resident = image.gpu_bytes + (image.cpu_bytes if in_place else 0)
     if resident >= image.num_bytes or (embedding and looked_up_on_host(image)):
         return TierBytes()
-    start, disk_from = streamed_from(image, resident), image.gpu_bytes + image.cpu_bytes
+    start, disk_from = max(first, streamed_from(image, resident)), image.gpu_bytes + image.cpu_bytes
     return TierBytes(
         gpu=max(0, resident - start),
         cpu=max(0, disk_from - max(resident, start)),
         disk=image.num_bytes - max(disk_from, start),
+    )
+
+
+def expert_of(name: str) -> int | None:
+    """The expert whose tensor this is; None if it is no expert's.
+
+    >>> expert_of("experts.12.down"), expert_of("router.weight")
+    (12, None)
+    """
+    return int(name.split(".")[1]) if name.startswith("experts.") else None
+
+
+def experts_from(image: Image) -> int:
+    """Offset of an image's first expert; they come last. The image's end if it has none."""
+    return min(
+        (each.offset for name, each in image.tensors.items() if expert_of(name) is not None),
+        default=image.num_bytes,
+    )
+
+
+def expert_bytes(images: Iterable[Image]) -> TierBytes:
+    """Bytes of experts on each tier."""
+    gpu = cpu = disk = 0
+    for image in images:
+        start, disk_from = experts_from(image), image.gpu_bytes + image.cpu_bytes
+        gpu += max(0, image.gpu_bytes - start)
+        cpu += max(0, disk_from - max(start, image.gpu_bytes))
+        disk += image.num_bytes - max(start, disk_from)
+    return TierBytes(gpu=gpu, cpu=cpu, disk=disk)
+
+
+def expert_dense_bytes(image: Image) -> int:
+    """Bytes that an image's compressed experts are turned back into."""
+    return sum(
+        each.dense_bytes for name, each in image.tensors.items() if each.bits and expert_of(name) is not None
     )
 
 

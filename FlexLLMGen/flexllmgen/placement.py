@@ -307,6 +307,10 @@ def plan_placement(
         in_place: the compute device is the CPU: what lies in host memory is used where it lies.
         gpu_cap_bytes: if given, prefill's chunk is made smaller until the peak fits, if it can.
     """
+    if policy.chosen_experts and not spec.num_experts:
+        raise PolicyError(
+            f"{spec.name or spec.family} has no experts that a step could choose; turn chosen_experts off"
+        )
     images, stages = pack(spec, policy, dtype_bytes)
     images = place_images(images, policy.weights)
     block = min(policy.block_size, workload.num_sequences)

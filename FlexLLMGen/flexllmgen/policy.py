@@ -70,6 +70,8 @@ class Policy:
         cpu_attention: a decode step attends to the KV in host memory on the CPU, where it lies, and not on the device.
         kv_bits: 8 or 4: keys and values are kept, on every tier, as integers of so many bits, a scale and a zero for each
             `kv_group_size` (32, 64 or 128) of them; None leaves them as they are.
+        chosen_experts: a decode step brings in a mixture's experts when its router has chosen them, and only those; what
+            comes before them is loaded ahead as always. A prompt's pass loads whole layers.
         attn_sparsity: share of the cached positions whose values a decode step uses, those of the largest weights; 1 is
             all of them. What lies on other tiers is brought in whole all the same: a position's key and value are one row.
 
@@ -91,6 +93,7 @@ class Policy:
     kv_bits: int | None = None
     kv_group_size: int = 64
     attn_sparsity: float = 1.0
+    chosen_experts: bool = False
 
     def __post_init__(self) -> None:
         for name in ("micro_batch_size", "num_micro_batches"):

@@ -209,6 +209,19 @@ class ModelSpec:
         idle = (self.num_experts - self.experts_per_token) * expert
         return self.num_parameters - self.num_layers * idle
 
+    def expected_experts(self, rows: int) -> float:
+        """Distinct experts of a layer that `rows` tokens are sent to, on average, if all experts are as likely.
+
+        The classical occupancy problem: each of a layer's E experts is missed by a token with probability 1 - k/E. A router
+        that prefers some experts finds fewer distinct ones, never more (the sum is concave in the probabilities).
+
+        >>> OPT_125M.expected_experts(rows=8)
+        0.0
+        """
+        if not self.num_experts:
+            return 0.0
+        return self.num_experts * (1.0 - (1.0 - self.experts_per_token / self.num_experts) ** rows)
+
     def layer_weight_bytes(self, dtype_bytes: int) -> int:
         """Bytes of one decoder layer's weights.
 

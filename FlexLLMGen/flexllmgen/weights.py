@@ -3,12 +3,13 @@
 A stage's tensors are views: of the resident bytes where a tensor lies wholly there, of a slot otherwise. What
 is streamed of an image is one run of bytes up to its end, so a load is a few long copies. On the CPU, host
 memory is the compute device's own, and only disk parts are streamed. Compressed tensors lie and move as they are, and
-are turned back once for each pass of a stage.
+are turned back once for each pass of a stage. A stage may also be loaded but for a mixture's experts; those that are chosen
+are then brought to their usual places in the slot, and the places of the others hold whatever was there.
 """
 
 import contextlib
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from flexllmgen.checkpoint import Checkpoint, RandomCheckpoint
 from flexllmgen.dequantising import Dequantiser
 from flexllmgen.filling import fill_by_windows, fill_on_host
-from flexllmgen.images import Image, looked_up_on_host, streamed_from
+from flexllmgen.images import Image, expert_of, experts_from, looked_up_on_host, streamed_from
 from flexllmgen.memory.arena import HostArena, Region
 from flexllmgen.memory.disk import READ_BYTES, DirectFile, in_order
 from flexllmgen.memory.pack import Part, WeightPack, aligned_empty, pack_key, spread
@@ -41,6 +42,16 @@ class _Piece:
     slot_offset: int
     num_bytes: int
     staging_offset: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """The streamed bytes of an image: from offset `start` on, at `slot_offset` of the slot."""
+
+    image: int
+    start: int
+    slot_offset: int
+    staging_offset: int
 
 
 def weight_pack(
@@ -97,7 +108,15 @@ class WeightStore:
         self._slots: list[torch.Tensor] = []
         self._resident: list[torch.Tensor] = []
         self._files: dict[int, DirectFile] = {}
-        self._pieces = [self._plan_pieces(stage) for stage in range(len(plan.stages))]
+        stages = range(len(plan.stages))
+        self._pieces = [self._plan_pieces(stage) for stage in stages]
+        self._expert_pieces = [self._plan_experts(stage) for stage in stages]
+        self._but_experts = [
+            self._plan_pieces(stage, experts=False) if self._expert_pieces[stage] else self._pieces[stage]
+            for stage in stages
+        ]
+        # Of the stage that is computed.
+        self._brought: set[int] = set()
         self._views: dict[tuple[int, int], Mapping[str, torch.Tensor]] = {}
         # Of the last few loads: older ones have been waited for by who needed them.
         self._started: deque[Event] = deque(maxlen=1024)
@@ -156,14 +175,28 @@ class WeightStore:
         elif plan.dequantised_bytes:
             self._dense = torch.empty(plan.dequantised_bytes, dtype=torch.uint8, device=self._device)
 
-    def load(self, stage: int, slot: int, part: int, parts: int) -> Event:
-        """Starts loading the `part`-th of `parts` parts of a stage's streamed bytes into a slot."""
-        pieces = self._pieces[stage]
+    def chooses(self, stage: int) -> bool:
+        """Whether a stage has experts of which a pass may bring in some."""
+        return bool(self._expert_pieces[stage])
+
+    def load(self, stage: int, slot: int, part: int, parts: int, *, experts: bool = True) -> Event:
+        """Starts loading the `part`-th of `parts` parts of a stage's streamed bytes into a slot.
+
+        Without `experts` all but those of a mixture's experts: `bring` follows with some of them.
+        """
+        pieces = self._pieces[stage] if experts else self._but_experts[stage]
         mine = pieces[len(pieces) * part // parts : len(pieces) * (part + 1) // parts]
         if part == 0:
             self._earlier[slot], self._loads[slot] = self._loads[slot], []
             self._needs[slot], self._busy[slot] = self._busy[slot], []
             self._ordered[slot] = set()
+        events = self._start(mine, slot)
+        if not events:  # Fewer pieces than parts.
+            events.append(Event())
+        return events[-1]
+
+    def _start(self, mine: Sequence[_Piece], slot: int) -> list[Event]:
+        """Starts loading pieces into a slot."""
         link, inside = self._lanes.up[0], self._lanes.up[-1]
         within = [piece for piece in mine if piece.source == "resident" and inside is not link]
         others = [piece for piece in mine if piece.source != "resident" or inside is link]
@@ -175,9 +208,7 @@ class WeightStore:
         if others:
             events.append(self._load_over(link, others, slot))
         self._loads[slot] += events
-        if not events:  # Fewer pieces than parts.
-            events.append(Event())
-        return events[-1]
+        return events
 
     def _load_over(self, link: Lane, mine: Sequence[_Piece], slot: int) -> Event:
         reads: list[tuple[_Piece, Future[None]]] = []
@@ -229,14 +260,33 @@ class WeightStore:
             self._views[key] = self._make_views(stage, slot)
         return self._views[key]
 
-    def dequantise(self, stage: int, slot: int) -> None:
+    def begin(self, stage: int, slot: int, *, experts: bool = True) -> None:
         """Turns a stage's compressed tensors back, on the device's current stream, over those of the stage before.
 
-        Needed once before the stage's tensors are used, after the load of its slot has ended.
+        Needed once before the stage's tensors are used, after the load of its slot has ended. Without `experts` all but
+        those of experts, none of which counts as brought in.
         """
+        self._brought.clear()
         if self._plan.dequantised_bytes:
             self.tensors(stage, slot)
-            self._dequantisers[stage, slot].run()
+            dequantiser = self._dequantisers[stage, slot]
+            if experts:
+                dequantiser.run()
+            else:
+                dequantiser.run_but_experts()
+
+    def bring(self, stage: int, slot: int, experts: Iterable[int]) -> None:
+        """Brings experts in that were not since `begin`; the device's current stream goes on when they are there."""
+        missing = sorted(set(experts) - self._brought)
+        self._brought.update(missing)
+        chosen = self._expert_pieces[stage]
+        pieces = [piece for expert in missing for piece in chosen[expert]]
+        if pieces:
+            stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+            for event in self._start(pieces, slot):
+                event.order(stream)
+        if self._plan.dequantised_bytes:
+            self._dequantisers[stage, slot].run_experts(missing)
 
     def drain(self) -> None:
         """Waits for loads still under way; whether they failed no longer matters."""
@@ -276,24 +326,53 @@ class WeightStore:
             base = round_up(at + image.num_bytes - start, PAGE)
         return bases
 
-    def _plan_pieces(self, stage: int) -> list[_Piece]:
-        pieces: list[_Piece] = []
-        staging = 0
+    def _runs(self, stage: int) -> list[_Run]:
+        runs, staging = [], 0
         for index, start, at in self._bases(stage):
-            image, resident = self._plan.images[index], self._resident_bytes[index]
-            disk_from = image.gpu_bytes + image.cpu_bytes
-            if start < resident:
-                pieces.append(_Piece("resident", index, start, at, resident - start))
-            packet = PACKET_BESIDE_BYTES if self._plan.attends_on_host else PACKET_BYTES
-            for offset in range(max(resident, start), disk_from, packet):
-                size = min(packet, disk_from - offset)
-                pieces.append(_Piece("host", index, offset, at + offset - start, size))
-            for offset in range(disk_from, image.num_bytes, READ_BYTES):
-                size = min(READ_BYTES, image.num_bytes - offset)
-                pieces.append(
-                    _Piece("disk", index, offset, at + offset - start, size, staging + offset - disk_from)
-                )
-            staging += round_up(image.disk_bytes, PAGE)
+            runs.append(_Run(index, start, at, staging))
+            staging += round_up(self._plan.images[index].disk_bytes, PAGE)
+        return runs
+
+    def _plan_pieces(self, stage: int, *, experts: bool = True) -> list[_Piece]:
+        pieces: list[_Piece] = []
+        for run in self._runs(stage):
+            image = self._plan.images[run.image]
+            pieces += self._cut(run, run.start, image.num_bytes if experts else experts_from(image))
+        return pieces
+
+    def _plan_experts(self, stage: int) -> list[list[_Piece]]:
+        """The pieces of each expert, none where it is resident; an empty list unless steps choose among experts."""
+        if not self._plan.policy.chosen_experts:
+            return []
+        runs = {run.image: run for run in self._runs(stage)}
+        spans: dict[int, tuple[int, int, int]] = {}
+        for index in self._plan.stages[stage].images:
+            for name, tensor in self._plan.images[index].tensors.items():
+                if (expert := expert_of(name)) is not None:
+                    _, first, stop = spans.get(expert, (index, tensor.offset, tensor.end))
+                    spans[expert] = (index, min(first, tensor.offset), max(stop, tensor.end))
+        return [
+            self._cut(runs[index], max(first, runs[index].start), stop) if index in runs else []
+            for _, (index, first, stop) in sorted(spans.items())
+        ]
+
+    def _cut(self, run: _Run, first: int, stop: int) -> list[_Piece]:
+        """The pieces of bytes [first, stop) of a run; on disk from the page on where they begin."""
+        image, resident = self._plan.images[run.image], self._resident_bytes[run.image]
+        disk_from, to_slot = image.gpu_bytes + image.cpu_bytes, run.slot_offset - run.start
+        pieces: list[_Piece] = []
+        if first < min(resident, stop):
+            pieces.append(_Piece("resident", run.image, first, first + to_slot, min(resident, stop) - first))
+        packet, end = (
+            PACKET_BESIDE_BYTES if self._plan.attends_on_host else PACKET_BYTES,
+            min(stop, disk_from),
+        )
+        for offset in range(max(resident, first), end, packet):
+            pieces.append(_Piece("host", run.image, offset, offset + to_slot, min(packet, end - offset)))
+        page = disk_from + max(0, first - disk_from) // PAGE * PAGE
+        for offset in range(page, stop, READ_BYTES):
+            size, staging = min(READ_BYTES, stop - offset), run.staging_offset + offset - disk_from
+            pieces.append(_Piece("disk", run.image, offset, offset + to_slot, size, staging))
         return pieces
 
     def _make_views(self, stage: int, slot: int) -> Mapping[str, torch.Tensor]:

@@ -20,6 +20,8 @@ from flexllmgen.models.rope import angles, inverse_frequencies, rotate
 from flexllmgen.spec import ModelSpec
 
 Weights = Mapping[str, torch.Tensor]
+Bring = Callable[[torch.Tensor], None]
+"""Brings in the experts of rows, [R, experts of a row], so that later work of the device may use them."""
 
 _ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": F.relu,
@@ -186,11 +188,11 @@ class Decoder:
         flat = attended.reshape(*x_BTD.shape[:2], self.spec.query_size)
         self._add(w, "attention_norm", x_BTD, linear(flat, w["out.weight"], w.get("out.bias")))
 
-    def mlp(self, w: Weights, x_BTD: torch.Tensor) -> None:
-        """The MLP half of a layer, in place."""
+    def mlp(self, w: Weights, x_BTD: torch.Tensor, bring: Bring | None = None) -> None:
+        """The MLP half of a layer, in place. `bring` is told which experts the rows are sent to before any is used."""
         normed = self._norm(w, "mlp_norm", x_BTD) if self.spec.pre_norm else x_BTD
         if self.spec.num_experts:
-            out = self._experts(w, normed.reshape(-1, self.spec.hidden_size)).view_as(x_BTD)
+            out = self._experts(w, normed.reshape(-1, self.spec.hidden_size), bring).view_as(x_BTD)
         elif self.spec.traits.gated:
             inner = self._gate(linear(normed, w["gate_up.weight"], w.get("gate_up.bias")))
             out = linear(inner, w["down.weight"], w.get("down.bias"))
@@ -223,9 +225,11 @@ class Decoder:
         gate, up = gate_up.chunk(2, dim=-1)
         return self._activation(gate) * up
 
-    def _experts(self, w: Weights, x_RD: torch.Tensor) -> torch.Tensor:
+    def _experts(self, w: Weights, x_RD: torch.Tensor, bring: Bring | None) -> torch.Tensor:
         """Sends each row to its experts; each expert takes its rows at once."""
         weights, experts = self._route(w, x_RD)
+        if bring is not None:
+            bring(experts)
         if self._groups_experts:
             return grouped_experts(w, x_RD, weights, experts, self._gate, self.spec.num_experts)
         chosen = self.spec.experts_per_token
