@@ -143,6 +143,8 @@ def described(policy: Mapping[str, Any]) -> str:
             )
     if policy.get("cpu_attention"):
         parts.append("attention on the CPU")
+    if policy.get("chosen_experts"):
+        parts.append("chosen experts only")
     if policy.get("attn_sparsity", 1.0) != 1.0:
         parts.append(f"top {policy['attn_sparsity']:.0%} of the values")
     return ", ".join(parts)

@@ -307,6 +307,8 @@ def _policy_text(policy: Mapping[str, Any]) -> str:
     )
     if policy["sep_layer"]:
         words.append("attention and MLP apart")
+    if policy.get("chosen_experts"):
+        words.append("experts by choice")
     return ", ".join(words)
 
 

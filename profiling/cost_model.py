@@ -8,6 +8,8 @@ sets the time, and no real run is faster:
                            operations / compute,   (weights + KV) / device memory,
                            (weights + KV on the host) / host memory,   weights on disk / disk )
                  where the CPU attends: streamed KV is not that in host memory, but it is read there
+                 where steps choose their experts: streamed weights are those without a mixture's other experts,
+                 by as many as its tokens are sent to where all experts are as likely
     prefill      T >= the same, with the prompt's operations and without reading KV
     limit        = sequences x generated / (sum of prefill + sum of decode steps)
 
@@ -40,6 +42,7 @@ class Traffic:
     disk is not read at all. `lookup_bytes` are those of the weights that no pass reads whole: tables of which an
     embedding takes some rows, where the engine does that where they lie. With `host_attention` the CPU attends to the KV
     in host memory, which then does not cross the link.
+    `chosen_expert_bytes` are the bytes of experts, of the weights, where a decode step brings in only the chosen ones.
     `kv_bytes_share` is what compressed KV has of the bytes of `dtype_bytes` numbers; it moves, and is read, compressed.
     """
 
@@ -51,6 +54,7 @@ class Traffic:
     lookup_bytes: Mapping[str, int] = field(default_factory=dict)
     host_attention: bool = False
     kv_bytes_share: float = 1.0
+    chosen_expert_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,10 +200,14 @@ def _phase_times(
     stored: bool,
 ) -> Times:
     """Seconds that each resource is busy for one forward pass of a batch, by the resource's name."""
+    whole: dict[str, float]
     whole = {tier: size - traffic.lookup_bytes.get(tier, 0) for tier, size in traffic.weight_bytes.items()}
     weights = sum(whole.values())
     # Of a mixture of experts a pass may read no more than the experts of one token.
     read_weights = weights * spec.active_parameters / spec.num_parameters
+    if cached and traffic.chosen_expert_bytes:
+        idle = 1 - spec.expected_experts(batch) / spec.num_experts
+        whole = {tier: size - idle * traffic.chosen_expert_bytes.get(tier, 0) for tier, size in whole.items()}
     kept = batch * traffic.kv_bytes_share
     read_kv = kept * spec.kv_bytes(cached, traffic.dtype_bytes)
     new_kv = kept * spec.kv_bytes(new_tokens, traffic.dtype_bytes) if stored else 0

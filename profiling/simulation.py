@@ -6,10 +6,10 @@ needs has ended, exactly as the executor's events order it. So fill and drain of
 and overlap need no formula of their own. Pure: measures nothing, allocates nothing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from flexllmgen.images import streamed_parts
+from flexllmgen.images import TierBytes, expert_dense_bytes, experts_from, streamed_parts
 from flexllmgen.memory.disk import READ_BYTES, THREADS
 from flexllmgen.memory.transfer import PACKET_BESIDE_BYTES
 from flexllmgen.placement import PlacementPlan, row_bytes
@@ -96,16 +96,31 @@ class _Simulation:
         self.batches, self.contexts = micro_batches, contexts
         self.prompt = plan.workload.prompt_tokens
         self.on_cpu = plan.in_place
-        streamed = (
-            [
+        self.weight_bytes = [
+            _sum(
                 streamed_parts(plan.images[index], in_place=plan.in_place, embedding=stage.kind == "embed")
                 for index in stage.images
-            ]
+            )
             for stage in plan.stages
-        )
-        self.weight_bytes = [
-            tuple(sum(getattr(part, tier) for part in parts) for tier in ("gpu", "cpu", "disk"))
-            for parts in streamed
+        ]
+        # Of these, the experts', which a decode step may bring in by choice.
+        choosing, images = plan.policy.chosen_experts, plan.images
+        self.chosen = [
+            choosing and any(experts_from(images[index]) < images[index].num_bytes for index in stage.images)
+            for stage in plan.stages
+        ]
+        self.expert_bytes = [
+            _sum(
+                streamed_parts(
+                    images[index], in_place=plan.in_place, embedding=False, first=experts_from(images[index])
+                )
+                for index in (stage.images if chosen else ())
+            )
+            for stage, chosen in zip(plan.stages, self.chosen, strict=True)
+        ]
+        self.expert_dense_bytes = [
+            sum(expert_dense_bytes(images[index]) for index in (stage.images if chosen else ()))
+            for stage, chosen in zip(plan.stages, self.chosen, strict=True)
         ]
         streamed_kv = [
             stage.has_kv
@@ -172,13 +187,23 @@ class _Simulation:
     # Loads and stores. Each lane is a queue of its own; the disk and the links are shared by all lanes.
 
     def _load_weights(self, step: Step) -> None:
-        resident, host, disk = (num_bytes / len(self.batches) for num_bytes in self.weight_bytes[step.stage])
+        loaded = self.weight_bytes[step.stage]
+        if self._chooses(step):
+            experts = self.expert_bytes[step.stage]
+            loaded = tuple(all_ - theirs for all_, theirs in zip(loaded, experts, strict=True))
         free = self.weight_busy.get(step.slot, 0.0) if step.part == 0 else 0.0
-        ready = max(free, self.issued)
+        # Reads are started for all parts of a stage, and with overlap for the next stage too.
+        under_way = loaded[2] * (2 if self.plan.policy.overlap else 1)
+        end = self._bring(step, max(free, self.issued), loaded, 1 / len(self.batches), under_way)
+        self.weight_ready[step.slot] = max(end, self.weight_ready.get(step.slot, 0.0) if step.part else 0.0)
+
+    def _bring(
+        self, step: Step, ready: float, streamed: tuple[float, ...], share: float, under_way: float
+    ) -> float:
+        """Copies a share of streamed weights into a slot; returns the end. `under_way` bytes are read at about the same time."""
+        resident, host, disk = (num_bytes * share for num_bytes in streamed)
         end = ready
         if disk:
-            # Reads are started for all parts of a stage, and with overlap for the next stage too.
-            under_way = disk * len(self.batches) * (2 if self.plan.policy.overlap else 1)
             end = self._disk("weights disk", ready, disk, step.token, under_way=under_way)
         if not self.on_cpu and (host or disk):
             copied = ready
@@ -193,7 +218,7 @@ class _Simulation:
             end = copied
         if resident:
             end = max(end, ready + resident / self._copy_rate)
-        self.weight_ready[step.slot] = max(end, self.weight_ready.get(step.slot, 0.0) if step.part else 0.0)
+        return end
 
     def _load_kv(self, step: Step) -> None:
         layer = self.plan.stages[step.stage].layer
@@ -298,8 +323,11 @@ class _Simulation:
         issue = self._issue_seconds(step)
         if self.on_cpu:
             seconds, issue = seconds + issue, 0.0
-        self.issued += issue
-        end = self.clocks.run(COMPUTE, "main", max(ready, self.issued), seconds, step.token)
+        if self._chooses(step) and not self._attends_on_host(step):
+            end = self._compute_and_choose(step, ready, seconds, issue)
+        else:
+            self.issued += issue
+            end = self.clocks.run(COMPUTE, "main", max(ready, self.issued), seconds, step.token)
         self.computed = end
         if self.on_cpu:
             self.issued = max(self.issued, end)
@@ -310,6 +338,34 @@ class _Simulation:
         ):
             if slot >= 0:
                 busy[slot] = end
+
+    # Experts by choice
+
+    def _chooses(self, step: Step) -> bool:
+        return step.token > 0 and self.chosen[step.stage]
+
+    def _compute_and_choose(self, step: Step, ready: float, seconds: float, issue: float) -> float:
+        """The device computes up to the router, its choice is brought in, and then it computes the experts."""
+        experts_s = min(seconds, self.times.step_s("mlp", self.batches[step.micro_batch], 0))
+        self.issued += issue / 2
+        routed = self.clocks.run(COMPUTE, "main", max(ready, self.issued), seconds - experts_s, step.token)
+        # The choice comes down as a query for the CPU does, and the host waits for it.
+        self.issued = max(self.issued, routed) + self.times.exchange_s / 2
+        share = self._chosen_share(step)
+        streamed = self.expert_bytes[step.stage]
+        came = self._bring(step, self.issued, streamed, share, streamed[2] * share)
+        self.issued += issue / 2
+        if self.plan.policy.weight_bits is not None:
+            rate = self.rates.dequantise_bytes_per_s(self.plan.policy.weight_bits)
+            experts_s += self.expert_dense_bytes[step.stage] * share / rate
+        return self.clocks.run(COMPUTE, "main", max(came, self.issued), experts_s, step.token)
+
+    def _chosen_share(self, step: Step) -> float:
+        """Of a layer's experts, those that a micro-batch is sent to and no earlier one was."""
+        spec = self.plan.spec
+        before = sum(self.batches[: step.micro_batch])
+        more = spec.expected_experts(before + self.batches[step.micro_batch]) - spec.expected_experts(before)
+        return more / spec.num_experts
 
     # Attention on the CPU
 
@@ -342,8 +398,10 @@ class _Simulation:
         rows = self._rows_on_host(self.plan.stages[step.stage].layer, step.micro_batch)
         ready = self.attended.pop(step.micro_batch, 0.0)
         # The host waits until it is there, and issues the rest then.
-        self.issued = max(self.issued, ready) + self._issue_seconds(step)
-        self.issued += self.times.exchange_s / 2 if rows else 0.0
+        issue = self._issue_seconds(step)
+        self.issued = max(self.issued, ready) + (self.times.exchange_s / 2 if rows else 0.0)
+        if not self._chooses(step):
+            self.issued += issue
         if rows:
             up = rows * self.plan.spec.query_size * self.plan.dtype_bytes
             between = PACKET_BESIDE_BYTES if any(self.weight_bytes[step.stage][1:]) else 0
@@ -351,7 +409,10 @@ class _Simulation:
             ready = self.issued + (up + between) / self._up_rate
             self.clocks.moved[step.token][H2D] += up
         seconds = self._compute_seconds(step)
-        self.computed = self.clocks.run(COMPUTE, "main", max(ready, self.issued), seconds, step.token)
+        if self._chooses(step):
+            self.computed = self._compute_and_choose(step, ready, seconds, issue)
+        else:
+            self.computed = self.clocks.run(COMPUTE, "main", max(ready, self.issued), seconds, step.token)
         if step.slot >= 0:
             self.weight_busy[step.slot] = self.computed
 
@@ -402,6 +463,8 @@ class _Simulation:
         stage, policy, seconds = self.plan.stages[step.stage], self.plan.policy, 0.0
         if policy.weight_bits is not None and not step.micro_batch:
             dense = sum(self.plan.images[index].dequantised_bytes for index in stage.images)
+            if self._chooses(step):
+                dense -= self.expert_dense_bytes[step.stage]
             seconds += dense / self.rates.dequantise_bytes_per_s(policy.weight_bits)
         if policy.kv_bits is not None and stage.has_kv:
             window = self._window(stage.layer)
@@ -494,3 +557,9 @@ class _Simulation:
     def _copy_rate(self) -> float:
         """Bytes a second that are copied within the compute device's memory."""
         return self.rates.device_copy_bytes_per_s or self.rates.device_bytes_per_s / 2
+
+
+def _sum(parts: Iterable[TierBytes]) -> tuple[float, ...]:
+    """Bytes on the device, in host memory and on disk."""
+    listed = list(parts)
+    return tuple(sum(getattr(part, tier) for part in listed) for tier in ("gpu", "cpu", "disk"))

@@ -107,6 +107,7 @@ def make_policy(config: Config, batch_size: int) -> Policy:
         kv_bits=config.cache_bits if config.compress_cache else None,
         kv_group_size=config.cache_group_size,
         attn_sparsity=config.attn_sparsity,
+        chosen_experts=config.chosen_experts,
     )
 
 

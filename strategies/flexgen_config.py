@@ -24,6 +24,7 @@ class Config(BaseModel):
     num_micro_batches: Annotated[int, Field(ge=1)]
     overlap: Annotated[int, Field(ge=0, le=8)]
     sep_layer: bool
+    chosen_experts: bool
     compress_weight: bool
     weight_bits: Literal[8, 4]
     weight_group_size: Literal[64, 128]

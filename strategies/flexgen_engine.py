@@ -15,6 +15,7 @@ import torch
 from flexllmgen.checkpoint import Checkpoint, RandomCheckpoint, SafetensorsCheckpoint
 from flexllmgen.engine import FlexEngine
 from flexllmgen.errors import OutOfMemory, UsageError
+from flexllmgen.images import expert_bytes
 from flexllmgen.placement import PlacementPlan
 from flexllmgen.policy import Placement, Policy
 from flexllmgen.sampling import Greedy
@@ -112,6 +113,9 @@ def plan_of(
             lookup_bytes=lookup_bytes(placement),
             host_attention=placement.attends_on_host,
             kv_bytes_share=placement.kv_bytes_share,
+            chosen_expert_bytes=(
+                _tiers(expert_bytes(placement.images)) if placement.policy.chosen_experts else {}
+            ),
         )
         limit = physical_limit(placement.spec, request.workload, traffic, request.profile.best)
         predicted = engine_cost(placement, request.profile)

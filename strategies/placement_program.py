@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import linprog
 
-from flexllmgen.images import pack
+from flexllmgen.images import expert_bytes, expert_dense_bytes, pack
 from flexllmgen.placement import PlacementPlan, kv_scratch, row_bytes, spare_kv_slots, workspace_bytes
 from flexllmgen.policy import Policy
 from flexllmgen.spec import ModelSpec
@@ -55,16 +55,20 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
-    """What of a policy is neither shares nor cut: where it attends, and what it compresses."""
+    """What of a policy is neither shares nor cut: where it attends, what it compresses, which experts its steps bring in."""
 
     cpu_attention: bool = False
     weight_bits: int | None = None
     kv_bits: int | None = None
+    chosen_experts: bool = False
 
     @staticmethod
     def of(policy: Policy) -> "Variant":
         return Variant(
-            cpu_attention=policy.cpu_attention, weight_bits=policy.weight_bits, kv_bits=policy.kv_bits
+            cpu_attention=policy.cpu_attention,
+            weight_bits=policy.weight_bits,
+            kv_bits=policy.kv_bits,
+            chosen_experts=policy.chosen_experts,
         )
 
 
@@ -133,9 +137,12 @@ class PlacementProgram:
         self.kv_position = spec.num_layers * row_bytes(spec, policy, 1, dtype_bytes, disk=False)
         dense = [sum(images[index].dequantised_bytes for index in stage.images) for stage in stages]
         self.dequantised = max(dense)
-        self.dequantise_s = 0.0
+        self.experts = expert_bytes(images).total
+        self.dequantise_s = self.dequantise_experts_s = 0.0
         if self.variant.weight_bits is not None:
-            self.dequantise_s = sum(dense) / self.rates.dequantise_bytes_per_s(self.variant.weight_bits)
+            rate = self.rates.dequantise_bytes_per_s(self.variant.weight_bits)
+            self.dequantise_s = sum(dense) / rate
+            self.dequantise_experts_s = sum(map(expert_dense_bytes, images)) / rate
         # Slots hold the largest stage that is streamed; a head that is may be kept on the device instead.
         self.slot = max(
             images[index].num_bytes for stage in stages if stage.layer >= 0 for index in stage.images
@@ -153,7 +160,14 @@ class PlacementProgram:
             cpu_attention=self.variant.cpu_attention,
             weight_bits=self.variant.weight_bits,
             kv_bits=self.variant.kv_bits,
+            chosen_experts=self.variant.chosen_experts,
         )
+
+    def expert_share(self, block: int) -> float:
+        """Of the experts, the share that a step of a block brings in where they are streamed."""
+        if not self.variant.chosen_experts:
+            return 1.0
+        return self.spec.expected_experts(block) / self.spec.num_experts
 
     def cheap_bound(self, cut: Cut) -> float:
         """Seconds that this cut takes at least, without solving anything: compute, and what no memory can hold."""
@@ -162,14 +176,15 @@ class PlacementProgram:
             self._cheap[cut] = 0.0
             for count, block, _ in self._blocks(cut):
                 compute, fetched = self._compute(cut, block), self._fetched(block)
-                prompt_s, step_s = (max(pair) for pair in zip(compute, fetched, strict=True))
+                prompt_s = max(compute[0], fetched[0])
+                step_s = max(compute[1] + self._awaited(block), fetched[1])
                 self._cheap[cut] += count * (prompt_s + steps * step_s)
         return self._cheap[cut]
 
     def _fetched(self, block: int) -> tuple[float, float]:
         """Seconds to bring in what a memory cannot hold: a pass reads all weights, and a step the KV of its block."""
         workload, limits = self.workload, self.limits
-        weights = self.weights - self.rest
+        weights, share = self.weights - self.rest, self.expert_share(block)
         context = workload.prompt_tokens + (workload.gen_tokens - 1) // 2
         kv = block * context * self.kv_position
         held = limits.cpu_bytes + (0 if limits.shared else limits.gpu_bytes or 0)
@@ -186,8 +201,19 @@ class PlacementProgram:
             attended_s = (kv - (limits.gpu_bytes or 0)) / (alone + beside)
         return (
             max(0.0, *((weights - memory) / rate for rate, memory, _ in sources)),
-            max(0.0, attended_s, *((weights + needed - memory) / rate for rate, memory, needed in sources)),
+            max(
+                0.0,
+                attended_s,
+                *(share * (weights + needed - memory) / rate for rate, memory, needed in sources),
+            ),
         )
+
+    def _awaited(self, block: int) -> float:
+        """Seconds of a step in which the device waits for chosen experts that its memory cannot hold: nothing hides them."""
+        if self.limits.gpu_bytes is None:
+            return 0.0
+        outside = max(0, self.weights - self.rest - self.limits.gpu_bytes)
+        return self._awaited_s(self.expert_share(block)) * outside / self.weights
 
     def solve(self, cut: Cut, kind: Kind) -> Solved | None:
         """The best shares for a cut, as if nothing ever waited; None if it cannot fit."""
@@ -303,19 +329,32 @@ class PlacementProgram:
             attended = (
                 {K[0]: self._attention_s(block), K[2]: self._attention_s(block)} if on_host and read else {}
             )
-            yield self._at_most(variable, attended, busy)
+            # Of streamed experts a step brings in so many; a prompt brings in all.
+            share = self.expert_share(block) if read else 1.0
+            spared = (1 - share) * self.experts
+            awaited = self._awaited_s(share)
+            weights_s = dict.fromkeys(W[1:], awaited) if awaited else {}
+            rest_s = awaited * self.rest / self.weights
+            yield self._at_most(variable, {**attended, **weights_s}, busy - rest_s)
             if on_host and read:
-                yield self._attended_on_host(variable, token_kv * read * spec.attended_share(int(read)))
+                yield self._attended_on_host(
+                    variable, token_kv * read * spec.attended_share(int(read)), share
+                )
             if not self.on_cpu and rates.h2d_bytes_per_s and rates.d2h_bytes_per_s:
                 up = 1 / rates.h2d_bytes_per_s
                 paged = not self.pin_weight and rates.h2d_pageable_bytes_per_s
-                loads = {W[1]: self.weights * (1 / paged if paged else up), W[2]: self.weights * up}
+                slowest = 1 / paged if paged else up
+                loads = {W[1]: self.weights * slowest, W[2]: self.weights * up}
                 for tier in (1, 2):
                     lifted = min(exchanged, token_kv * read) if on_host and tier == 1 else token_kv * read
                     loads[K[tier]] = lifted * up if read else 0.0
                     loads[A[tier]] = hidden / 2 * up
                 # What of the weights is never streamed takes host memory first.
-                yield self._at_most(variable, loads, -self.rest * up)
+                yield self._at_most(variable, loads, -self.rest * up - spared * slowest)
+                if spared:
+                    # As if all that is streamed were experts: they are, up to the bytes that there are.
+                    fewer = {**loads, **{tier: share * loads[tier] for tier in W[1:]}}
+                    yield self._at_most(variable, fewer, -self.rest * up * share)
                 down = 1 / rates.d2h_bytes_per_s
                 stores = {}
                 for tier in (1, 2):
@@ -323,21 +362,29 @@ class PlacementProgram:
                     stores[A[tier]] = hidden / 2 * down
                 yield self._at_most(variable, stores, 0.0)
             from_disk, to_disk = 1 / rates.disk_read_bytes_per_s, 1 / rates.disk_write_bytes_per_s
-            yield self._at_most(
-                variable,
-                {
-                    W[2]: self.weights * from_disk,
-                    K[2]: token_kv * (read * from_disk + written * to_disk),
-                    A[2]: hidden / 2 * (from_disk + to_disk),
-                },
-                0.0,
-            )
+            moved = {
+                W[2]: self.weights * from_disk,
+                K[2]: token_kv * (read * from_disk + written * to_disk),
+                A[2]: hidden / 2 * (from_disk + to_disk),
+            }
+            yield self._at_most(variable, moved, -spared * from_disk)
+            if spared:
+                yield self._at_most(variable, {**moved, W[2]: share * moved[W[2]]}, 0.0)
 
-    def _attended_on_host(self, variable: int, cached: float) -> tuple[np.ndarray, float]:
+    def _awaited_s(self, share: float) -> float:
+        """Seconds that the device waits for a `share` of all experts; none where they come ahead.
+
+        Experts are the last to become resident: of what is streamed they are at least what they are of all weights.
+        """
+        if share == 1.0 or self.on_cpu or not self.rates.h2d_bytes_per_s:
+            return 0.0
+        return share * self.experts / self.rates.h2d_bytes_per_s
+
+    def _attended_on_host(self, variable: int, cached: float, share: float) -> tuple[np.ndarray, float]:
         """What the CPU attends to, at its full rate but while weights are copied beside it."""
         rates = self.rates
         alone, beside = rates.attention_bytes_per_s(self.times)
-        slowed = (1 - beside / alone) / (rates.h2d_bytes_per_s or rates.host_bytes_per_s)
+        slowed = share * (1 - beside / alone) / (rates.h2d_bytes_per_s or rates.host_bytes_per_s)
         shares = {K[1]: cached / alone, W[1]: self.weights * slowed, W[2]: self.weights * slowed}
         return self._at_most(variable, shares, -self.rest * slowed)
 
@@ -354,6 +401,7 @@ class PlacementProgram:
         workload, layers, times = self.workload, self.spec.num_layers, self.times
         context = workload.prompt_tokens + workload.gen_tokens // 2
         prompt_s = step_s = self.dequantise_s
+        step_s -= (1 - self.expert_share(block)) * self.dequantise_experts_s
         if self.variant.kv_bits is not None:
             # Each step turns back what it attends to.
             rate = self.rates.dequantise_bytes_per_s(self.variant.kv_bits)

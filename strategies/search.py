@@ -46,6 +46,8 @@ _REPAIRS = 24
 _ODD = 0.01
 _HIDDEN_ODD = 0.1
 _LOSSY_ODD = 0.05
+_MOST_CHOSEN = 0.9
+"""Share of the experts from which on it is not worth waiting for a step's choice."""
 _WORTH = 0.005
 """A relative gain that is not worth looking for."""
 _NARROWER = ((1, False), (1, True), (0, True))
@@ -134,7 +136,7 @@ def find_policy(
                 ),
                 found,
             )
-            for variant in _variants(profile, least_bits if allow_lossy else None)
+            for variant in _variants(spec, profile, least_bits if allow_lossy else None)
         ]
         # What is found under one variant spares the next whatever cannot be better.
         for search in searches:
@@ -145,14 +147,22 @@ def find_policy(
     raise PlanInfeasible(searches[0].least_change(wanted))
 
 
-def _variants(profile: HardwareProfile, bits: int | None) -> Iterator[Variant]:
+def _variants(spec: ModelSpec, profile: HardwareProfile, bits: int | None) -> Iterator[Variant]:
     """What is searched; the ones that move least first, since what they come to rules out most of the others."""
+    accelerated = profile.device != "cpu"
     for weight_bits, kv_bits in (
         ((bits, bits), (bits, None), (None, bits), (None, None)) if bits else ((None, None),)
     ):
         # Without an accelerator the CPU attends anyway; compressed KV is turned back on the device.
-        for cpu_attention in (True, False) if profile.device != "cpu" and kv_bits is None else (False,):
-            yield Variant(cpu_attention=cpu_attention, weight_bits=weight_bits, kv_bits=kv_bits)
+        for cpu_attention in (True, False) if accelerated and kv_bits is None else (False,):
+            # Experts by choice are for small blocks, and whole layers bound more of those.
+            for chosen_experts in (False, True) if accelerated and spec.num_experts else (False,):
+                yield Variant(
+                    cpu_attention=cpu_attention,
+                    weight_bits=weight_bits,
+                    kv_bits=kv_bits,
+                    chosen_experts=chosen_experts,
+                )
 
 
 def _best_of(searches: "Sequence[_Search]", found: list[Candidate], wanted: int | None) -> Found:
@@ -211,8 +221,15 @@ class _Search:
         self._refine()
 
     def _all_cuts(self, wanted: int | None) -> list[Cut]:
-        capped = self.program.limits.gpu_bytes is not None
-        return sorted(_cuts(self.program.workload, wanted, capped=capped), key=self.program.cheap_bound)
+        capped, workload = self.program.limits.gpu_bytes is not None, self.program.workload
+        cuts = _cuts(workload, wanted, capped=capped)
+        if self.program.variant.chosen_experts:
+            cuts = (
+                cut
+                for cut in cuts
+                if self.program.expert_share(min(cut.size * cut.count, workload.num_sequences)) < _MOST_CHOSEN
+            )
+        return sorted(cuts, key=self.program.cheap_bound)
 
     def _mine(self) -> list[Candidate]:
         return [each for each in self.found if Variant.of(each.policy) == self.program.variant]
@@ -402,6 +419,7 @@ def _with_preference(candidate: Candidate) -> float:
     """
     policy, plan = candidate.policy, candidate.placement
     odd = _ODD * ((plan.disk_bytes > 0) + policy.sep_layer + (policy.overlap > 1) + policy.cpu_attention)
+    odd += _ODD * policy.chosen_experts
     # A loss of precision must be worth it.
     odd += _LOSSY_ODD * ((policy.weight_bits is not None) + (policy.kv_bits is not None))
     # Hidden states are small and wanted at once: behind the copies of weights they wait longer than predicted.

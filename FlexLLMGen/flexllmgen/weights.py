@@ -367,8 +367,10 @@ class WeightStore:
             PACKET_BESIDE_BYTES if self._plan.attends_on_host else PACKET_BYTES,
             min(stop, disk_from),
         )
-        for offset in range(max(resident, first), end, packet):
-            pieces.append(_Piece("host", run.image, offset, offset + to_slot, min(packet, end - offset)))
+        pieces += [
+            _Piece("host", run.image, offset, offset + to_slot, min(packet, end - offset))
+            for offset in range(max(resident, first), end, packet)
+        ]
         page = disk_from + max(0, first - disk_from) // PAGE * PAGE
         for offset in range(page, stop, READ_BYTES):
             size, staging = min(READ_BYTES, stop - offset), run.staging_offset + offset - disk_from

@@ -169,6 +169,8 @@ def _plan_facts(result: RunResult | None) -> Iterator[tuple[str, str]]:
         yield "loads ahead", str(policy["overlap"])
     if "sep_layer" in policy:
         yield "attention and MLP", "apart" if policy["sep_layer"] else "together"
+    if policy.get("chosen_experts"):
+        yield "experts", "only those that a step chooses"
     if "pin_weight" in policy:
         yield "host weights", "page-locked" if policy["pin_weight"] else "pageable"
     for name, title in (("weight_bytes", "weights"), ("kv_bytes", "KV cache")):

@@ -114,7 +114,14 @@ def test_other_bits_are_refused(key: str, value: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "choices", [{}, {"weight_bits": 8, "weight_group_size": 128}, {"kv_bits": 4}, {"cpu_attention": True}]
+    "choices",
+    [
+        {},
+        {"weight_bits": 8, "weight_group_size": 128},
+        {"kv_bits": 4},
+        {"cpu_attention": True},
+        {"chosen_experts": True},
+    ],
 )
 def test_what_is_recorded_of_a_policy_makes_it_again(choices: dict[str, Any]) -> None:
     policy = Policy(micro_batch_size=3, num_micro_batches=2, overlap=0, **choices)
