@@ -13,10 +13,11 @@ struct Bench {
 
     void size(const Call& c, const Plan& plan) {
         const size_t queries = size_t(plan.heads) * (c.N / c.K), rows_now = size_t(plan.heads) * plan.block;
-        const size_t scores = queries * plan.block + 2 * 8 * NR, groups = 2 * rows_now * c.groups + NR;
-        memory.resize(queries * c.H + scores + queries + 2 * NR + 2 * groups + 16);
+        const size_t scores = queries * plan.block + 2 * 8 * NR, groups = 2 * rows_now * c.groups + 2 * NR;
+        const size_t packed = size_t(plan.heads) * size_t(packed_floats(c));
+        memory.resize(packed + scores + queries + 2 * NR + 2 * groups + 16);
         float* at = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
-        q = at, at += queries * c.H;
+        q = at, at += packed;
         score = at, at += scores;
         alpha = at, at += queries + 2 * NR;
         scale = at, at += groups;
@@ -38,28 +39,35 @@ inline void pack_queries(Q type, const Call& c, const Piece& piece, float* q) {
         in_groups(queries, [&](auto together, int g0) {
             constexpr int GT = decltype(together)::value;
             const int64_t first = int64_t(h) * queries + g0;
+            float* to = q + h * packed_floats(c);
             for (int g = 0; g < GT; ++g) {
                 const char* from =
                     c.q + ((piece.sequence * c.N + int64_t(piece.head) * queries) + first + g) * c.H * Q::size;
-                for (int column = 0; column < c.H / W; ++column)
-                    Simd::store(q + first * c.H + (column * GT + g) * W,
-                                Simd::mul(factor, Simd::get(type, from + column * W * Q::size)));
+                float* sums = to + queries * c.H + (g0 + g) * c.groups * W;
+                V sum = Simd::zero();
+                for (int column = 0; column < c.H / W; ++column) {
+                    const V x = Simd::mul(factor, Simd::get(type, from + column * W * Q::size));
+                    Simd::store(to + g0 * c.H + (column * GT + g) * W, x);
+                    if (!c.groups) continue;
+                    sum = column * W % c.group_size ? Simd::fma(x, Simd::set1(1.0f), sum) : x;
+                    Simd::store(sums + column * W / c.group_size * W, sum);
+                }
             }
         });
     }
 }
 
+// Writes whole vectors, so that up to W - 1 floats past the last are written too.
 inline void widen(const char* from, int count, float* to) {
     int i = 0;
     for (; i + W <= count; i += W) Simd::store(to + i, Simd::get(F16{}, from + 2 * i));
-    for (; i < count; ++i) to[i] = from_half(((const uint16_t*)from)[i]);
+    if (i < count) Simd::store(to + i, Simd::some_halves(from + 2 * i, count - i));
 }
 
 // Rows of a block's positions: keys [head][block], then values.
 template <class T>
 inline void find_rows(const Call& c, const Piece& piece, int64_t position, int block, Bench& bench) {
     const int rows = piece.heads * block, groups = int(c.groups) * piece.heads;
-    const int64_t queries = c.N / c.K;
     for (int half = 0; half < 2; ++half) {
         for (int p = 0; p < block; ++p) {
             const int64_t skip = (half * block + p) * groups;
@@ -68,7 +76,7 @@ inline void find_rows(const Call& c, const Piece& piece, int64_t position, int b
             for (int h = 0; h < piece.heads; ++h)
                 bench.rows[half * rows + h * block + p] =
                     Row{data + h * c.H * T::size, bench.scale + skip + h * c.groups, bench.zero + skip + h * c.groups,
-                        bench.q + h * queries * c.H};
+                        bench.q + h * packed_floats(c)};
         }
     }
 }

@@ -32,6 +32,13 @@ struct Row {
     const float *scale, *zero, *q;
 };
 
+// Floats of a key head's packed queries: of codes they are followed by each one's sums over each group, lane by lane.
+inline int64_t packed_floats(const Call& c) { return c.N / c.K * (c.H + c.groups * W); }
+
+// One query of a row of codes: scale and zero then take part once for each group and not for each code.
+template <class T, int GT>
+constexpr bool ONCE_A_GROUP = std::is_same_v<T, U8> && GT == 1;
+
 template <class T>
 inline V value(T type, const Row& row, int column, V scale, V zero) {
     const V x = Simd::get(type, row.data + int64_t(column) * W * T::size);
@@ -101,6 +108,19 @@ inline void scores(const Call& c, const Row* row, int rows, int g0, float* out, 
                     zero[a] = of_group<T>(k[a]->zero, group);
                 }
                 const int end = std::min(column + width, columns);
+                if constexpr (ONCE_A_GROUP<T, GT>) {
+                    V part[AT_ONCE];
+                    for (V& each : part) each = Simd::zero();
+                    for (; column < end; ++column)
+                        for (int a = 0; a < AT_ONCE; ++a)
+                            part[a] = Simd::fma(Simd::get(T{}, k[a]->data + int64_t(column) * W),
+                                                Simd::load(q[a] + column * W), part[a]);
+                    for (int a = 0; a < AT_ONCE; ++a) {
+                        const float* of_queries = k[a]->q + c.N / c.K * c.H + (g0 * c.groups + group) * W;
+                        s[a] = Simd::fma(part[a], scale[a], Simd::fma(Simd::load(of_queries), zero[a], s[a]));
+                    }
+                    continue;
+                }
                 const auto add = [&](auto same) {
                     for (; column < end; ++column) {
                         V x[AT_ONCE];
@@ -186,8 +206,17 @@ inline void add_values(const Row* row, int block, const float* weight, const flo
     for (int i = 0; i < CT; ++i)
         for (int g = 0; g < GT; ++g)
             sum[i * GT + g] = Simd::mul(Simd::load(acc + ((column + i) * GT + g) * W), Simd::set1(alpha[g]));
+    float zeros = 0;
     for (int p = 0; p < block; ++p) {
         V x[CT];
+        if constexpr (ONCE_A_GROUP<T, GT>) {
+            const V w = Simd::set1(weight[p] * row[p].scale[group]);
+            zeros += weight[p] * row[p].zero[group];
+            for (int i = 0; i < CT; ++i)
+                sum[i] = Simd::fma(Simd::get(T{}, row[p].data + int64_t(column + i) * W), w, sum[i]);
+            next.lines(lines);
+            continue;
+        }
         const V scale = of_group<T>(row[p].scale, group), zero = of_group<T>(row[p].zero, group);
         for (int i = 0; i < CT; ++i) x[i] = value(T{}, row[p], column + i, scale, zero);
         for (int g = 0; g < GT; ++g) {
@@ -196,6 +225,8 @@ inline void add_values(const Row* row, int block, const float* weight, const flo
         }
         next.lines(lines);
     }
+    if constexpr (ONCE_A_GROUP<T, GT>)
+        for (V& each : sum) each = Simd::fma(Simd::set1(zeros), Simd::set1(1.0f), each);
     for (int i = 0; i < CT; ++i)
         for (int g = 0; g < GT; ++g) Simd::store(acc + ((column + i) * GT + g) * W, sum[i * GT + g]);
 }

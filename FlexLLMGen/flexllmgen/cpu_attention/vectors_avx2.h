@@ -14,6 +14,11 @@ struct Simd {
     static void keep(V&) {}
     static V get(F32, const char* p) { return _mm256_loadu_ps((const float*)p); }
     static V get(F16, const char* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+    static V some_halves(const char* p, int count) {
+        char all[2 * W] = {};
+        std::memcpy(all, p, size_t(count) * 2);
+        return get(F16{}, all);
+    }
     static V get(BF16, const char* p) {
         const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
         return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));

@@ -15,6 +15,9 @@ struct Simd {
     static void keep(V& v) { asm("" : "+v"(v)); }  // in a register
     static V get(F32, const char* p) { return _mm512_loadu_ps(p); }
     static V get(F16, const char* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+    static V some_halves(const char* p, int count) {
+        return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), p));
+    }
     static V get(BF16, const char* p) {
         const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
         return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));

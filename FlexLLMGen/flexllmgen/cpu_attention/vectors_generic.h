@@ -21,6 +21,11 @@ struct Simd {
         const uint16_t* x = (const uint16_t*)p;
         return V{from_half(x[0]), from_half(x[1]), from_half(x[2]), from_half(x[3])};
     }
+    static V some_halves(const char* p, int count) {
+        char all[2 * W] = {};
+        std::memcpy(all, p, size_t(count) * 2);
+        return get(F16{}, all);
+    }
     static V get(BF16, const char* p) {
         const uint16_t* x = (const uint16_t*)p;
         return V{from_bfloat(x[0]), from_bfloat(x[1]), from_bfloat(x[2]), from_bfloat(x[3])};
