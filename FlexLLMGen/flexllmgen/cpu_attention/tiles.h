@@ -53,7 +53,8 @@ inline V of_group(const float* values, int group) {
 }
 
 inline void fetch(const char* p, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+    const char* end = p + bytes;
+    for (p = (const char*)(uintptr_t(p) / 64 * 64); p < end; p += 64) __builtin_prefetch(p, 0, 2);
 }
 
 // Fetches what is read next while something else is computed, in the order in which it lies: that is what the
@@ -111,10 +112,15 @@ inline void scores(const Call& c, const Row* row, int rows, int g0, float* out, 
                 if constexpr (ONCE_A_GROUP<T, GT>) {
                     V part[AT_ONCE];
                     for (V& each : part) each = Simd::zero();
-                    for (; column < end; ++column)
+                    const auto one = [&](int column) {
                         for (int a = 0; a < AT_ONCE; ++a)
                             part[a] = Simd::fma(Simd::get(T{}, k[a]->data + int64_t(column) * W),
                                                 Simd::load(q[a] + column * W), part[a]);
+                    };
+                    for (; column + 4 <= end; column += 4)
+#pragma GCC unroll 4
+                        for (int i = 0; i < 4; ++i) one(column + i);
+                    for (; column < end; ++column) one(column);
                     for (int a = 0; a < AT_ONCE; ++a) {
                         const float* of_queries = k[a]->q + c.N / c.K * c.H + (g0 * c.groups + group) * W;
                         s[a] = Simd::fma(part[a], scale[a], Simd::fma(Simd::load(of_queries), zero[a], s[a]));
