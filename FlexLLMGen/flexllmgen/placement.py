@@ -286,7 +286,10 @@ def workspace_bytes(
     # A sparse step's scores in fp32, and its keys and values taken together.
     sparse = batch * context * (6 * spec.num_heads + 2 * spec.kv_size) if policy.attn_sparsity < 1 else 0
     rope = 2 * min(policy.block_size, workload.num_sequences) * prompt * spec.head_dim
-    elements = rows * max(attention, mlp) + mask + logits + rope + sparse + 2 * batch * spec.hidden_size
+    # A step computes a whole micro-batch at once, however small a prompt's chunks are.
+    elements = (
+        max(rows, batch) * max(attention, mlp) + mask + logits + rope + sparse + 2 * batch * spec.hidden_size
+    )
     # What the caching allocator loses to rounding and to blocks of other sizes; matrix libraries' workspace.
     return int(elements * dtype_bytes * 1.25) + ((160 << 20) if accelerated else 0)
 

@@ -10,7 +10,7 @@ from flexllmgen.errors import PlanInfeasible, PolicyError, UnsupportedModelError
 from flexllmgen.fits import check_fits, find_shortages
 from flexllmgen.images import ALIGNMENT
 from flexllmgen.models.published import published_config
-from flexllmgen.placement import plan_placement, split_sequences
+from flexllmgen.placement import plan_placement, split_sequences, workspace_bytes
 from flexllmgen.policy import ON_CPU, ON_DISK, Placement, Policy
 from flexllmgen.spec import OPT_125M, ModelSpec
 from flexllmgen.workload import Workload
@@ -115,6 +115,16 @@ def test_prefill_is_cut_smaller_to_fit() -> None:
     tight = plan_placement(spec, policy, WORK, 2, gpu_cap_bytes=roomy.gpu_bytes - 1)
     assert tight.chunk_tokens < roomy.chunk_tokens
     assert tight.gpu_bytes < roomy.gpu_bytes
+
+
+def test_a_step_of_many_short_prompts_has_room() -> None:
+    """Prefill may be cut to a sequence at a time; the steps after it are not."""
+    policy, work = Policy(micro_batch_size=256), Workload(num_sequences=256, prompt_tokens=1, gen_tokens=8)
+    cut, whole = (
+        workspace_bytes(OPT_125M, policy, work, 2, chunk_tokens=chunk, accelerated=True)
+        for chunk in (1, 8192)
+    )
+    assert cut == pytest.approx(whole, rel=1e-3)
 
 
 def test_too_long_a_context_is_refused() -> None:
