@@ -23,12 +23,14 @@ class Calibration:
     """By what the machine was slower than its profile said; 1 is as predicted.
 
     `pace` is of decode steps, in what computes them: the layers on a CPU, where disk reads take their share of the cores;
-    on an accelerator how work is issued and started. Prompts were not tried and stay as profiled.
+    on an accelerator how work is issued and started. `attention` is of that on the CPU, beside an accelerator. Prompts were
+    not tried and stay as profiled.
     """
 
     pace: float = 1.0
     link: float = 1.0
     disk: float = 1.0
+    attention: float = 1.0
 
 
 def calibrate(plan: PlacementPlan, profile: HardwareProfile, probe: Probe) -> Calibration:
@@ -37,32 +39,52 @@ def calibrate(plan: PlacementPlan, profile: HardwareProfile, probe: Probe) -> Ca
     found = Calibration(link=_within(link), disk=_within(disk))
     if probe.step_s is None:
         return found
-    step_s = probe.step_s
+    # Where the CPU attends, steps wait for that rather than for what is issued.
+    for cause in ("attention", "pace") if plan.attends_on_host else ("pace",):
+        factor = _explaining(plan, profile, found, cause, probe.step_s, probe.context)
+        if factor is not None:
+            return replace(found, **{cause: factor})
+    return found
 
-    def predicted(pace: float) -> float:
-        return _step_s(plan, corrected(profile, replace(found, pace=pace), plan), probe.context)
+
+def _explaining(
+    plan: PlacementPlan, profile: HardwareProfile, found: Calibration, cause: str, step_s: float, context: int
+) -> float | None:
+    """The factor of a cause with which steps are predicted to take `step_s`; None if none does."""
+
+    def predicted(factor: float) -> float:
+        return _step_s(plan, corrected(profile, replace(found, **{cause: factor}), plan), context)
 
     as_profiled = predicted(1.0)
+    if abs(as_profiled / step_s - 1) <= _ENOUGH:
+        return 1.0
     low, high = (1.0, _MOST) if step_s > as_profiled else (1 / _MOST, 1.0)
-    # What binds may be a link that was corrected already: then no pace makes up for the rest.
-    explained = predicted(low) - step_s <= _ENOUGH * step_s and step_s - predicted(high) <= _ENOUGH * step_s
-    if abs(as_profiled / step_s - 1) <= _ENOUGH or not explained:
-        return found
+    # What binds may be a link that was corrected already: then nothing else makes up for the rest.
+    if predicted(low) - step_s > _ENOUGH * step_s or step_s - predicted(high) > _ENOUGH * step_s:
+        return None
     for _ in range(_HALVINGS):
-        middle = (low * high) ** 0.5
+        middle: float = (low * high) ** 0.5
         low, high = (middle, high) if predicted(middle) < step_s else (low, middle)
-    return replace(found, pace=(low * high) ** 0.5)
+    factor: float = (low * high) ** 0.5
+    return factor
 
 
 def corrected(profile: HardwareProfile, calibration: Calibration, plan: PlacementPlan) -> HardwareProfile:
     """The profile as the calibration found the machine, running `plan`'s model."""
-    factors = {"h2d_bytes_per_s": calibration.link, "disk_read_bytes_per_s": calibration.disk}
+    factors = {
+        "h2d_bytes_per_s": calibration.link,
+        "disk_read_bytes_per_s": calibration.disk,
+        "cpu_attention_bytes_per_s": calibration.attention,
+        "cpu_attention_under_copies_bytes_per_s": calibration.attention,
+    }
     measurements = {
         name: _slower(each, factors[name]) if name in factors else each
         for name, each in profile.measurements.items()
     }
     pace, computes = calibration.pace, calibration.pace if plan.in_place else 1.0
-    layers = tuple(_slower_layers(table, computes, pace) for table in profile.layers)
+    layers = tuple(
+        _attending(_slower_layers(table, computes, pace), calibration.attention) for table in profile.layers
+    )
     return replace(profile, measurements=measurements, layers=layers)
 
 
@@ -124,6 +146,11 @@ def _slower_layers(table: LayerTimes, computes: float, issues: float) -> LayerTi
         step=slower(table.step),
         head=tuple(replace(point, head_s=point.head_s * computes) for point in table.head),
     )
+
+
+def _attending(table: LayerTimes, factor: float) -> LayerTimes:
+    rate = table.cpu_attention_bytes_per_s
+    return table if rate is None else replace(table, cpu_attention_bytes_per_s=rate / factor)
 
 
 def _within(factor: float) -> float:

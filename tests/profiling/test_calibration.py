@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from pathlib import Path
 
@@ -56,6 +57,27 @@ def test_steps_that_take_longer_are_explained_by_the_pace(device: str, pace: flo
     seen = step_s(plan, corrected(profile, Calibration(pace=pace), plan))
     found = calibrate(plan, profile, probe(None, seen))
     assert step_s(plan, corrected(profile, found, plan)) == pytest.approx(seen, rel=0.03)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["of any model", "of this model"])
+@pytest.mark.parametrize("factor", [0.8, 1.2, 2.0])
+def test_steps_that_wait_for_the_cpu_are_explained_by_its_attention(factor: float, own: bool) -> None:
+    profile = machine(SPEC, cpu_attention_bytes_per_s=9e10, cpu_attention_under_copies_bytes_per_s=5e10)
+    if own:
+        tables = (dataclasses.replace(each, cpu_attention_bytes_per_s=7e10) for each in profile.layers)
+        profile = dataclasses.replace(profile, layers=tuple(tables))
+    policy = Policy(micro_batch_size=32, num_micro_batches=2, kv_cache=ON_CPU, cpu_attention=True)
+    plan = plan_placement(SPEC, policy, Workload(num_sequences=64, prompt_tokens=512, gen_tokens=16), 2)
+    slower = corrected(profile, Calibration(attention=factor), plan)
+    times = layer_times_for(plan.spec, slower.layers)
+    assert times is not None
+    passes = simulate_block(
+        plan, times, slower.typical, micro_batches=plan.micro_batches, contexts=(520, 520, 520)
+    )
+    seen = Probe(stage=5, load_s=None, step_s=passes.seconds[2], context=520)
+    found = calibrate(plan, profile, seen)
+    assert found.attention == pytest.approx(factor, rel=0.05)
+    assert found.pace == 1.0
 
 
 def test_what_a_pace_cannot_explain_changes_nothing() -> None:
