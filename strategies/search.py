@@ -42,6 +42,8 @@ _MAX_SIMULATED = 3
 _STEPS_UP = 4
 _REFINED = 2
 """Of the best so many are tried with deeper prefetch and with attention and MLP apart."""
+_CLOSE = 1.25
+"""Variants whose best is at most so many times the best of all are looked at closely."""
 _REPAIRS = 24
 _ODD = 0.01
 _HIDDEN_ODD = 0.1
@@ -166,10 +168,12 @@ def _variants(spec: ModelSpec, profile: HardwareProfile, bits: int | None) -> It
 
 
 def _best_of(searches: "Sequence[_Search]", found: list[Candidate], wanted: int | None) -> Found:
-    """The best of all variants, after a closer look around it."""
-    best = min(found, key=lambda each: each.seconds)
-    near = next(each for each in searches if each.program.variant == Variant.of(best.policy))
-    near.look_around(wanted)
+    """The best of all variants, after a closer look around those that came near it."""
+    best_s = min(each.seconds for each in found)
+    for search in searches:
+        mine = [each.seconds for each in search._mine()]
+        if mine and min(mine) <= _CLOSE * best_s:
+            search.look_around(wanted)
     best = min(found, key=_with_preference)
     others = sorted((each for each in found if each is not best), key=lambda each: each.seconds)
     return Found(

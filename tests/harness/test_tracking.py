@@ -399,8 +399,9 @@ def test_bad_store_costs_little_in_all(
             spent_s.append(time.monotonic() - started)
     assert failed
     assert not any("\n" in words for words in failed)
-    assert sum(spent_s[:2]) < 2.6
-    assert sum(spent_s) < 5
+    # Seconds where minutes would be, also on a machine that is busy.
+    assert sum(spent_s[:2]) < 4
+    assert sum(spent_s) < 7
     assert not (folder / ".delivered.json").exists()
 
 
