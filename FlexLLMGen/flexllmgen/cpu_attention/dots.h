@@ -29,7 +29,7 @@ inline void pack_dots(const Call& c, const Piece& piece, float* to) {
 
 template <int GT>
 inline void scores_dots(const Call& c, const Row* row, int rows, int g0, float* out, Fetcher& next) {
-    constexpr int R = NR / GT, AT_ONCE = R < 2 ? R : GT <= 2 ? 4 : 2;
+    constexpr int R = NR / GT, AT_ONCE = R < 2 ? R : 2;
     const int parts = int(c.H / PAIRS), lines = parts;
     const int64_t first = int64_t(g0) * c.H;
     const V factor = Simd::set1(c.factor * LOG2E);
