@@ -201,7 +201,7 @@ class PolicyRun:
             "error": None,
             "prediction_error": round(guess / measured - 1, 3),
             "calibrated_error": round(tokens / (calibrated[0] + decode * calibrated[1]) / measured - 1, 3),
-            "calibration": [round(x, 3) for x in (calibration.pace, calibration.link, calibration.disk)],
+            "calibration": {name: round(x, 3) for name, x in dataclasses.asdict(calibration).items()},
             "limit_tok_s": round(limit, 2),
             "limit_bound": bound,
             "sequences": block,

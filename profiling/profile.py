@@ -117,8 +117,11 @@ class Rates:
     @property
     def host_in_all_bytes_per_s(self) -> float:
         """What host memory gives to all that read it: the CPU alone often cannot ask for as much as it and copies do."""
-        both = (self.host_under_copies_bytes_per_s or 0.0) + (self.h2d_under_reads_bytes_per_s or 0.0)
-        return max(self.host_bytes_per_s, both)
+        beside = max(
+            self.host_under_copies_bytes_per_s or 0.0, self.cpu_attention_under_copies_bytes_per_s or 0.0
+        )
+        alone = max(self.host_bytes_per_s, self.cpu_attention_bytes_per_s or 0.0)
+        return max(alone, beside + (self.h2d_under_reads_bytes_per_s or 0.0))
 
     def as_dict(self) -> dict[str, float]:
         """The rates that exist, by name."""

@@ -10,10 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from flexllmgen.images import TierBytes, expert_dense_bytes, experts_from, streamed_parts
-from flexllmgen.memory.disk import READ_BYTES, THREADS
+from flexllmgen.memory.disk import READ_BYTES
 from flexllmgen.memory.transfer import PACKET_BESIDE_BYTES
 from flexllmgen.placement import PlacementPlan, row_bytes
 from flexllmgen.schedule import Action, Shape, Step, zigzag
+from flexllmgen.units import DISK_THREADS
 from profiling.layer_times import LayerTimes
 from profiling.profile import Rates
 
@@ -308,8 +309,9 @@ class _Simulation:
         """The disk's full rate needs as many pieces under way as there are threads."""
         full = self.rates.disk_read_bytes_per_s
         alone = min(full, self.rates.disk_read_alone_bytes_per_s or full)
-        pieces = min(THREADS, max(1.0, num_bytes / READ_BYTES))
-        return alone + (full - alone) * (pieces - 1) / (THREADS - 1)
+        threads = min(DISK_THREADS, self.plan.policy.copy_threads)
+        pieces = min(threads, max(1.0, num_bytes / READ_BYTES))
+        return alone + (full - alone) * (pieces - 1) / (DISK_THREADS - 1)
 
     # Compute
 
@@ -449,6 +451,9 @@ class _Simulation:
                 chunks = 0  # Its operations are replayed; starting that is a part of `issue_s`.
         elif kind != "head":
             chunks = -(-self.batches[step.micro_batch] // max(1, self.plan.chunk_tokens // self.prompt))
+        if self._attends_on_host(step):
+            # A layer's operations are issued in two halves; the loop's own cost is that of one step.
+            return times.chunk_issue_s / 2 + (times.issue_s if step.action is Action.COMPUTE else 0.0)
         return times.issue_s + chunks * times.chunk_issue_s + (times.kv_issue_s if step.kv_slot >= 0 else 0.0)
 
     def _kv_wait(self, step: Step) -> float:

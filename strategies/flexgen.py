@@ -104,6 +104,7 @@ def make_policy(config: Config, batch_size: int) -> Policy:
         weight_bits=config.weight_bits if config.compress_weight else None,
         weight_group_size=config.weight_group_size,
         cpu_attention=config.cpu_cache_compute,
+        copy_threads=config.num_copy_threads,
         kv_bits=config.cache_bits if config.compress_cache else None,
         kv_group_size=config.cache_group_size,
         attn_sparsity=config.attn_sparsity,

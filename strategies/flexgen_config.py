@@ -29,6 +29,7 @@ class Config(BaseModel):
     weight_bits: Literal[8, 4]
     weight_group_size: Literal[64, 128]
     cpu_cache_compute: bool
+    num_copy_threads: Annotated[int, Field(ge=1, le=64)]
     compress_cache: bool
     cache_bits: Literal[8, 4]
     cache_group_size: Literal[32, 64, 128]

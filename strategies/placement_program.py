@@ -290,8 +290,10 @@ class PlacementProgram:
             cpu[W[2]] += slots * self.slot
             cpu[K[2]] += kv_slots * kv_unit
         if self.limits.gpu_bytes is not None:
+            # What is never streamed needs no slot.
+            unneeded = 0.0 if self.on_cpu else slots * self.slot * self.rest / self.weights
             rows.append(gpu)
-            bounds.append(self.limits.gpu_bytes - work)
+            bounds.append(self.limits.gpu_bytes - work + unneeded)
         rows.append(cpu + gpu if self.limits.shared else cpu)
         bounds.append(self.limits.cpu_bytes - (work if self.limits.shared else 0))
         rows.append(disk)

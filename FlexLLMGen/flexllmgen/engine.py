@@ -98,7 +98,7 @@ class FlexEngine:
         # Without a disk, the main loop itself fills an accelerator's streams: threads would only cost.
         threaded = overlapped and (not cuda or plan.disk_bytes > 0)
         self._traffic = Traffic()
-        disk = DiskPool(self._traffic)
+        disk = DiskPool(self._traffic, plan.policy.copy_threads)
 
         self._lanes: list[Lane] = []
 

@@ -5,6 +5,7 @@ from typing import Literal
 
 from flexllmgen.compressed_size import check_bits
 from flexllmgen.errors import PolicyError
+from flexllmgen.units import DISK_THREADS
 
 Tier = Literal["gpu", "cpu", "disk"]
 TIERS: tuple[Tier, ...] = ("gpu", "cpu", "disk")
@@ -65,6 +66,7 @@ class Policy:
         pin_weight: weights in host memory are page-locked, so that copies run at the link's rate.
         overlap: how many loads run ahead of the compute they are for; 0 runs the same steps in turn.
         sep_layer: attention and MLP are loaded as two steps, which halves the slots on the device.
+        copy_threads: threads that read and write the disk.
         weight_bits: 8 or 4: the layers' matrices are stored and streamed as integers of so many bits, a scale and a zero
             for each `weight_group_size` of them; None leaves them as they are.
         cpu_attention: a decode step attends to the KV in host memory on the CPU, where it lies, and not on the device.
@@ -87,6 +89,7 @@ class Policy:
     pin_weight: bool = True
     overlap: int = 1
     sep_layer: bool = False
+    copy_threads: int = DISK_THREADS
     weight_bits: int | None = None
     weight_group_size: int = 64
     cpu_attention: bool = False
@@ -96,7 +99,7 @@ class Policy:
     chosen_experts: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("micro_batch_size", "num_micro_batches"):
+        for name in ("micro_batch_size", "num_micro_batches", "copy_threads"):
             if getattr(self, name) < 1:
                 raise PolicyError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 0 <= self.overlap <= 8:

@@ -23,3 +23,7 @@ def gib(num_bytes: float) -> str:
 def round_up(value: int, grain: int) -> int:
     """The least multiple of `grain` that is at least `value`."""
     return -(-value // grain) * grain
+
+
+DISK_THREADS = 4
+"""Threads that read and write the disk, unless a policy says otherwise; rates are measured with so many."""

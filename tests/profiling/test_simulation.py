@@ -268,3 +268,10 @@ def test_the_cpu_attends_to_the_sequences_that_there_are() -> None:
     )
     assert device > 1.1 * none
     assert cost(half, long).decode_busy_s["compute"] == pytest.approx((device + none) / 2, rel=0.02)
+
+
+def test_one_thread_reads_at_the_rate_of_one() -> None:
+    policy = Policy(micro_batch_size=16, weights=ON_DISK)
+    rates = {"disk_read_bytes_per_s": 2e9, "disk_read_alone_bytes_per_s": 1e9}
+    four, one = cost(policy, **rates), cost(dataclasses.replace(policy, copy_threads=1), **rates)
+    assert one.decode_s == pytest.approx(2 * four.decode_s, rel=0.05)

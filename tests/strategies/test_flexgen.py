@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from flexllmgen.errors import CheckpointError, PlanInfeasible, PolicyError, UnsupportedModelError, UsageError
 from flexllmgen.policy import Policy
@@ -428,3 +429,10 @@ def test_a_compressed_cache_is_asked_for_by_its_keys() -> None:
     assert make_policy(config(**keys), 2).kv_bits is None
     policy = make_policy(config(compress_cache=True, **keys), 2)
     assert (policy.kv_bits, policy.kv_group_size, policy.lossless) == (8, 32, False)
+
+
+def test_the_disk_is_read_by_as_many_threads_as_asked() -> None:
+    policy = make_policy(config(num_copy_threads=1, w_gpu_percent=0, w_cpu_percent=0), 2)
+    assert policy.copy_threads == 1
+    with pytest.raises(ValidationError):
+        config(num_copy_threads=0)

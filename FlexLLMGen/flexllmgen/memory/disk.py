@@ -16,9 +16,8 @@ import torch
 
 from flexllmgen.errors import OffloadDirError
 from flexllmgen.memory.transfer import Traffic
-from flexllmgen.units import PAGE, GiB
+from flexllmgen.units import DISK_THREADS, PAGE, GiB
 
-THREADS = 4
 READ_BYTES = 8 << 20
 """Bytes of one read: several in flight keep the device busy, and the first arrive early."""
 
@@ -100,7 +99,7 @@ def scratch_file(directory: Path, name: str, size: int) -> DirectFile:
 class DiskPool:
     """Threads that read and write pieces of direct files."""
 
-    def __init__(self, traffic: Traffic, threads: int = THREADS) -> None:
+    def __init__(self, traffic: Traffic, threads: int = DISK_THREADS) -> None:
         self._traffic = traffic
         self._pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="flexllmgen-disk")
 
