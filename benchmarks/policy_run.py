@@ -30,9 +30,10 @@ from flexllmgen.errors import OffloadError
 from flexllmgen.fits import check_fits
 from flexllmgen.memory.arena import HostArena, Region
 from flexllmgen.models.published import published_config
-from flexllmgen.placement import PlacementPlan, micro_batch_sizes, plan_placement
+from flexllmgen.placement import PlacementPlan, plan_placement
 from flexllmgen.policy import Policy
 from flexllmgen.spec import ModelSpec
+from flexllmgen.splits import micro_batch_sizes
 from flexllmgen.units import PAGE, GiB, round_up
 from flexllmgen.workload import Workload
 from profiling.calibration import Calibration, calibrate, corrected

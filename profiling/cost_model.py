@@ -21,7 +21,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from flexllmgen.placement import PlacementPlan, micro_batch_sizes
+from flexllmgen.placement import PlacementPlan
+from flexllmgen.splits import micro_batch_sizes
 from flexllmgen.workload import Workload
 from profiling.layer_times import layer_times_for
 

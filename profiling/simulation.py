@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from flexllmgen.images import TierBytes, expert_dense_bytes, experts_from, streamed_parts
 from flexllmgen.memory.disk import READ_BYTES
 from flexllmgen.memory.transfer import PACKET_BESIDE_BYTES
-from flexllmgen.placement import PlacementPlan, row_bytes
+from flexllmgen.placement import PlacementPlan
 from flexllmgen.schedule import Action, Shape, Step, zigzag
 from flexllmgen.units import DISK_THREADS
+from flexllmgen.workspace import row_bytes
 from profiling.layer_times import LayerTimes
 from profiling.profile import Rates
 

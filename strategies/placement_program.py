@@ -15,11 +15,12 @@ import numpy as np
 from scipy.optimize import linprog
 
 from flexllmgen.images import expert_bytes, expert_dense_bytes, pack
-from flexllmgen.placement import PlacementPlan, kv_scratch, row_bytes, spare_kv_slots, workspace_bytes
+from flexllmgen.placement import PlacementPlan, spare_kv_slots
 from flexllmgen.policy import Policy
 from flexllmgen.spec import ModelSpec
 from flexllmgen.units import round_up
 from flexllmgen.workload import Workload
+from flexllmgen.workspace import kv_scratch, row_bytes, workspace_bytes
 from profiling.layer_times import LayerTimes
 from profiling.profile import HardwareProfile
 

@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from flexllmgen.errors import PlanInfeasible
-from flexllmgen.placement import CHUNK_TOKENS, PlacementPlan, plan_placement
+from flexllmgen.placement import PlacementPlan, plan_placement
 from flexllmgen.policy import Placement, Policy
 from flexllmgen.spec import ModelSpec
 from flexllmgen.units import gib
 from flexllmgen.workload import Workload
+from flexllmgen.workspace import CHUNK_TOKENS
 from profiling.cost_model import CostEstimate, engine_cost
 from profiling.layer_times import layer_times_for
 from profiling.profile import HardwareProfile

@@ -15,8 +15,9 @@ from flexllmgen.host_attention import HostAttention
 from flexllmgen.kv_cache import KVCache
 from flexllmgen.memory.transfer import Event, mark
 from flexllmgen.models.decoder import Bring, Decoder, Span, Weights
-from flexllmgen.placement import PlacementPlan, micro_batch_sizes
+from flexllmgen.placement import PlacementPlan
 from flexllmgen.schedule import Action, Shape, Step, zigzag
+from flexllmgen.splits import micro_batch_sizes
 from flexllmgen.weights import WeightStore
 
 Head = Callable[[Weights, torch.Tensor, int, int], torch.Tensor]

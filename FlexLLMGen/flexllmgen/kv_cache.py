@@ -18,7 +18,9 @@ from flexllmgen.kv_compression import CompressedSegment, KVCodec
 from flexllmgen.memory.arena import HostArena
 from flexllmgen.memory.tiers import BlockSize, Lanes, TieredBlocks
 from flexllmgen.memory.transfer import Event
-from flexllmgen.placement import PlacementPlan, Split, row_bytes
+from flexllmgen.placement import PlacementPlan
+from flexllmgen.splits import Split
+from flexllmgen.workspace import row_bytes
 
 
 @dataclass(frozen=True, slots=True)

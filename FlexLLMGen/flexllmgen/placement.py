@@ -7,33 +7,17 @@ to unit.
 from dataclasses import dataclass
 from typing import Literal
 
-from flexllmgen.compressed_size import compressed_bytes
 from flexllmgen.errors import PolicyError
 from flexllmgen.images import Image, Stage, TierBytes, pack, place_images, streamed_bytes
-from flexllmgen.policy import Placement, Policy
+from flexllmgen.policy import Policy
 from flexllmgen.spec import ModelSpec
+from flexllmgen.splits import Split, micro_batch_sizes, split_sequences
 from flexllmgen.units import PAGE, GiB, round_up
 from flexllmgen.workload import Workload
+from flexllmgen.workspace import CHUNK_TOKENS, kv_scratch, row_bytes, workspace_bytes
 
-CHUNK_TOKENS = (8192, 4096, 2048, 1024, 1)
-"""Positions that prefill may compute at once: the first that fits is taken, whole sequences at the least."""
 SMALL_UNIT_BYTES = 64 << 20
 """KV of one layer and micro-batch that is small enough for a spare slot."""
-KV_SCRATCH_BYTES = 128 << 20
-"""Compressed KV is turned back for so many sequences at once as come to this, for one at the least."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Split:
-    """Sequences of one unit on each tier, in this order."""
-
-    gpu: int
-    cpu: int
-    disk: int
-
-    @property
-    def count(self) -> int:
-        return self.gpu + self.cpu + self.disk
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,99 +183,6 @@ def spare_kv_slots(unit_bytes: int, depth: int, *, in_place: bool) -> int:
     `unit_bytes` is the KV of one layer and micro-batch, wherever it lies.
     """
     return 1 if unit_bytes <= SMALL_UNIT_BYTES and depth > 0 and not in_place else 0
-
-
-def split_sequences(counts: list[int], shares: Placement) -> list[Split]:
-    """Cuts each unit's sequences over the tiers; what rounding left over is carried to the next unit.
-
-    >>> [split.gpu for split in split_sequences([4, 4, 4, 4], Placement(gpu=0.3, cpu=0.7))]
-    [1, 1, 2, 1]
-    """
-    splits, before, gpu_done, disk_done = [], 0, 0, 0
-    for count in counts:
-        before += count
-        gpu = min(max(round(shares.gpu * before) - gpu_done, 0), count)
-        disk = min(max(round(shares.disk * before) - disk_done, 0), count - gpu)
-        if not shares.cpu:  # Rounding must not put anything on a tier that was given nothing.
-            disk = count - gpu if shares.disk else 0
-            gpu = count - disk
-        gpu_done += gpu
-        disk_done += disk
-        splits.append(Split(gpu=gpu, cpu=count - gpu - disk, disk=disk))
-    return splits
-
-
-def micro_batch_sizes(num_sequences: int, policy: Policy) -> tuple[int, ...]:
-    """Sizes of the micro-batches that a block of `num_sequences` is cut into; the last may be smaller.
-
-    >>> micro_batch_sizes(7, Policy(micro_batch_size=3, num_micro_batches=4))
-    (3, 3, 1)
-    """
-    size = policy.micro_batch_size
-    return tuple(min(size, num_sequences - start) for start in range(0, num_sequences, size))
-
-
-def row_bytes(spec: ModelSpec, policy: Policy, sequences: int, dtype_bytes: int, *, disk: bool) -> int:
-    """Bytes of one position's keys and values of `sequences` sequences in one layer; whole pages on disk."""
-    if policy.kv_bits is None:
-        num_bytes = 2 * spec.kv_size * sequences * dtype_bytes
-    else:
-        num_bytes = compressed_bytes((sequences, 2, spec.kv_size), policy.kv_bits, policy.kv_group_size)
-    return round_up(num_bytes, PAGE) if disk else num_bytes
-
-
-def kv_scratch(
-    spec: ModelSpec, policy: Policy, workload: Workload, dtype_bytes: int, largest_part: int
-) -> tuple[int, int]:
-    """Sequences whose compressed KV is turned back at once, and the bytes of that and of the keys' centres.
-
-    `largest_part` is the most sequences of a micro-batch on one tier.
-    """
-    if policy.kv_bits is None:
-        return 0, 0
-    position = 2 * spec.kv_size * dtype_bytes
-    each = round_up(workload.max_context, 8) * position
-    sequences = min(largest_part, max(1, KV_SCRATCH_BYTES // each))
-    block = min(policy.block_size, workload.num_sequences)
-    return sequences, sequences * each + spec.num_layers * block * position // 2
-
-
-def workspace_bytes(
-    spec: ModelSpec,
-    policy: Policy,
-    workload: Workload,
-    dtype_bytes: int,
-    chunk_tokens: int,
-    accelerated: bool,
-) -> int:
-    """Bytes that computing takes at its peak: counted from the decoder's temporaries."""
-    batch, prompt = min(policy.micro_batch_size, workload.num_sequences), workload.prompt_tokens
-    rows = min(max(chunk_tokens, prompt), batch * prompt)
-    sequences = max(1, rows // prompt)
-    inner = spec.intermediate_size * (3 if spec.traits.gated else 2)
-    # Attention: the norm, q/k/v as one, rotated copies of q and k (expanded to all heads where a mask is),
-    # output.
-    attention = 2 * spec.hidden_size + 5 * spec.query_size + 6 * spec.kv_size
-    if policy.kv_bits:
-        attention += spec.kv_size  # Keys as they are quantised.
-    mlp = 2 * spec.hidden_size + inner
-    if spec.num_experts:
-        # A row for each of a token's experts: taken together, computed and put back.
-        chosen = max(4 * spec.hidden_size, spec.hidden_size + 3 * spec.intermediate_size)
-        mlp += chosen * spec.experts_per_token + 4 * spec.num_experts
-    context = round_up(workload.max_context, 8)
-    mask = sequences * prompt * prompt * 2 + batch * context * 2
-    fp32 = 2 if dtype_bytes == 2 else 1
-    logits = batch * spec.vocab_size * (1 + 2 * fp32)
-    # A sparse step's scores in fp32, and its keys and values taken together.
-    sparse = batch * context * (6 * spec.num_heads + 2 * spec.kv_size) if policy.attn_sparsity < 1 else 0
-    rope = 2 * min(policy.block_size, workload.num_sequences) * prompt * spec.head_dim
-    # A step computes a whole micro-batch at once, however small a prompt's chunks are.
-    elements = (
-        max(rows, batch) * max(attention, mlp) + mask + logits + rope + sparse + 2 * batch * spec.hidden_size
-    )
-    # What the caching allocator loses to rounding and to blocks of other sizes; matrix libraries' workspace.
-    return int(elements * dtype_bytes * 1.25) + ((160 << 20) if accelerated else 0)
 
 
 def plan_placement(

@@ -10,10 +10,12 @@ from flexllmgen.errors import PlanInfeasible, PolicyError, UnsupportedModelError
 from flexllmgen.fits import check_fits, find_shortages
 from flexllmgen.images import ALIGNMENT
 from flexllmgen.models.published import published_config
-from flexllmgen.placement import plan_placement, split_sequences, workspace_bytes
+from flexllmgen.placement import plan_placement
 from flexllmgen.policy import ON_CPU, ON_DISK, Placement, Policy
 from flexllmgen.spec import OPT_125M, ModelSpec
+from flexllmgen.splits import split_sequences
 from flexllmgen.workload import Workload
+from flexllmgen.workspace import workspace_bytes
 
 WORK = Workload(num_sequences=48, prompt_tokens=512, gen_tokens=32)
 PERCENT = st.integers(0, 100).flatmap(lambda gpu: st.tuples(st.just(gpu), st.integers(0, 100 - gpu)))

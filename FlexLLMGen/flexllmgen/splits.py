@@ -1,0 +1,48 @@
+"""How sequences are divided: a block into micro-batches, and the sequences of each over the tiers. Pure."""
+
+from dataclasses import dataclass
+
+from flexllmgen.policy import Placement, Policy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """Sequences of one unit on each tier, in this order."""
+
+    gpu: int
+    cpu: int
+    disk: int
+
+    @property
+    def count(self) -> int:
+        return self.gpu + self.cpu + self.disk
+
+
+def split_sequences(counts: list[int], shares: Placement) -> list[Split]:
+    """Cuts each unit's sequences over the tiers; what rounding left over is carried to the next unit.
+
+    >>> [split.gpu for split in split_sequences([4, 4, 4, 4], Placement(gpu=0.3, cpu=0.7))]
+    [1, 1, 2, 1]
+    """
+    splits, before, gpu_done, disk_done = [], 0, 0, 0
+    for count in counts:
+        before += count
+        gpu = min(max(round(shares.gpu * before) - gpu_done, 0), count)
+        disk = min(max(round(shares.disk * before) - disk_done, 0), count - gpu)
+        if not shares.cpu:  # Rounding must not put anything on a tier that was given nothing.
+            disk = count - gpu if shares.disk else 0
+            gpu = count - disk
+        gpu_done += gpu
+        disk_done += disk
+        splits.append(Split(gpu=gpu, cpu=count - gpu - disk, disk=disk))
+    return splits
+
+
+def micro_batch_sizes(num_sequences: int, policy: Policy) -> tuple[int, ...]:
+    """Sizes of the micro-batches that a block of `num_sequences` is cut into; the last may be smaller.
+
+    >>> micro_batch_sizes(7, Policy(micro_batch_size=3, num_micro_batches=4))
+    (3, 3, 1)
+    """
+    size = policy.micro_batch_size
+    return tuple(min(size, num_sequences - start) for start in range(0, num_sequences, size))

@@ -1,0 +1,75 @@
+"""Bytes beside what is placed: a row of the KV cache as it is kept, and what computing takes. Pure: counted, not measured."""
+
+from flexllmgen.compressed_size import compressed_bytes
+from flexllmgen.policy import Policy
+from flexllmgen.spec import ModelSpec
+from flexllmgen.units import PAGE, round_up
+from flexllmgen.workload import Workload
+
+CHUNK_TOKENS = (8192, 4096, 2048, 1024, 1)
+"""Positions that prefill may compute at once: the first that fits is taken, whole sequences at the least."""
+KV_SCRATCH_BYTES = 128 << 20
+"""Compressed KV is turned back for so many sequences at once as come to this, for one at the least."""
+
+
+def row_bytes(spec: ModelSpec, policy: Policy, sequences: int, dtype_bytes: int, *, disk: bool) -> int:
+    """Bytes of one position's keys and values of `sequences` sequences in one layer; whole pages on disk."""
+    if policy.kv_bits is None:
+        num_bytes = 2 * spec.kv_size * sequences * dtype_bytes
+    else:
+        num_bytes = compressed_bytes((sequences, 2, spec.kv_size), policy.kv_bits, policy.kv_group_size)
+    return round_up(num_bytes, PAGE) if disk else num_bytes
+
+
+def kv_scratch(
+    spec: ModelSpec, policy: Policy, workload: Workload, dtype_bytes: int, largest_part: int
+) -> tuple[int, int]:
+    """Sequences whose compressed KV is turned back at once, and the bytes of that and of the keys' centres.
+
+    `largest_part` is the most sequences of a micro-batch on one tier.
+    """
+    if policy.kv_bits is None:
+        return 0, 0
+    position = 2 * spec.kv_size * dtype_bytes
+    each = round_up(workload.max_context, 8) * position
+    sequences = min(largest_part, max(1, KV_SCRATCH_BYTES // each))
+    block = min(policy.block_size, workload.num_sequences)
+    return sequences, sequences * each + spec.num_layers * block * position // 2
+
+
+def workspace_bytes(
+    spec: ModelSpec,
+    policy: Policy,
+    workload: Workload,
+    dtype_bytes: int,
+    chunk_tokens: int,
+    accelerated: bool,
+) -> int:
+    """Bytes that computing takes at its peak: counted from the decoder's temporaries."""
+    batch, prompt = min(policy.micro_batch_size, workload.num_sequences), workload.prompt_tokens
+    rows = min(max(chunk_tokens, prompt), batch * prompt)
+    sequences = max(1, rows // prompt)
+    inner = spec.intermediate_size * (3 if spec.traits.gated else 2)
+    # Attention: the norm, q/k/v as one, rotated copies of q and k (expanded to all heads where a mask is),
+    # output.
+    attention = 2 * spec.hidden_size + 5 * spec.query_size + 6 * spec.kv_size
+    if policy.kv_bits:
+        attention += spec.kv_size  # Keys as they are quantised.
+    mlp = 2 * spec.hidden_size + inner
+    if spec.num_experts:
+        # A row for each of a token's experts: taken together, computed and put back.
+        chosen = max(4 * spec.hidden_size, spec.hidden_size + 3 * spec.intermediate_size)
+        mlp += chosen * spec.experts_per_token + 4 * spec.num_experts
+    context = round_up(workload.max_context, 8)
+    mask = sequences * prompt * prompt * 2 + batch * context * 2
+    fp32 = 2 if dtype_bytes == 2 else 1
+    logits = batch * spec.vocab_size * (1 + 2 * fp32)
+    # A sparse step's scores in fp32, and its keys and values taken together.
+    sparse = batch * context * (6 * spec.num_heads + 2 * spec.kv_size) if policy.attn_sparsity < 1 else 0
+    rope = 2 * min(policy.block_size, workload.num_sequences) * prompt * spec.head_dim
+    # A step computes a whole micro-batch at once, however small a prompt's chunks are.
+    elements = (
+        max(rows, batch) * max(attention, mlp) + mask + logits + rope + sparse + 2 * batch * spec.hidden_size
+    )
+    # What the caching allocator loses to rounding and to blocks of other sizes; matrix libraries' workspace.
+    return int(elements * dtype_bytes * 1.25) + ((160 << 20) if accelerated else 0)
