@@ -7,7 +7,7 @@ import importlib
 
 import pytest
 
-MODULES = ("checkpoint", "placement", "policy", "schedule", "spec", "workload", "models.published")
+MODULES = ("checkpoint", "policy", "schedule", "spec", "splits", "workload", "models.published")
 
 
 @pytest.mark.parametrize("name", MODULES)

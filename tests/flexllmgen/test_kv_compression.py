@@ -90,7 +90,7 @@ def test_neither_tier_nor_cut_matters(
     )
     assert torch.equal(run(model, everywhere, tmp_path, padded=padded, in_place=False)[0], want)
     # A scratch that holds one sequence at a time.
-    monkeypatch.setattr("flexllmgen.placement.KV_SCRATCH_BYTES", 1)
+    monkeypatch.setattr("flexllmgen.workspace.KV_SCRATCH_BYTES", 1)
     alone = Policy(micro_batch_size=6, kv_cache=MIXED, **made)
     assert torch.equal(run(model, alone, tmp_path, padded=padded)[0], want)
 
