@@ -9,7 +9,13 @@ and overlap need no formula of their own. Pure: measures nothing, allocates noth
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from flexllmgen.images import TierBytes, expert_dense_bytes, experts_from, streamed_parts
+from flexllmgen.images import (
+    TierBytes,
+    expert_dense_bytes,
+    experts_from,
+    stage_dequantised_bytes,
+    streamed_parts,
+)
 from flexllmgen.memory.disk import READ_BYTES
 from flexllmgen.memory.transfer import PACKET_BESIDE_BYTES
 from flexllmgen.placement import PlacementPlan
@@ -468,7 +474,7 @@ class _Simulation:
         """A stage's compressed weights are turned back once, by its first micro-batch; compressed KV by each."""
         stage, policy, seconds = self.plan.stages[step.stage], self.plan.policy, 0.0
         if policy.weight_bits is not None and not step.micro_batch:
-            dense = sum(self.plan.images[index].dequantised_bytes for index in stage.images)
+            dense = stage_dequantised_bytes(self.plan.images, stage)
             if self._chooses(step):
                 dense -= self.expert_dense_bytes[step.stage]
             seconds += dense / self.rates.dequantise_bytes_per_s(policy.weight_bits)

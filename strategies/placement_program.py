@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import linprog
 
-from flexllmgen.images import expert_bytes, expert_dense_bytes, pack
+from flexllmgen.images import expert_bytes, expert_dense_bytes, pack, stage_dequantised_bytes
 from flexllmgen.placement import PlacementPlan, spare_kv_slots
 from flexllmgen.policy import Policy
 from flexllmgen.spec import ModelSpec
@@ -136,7 +136,7 @@ class PlacementProgram:
         # The head is streamed like a layer; an embedding of its own is read by rows where it lies.
         self.rest = images[0].num_bytes
         self.kv_position = spec.num_layers * row_bytes(spec, policy, 1, dtype_bytes, disk=False)
-        dense = [sum(images[index].dequantised_bytes for index in stage.images) for stage in stages]
+        dense = [stage_dequantised_bytes(images, stage) for stage in stages]
         self.dequantised = max(dense)
         self.experts = expert_bytes(images).total
         self.dequantise_s = self.dequantise_experts_s = 0.0

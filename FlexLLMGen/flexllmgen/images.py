@@ -8,7 +8,7 @@ shares are what was asked for, and every layer streams the same number of bytes.
 import functools
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from flexllmgen.compressed_size import compressed_bytes
@@ -280,6 +280,11 @@ def expert_dense_bytes(image: Image) -> int:
     return sum(
         each.dense_bytes for name, each in image.tensors.items() if each.bits and expert_of(name) is not None
     )
+
+
+def stage_dequantised_bytes(images: Sequence[Image], stage: Stage) -> int:
+    """Bytes of memory that a stage's compressed tensors are turned back into."""
+    return sum(images[index].dequantised_bytes for index in stage.images)
 
 
 def looked_up_on_host(image: Image) -> bool:

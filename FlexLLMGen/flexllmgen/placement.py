@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from flexllmgen.errors import PolicyError
-from flexllmgen.images import Image, Stage, TierBytes, pack, place_images, streamed_bytes
+from flexllmgen.images import (
+    Image,
+    Stage,
+    TierBytes,
+    pack,
+    place_images,
+    stage_dequantised_bytes,
+    streamed_bytes,
+)
 from flexllmgen.policy import Policy
 from flexllmgen.spec import ModelSpec
 from flexllmgen.splits import Split, micro_batch_sizes, split_sequences
@@ -287,9 +295,7 @@ def plan_placement(
             activations=hidden,
             weight_slots=weight_slots,
             weight_slot_bytes=slot_weights,
-            dequantised_bytes=max(
-                sum(images[index].dequantised_bytes for index in stage.images) for stage in stages
-            ),
+            dequantised_bytes=max(stage_dequantised_bytes(images, stage) for stage in stages),
             kv_slots=kv_slots,
             kv_slot_bytes=slot_kv_cpu + slot_kv_disk,
             hidden_slots=hidden_slots,

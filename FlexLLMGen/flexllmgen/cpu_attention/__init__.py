@@ -74,23 +74,12 @@ def decode_attention_cpu(
         assert v_BKH.is_contiguous()
     kernel = _kernel()
     level = None if kernel is None else kernel.level_for(q_BNH.shape[2])
-    if kernel is None or level is None:
-        attend_with_torch(
-            q_BNH,
-            kv_S2BKH,
-            length,
-            bias_BS,
-            first=first,
-            out_BNH=out_BNH,
-            threads=threads,
-            scale_S2BKG=scale_S2BKG,
-            zero_S2BKG=zero_S2BKG,
-            group_size=group_size,
-            k_BKH=k_BKH,
-            v_BKH=v_BKH,
-        )
-        return
-    kernel.attend(
+    attend = (
+        attend_with_torch
+        if kernel is None or level is None
+        else functools.partial(kernel.attend, level=level)
+    )
+    attend(
         q_BNH,
         kv_S2BKH,
         length,
@@ -101,7 +90,6 @@ def decode_attention_cpu(
         scale_S2BKG=scale_S2BKG,
         zero_S2BKG=zero_S2BKG,
         group_size=group_size,
-        level=level,
         k_BKH=k_BKH,
         v_BKH=v_BKH,
     )
