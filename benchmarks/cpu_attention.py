@@ -10,6 +10,7 @@ share of it that the attention reaches. Bytes are those stored: codes of 8 bits 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import mmap
 import os
@@ -82,13 +83,13 @@ class Bench:
             buffer.fill_(0x3C)
 
     def kernel_rows(self, threads: int) -> Iterator[dict[str, Any]]:
-        from flexllmgen.cpu_attention import _kernel, decode_attention_cpu
+        from flexllmgen.cpu_attention import _kernel, prepare_attention
 
         kernel = _kernel()
         assert kernel is not None
         for shape in SHAPES:
             for name in DTYPES:
-                calls, num_bytes = self._calls(shape, name, threads, decode_attention_cpu)
+                calls, num_bytes = self._calls(shape, name, threads, prepare_attention)
                 reads = [
                     lambda each=each: kernel.read(each[: self.num_bytes], threads) for each in self.buffers
                 ]
@@ -100,22 +101,22 @@ class Bench:
         """torch's attention on the same KV where it lies, as FlexLLMGen calls it without a kernel."""
         from flexllmgen.cpu_attention.fallback import attend_with_torch
 
-        def attend(
+        def prepare(
             q: torch.Tensor, kv: torch.Tensor, length: int, *, out_BNH: torch.Tensor, threads: int
-        ) -> None:
-            attend_with_torch(
-                q, kv, length, None, first=0, out_BNH=out_BNH, threads=threads, scale_S2BKG=None, zero_S2BKG=None,
-                group_size=GROUP,
+        ) -> Callable[[], None]:
+            return functools.partial(
+                attend_with_torch, q, kv, length, None, first=0, out_BNH=out_BNH, threads=threads,
+                scale_S2BKG=None, zero_S2BKG=None, group_size=GROUP,
             )  # fmt: skip
 
         for shape in SHAPES:
             for name in ("bf16", "fp16", "fp32"):
-                calls, num_bytes = self._calls(shape, name, threads, attend)
+                calls, num_bytes = self._calls(shape, name, threads, prepare)
                 (seconds,) = self._timed(calls[:1], trials=2)
                 yield row("torch", shape, name, threads, num_bytes / seconds, None)
 
     def _calls(
-        self, shape: str, name: str, threads: int, attend: Callable[..., None]
+        self, shape: str, name: str, threads: int, prepare: Callable[..., Callable[[], None]]
     ) -> tuple[list[Callable[[], None]], int]:
         heads, num_kv_heads, size = SHAPES[shape]
         dtype = DTYPES[name]
@@ -135,9 +136,7 @@ class Bench:
                 parts = buffer[codes_end : codes_end + count * groups * 4].view(torch.float16)
                 scale, zero = parts.view(2, self.context, 2, sequences, num_kv_heads, groups)
                 more = {"scale_S2BKG": scale, "zero_S2BKG": zero}
-            calls.append(
-                lambda kv=kv, more=more: attend(q, kv, self.context, out_BNH=out, threads=threads, **more)
-            )
+            calls.append(prepare(q, kv, self.context, out_BNH=out, threads=threads, **more))
         return calls, sequences * position * self.context
 
     def _timed(self, *actions: list[Callable[[], object]], trials: int | None = None) -> list[float]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from flexllmgen.cpu_attention import decode_attention_cpu
+from flexllmgen.cpu_attention import prepare_attention
 from flexllmgen.host_attention import attention_threads
 from flexllmgen.memory.arena import HostArena
 from profiling.compute import timed_runs
@@ -64,10 +64,7 @@ def host_attention(
     query = torch.ones(batch, num_heads, head_dim, dtype=dtype)
     out, threads = torch.empty_like(query), attention_threads()
 
-    def attend() -> None:
-        decode_attention_cpu(query, kv_S2BKH, _POSITIONS, out_BNH=out, threads=threads)
-
-    return HostWork(attend, num_bytes)
+    return HostWork(prepare_attention(query, kv_S2BKH, _POSITIONS, out_BNH=out, threads=threads), num_bytes)
 
 
 def measure_read(device: str) -> Measurement:

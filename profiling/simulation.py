@@ -17,7 +17,6 @@ from flexllmgen.images import (
     streamed_parts,
 )
 from flexllmgen.memory.disk import READ_BYTES
-from flexllmgen.memory.transfer import PACKET_BESIDE_BYTES
 from flexllmgen.placement import PlacementPlan
 from flexllmgen.schedule import Action, Shape, Step, zigzag
 from flexllmgen.units import DISK_THREADS
@@ -406,16 +405,14 @@ class _Simulation:
         """What the CPU found goes up, and the device computes the rest of the layer."""
         rows = self._rows_on_host(self.plan.stages[step.stage].layer, step.micro_batch)
         ready = self.attended.pop(step.micro_batch, 0.0)
-        # The host waits until it is there, and issues the rest then.
+        # The host has issued it long before: the device waits.
         issue = self._issue_seconds(step)
-        self.issued = max(self.issued, ready) + (self.times.exchange_s / 2 if rows else 0.0)
+        self.issued += self.times.exchange_s / 2 if rows else 0.0
         if not self._chooses(step):
             self.issued += issue
         if rows:
             up = rows * self.plan.spec.query_size * self.plan.dtype_bytes
-            between = PACKET_BESIDE_BYTES if any(self.weight_bytes[step.stage][1:]) else 0
-            # It does not queue behind the weights under way, but for the packet that is being copied.
-            ready = self.issued + (up + between) / self._up_rate
+            ready += up / self._up_rate
             self.clocks.moved[step.token][H2D] += up
         seconds = self._compute_seconds(step)
         if self._chooses(step):

@@ -1,20 +1,25 @@
 """HostAttention: decode attention on the CPU for the sequences whose KV lies in host memory, beside the device's work.
 
 The query, key and value of a step come down, the CPU appends and attends where the KV lies, and what it found goes up:
-a few rows instead of all cached positions. One thread takes the micro-batches in turn; the kernel has threads of its own.
-Knows nothing of weights, slots or schedules.
+a few rows instead of all cached positions, written and read by the device's kernels over the link, since a copy engine
+would queue them behind the weights under way. On CUDA all of it is queued on a stream of its own and the host goes on;
+elsewhere one thread takes the micro-batches in turn. The kernel has threads of its own. Knows nothing of weights, slots
+or schedules.
 """
 
 # B sequences of one micro-batch in host memory  N query heads  K key heads  H head dim  S positions
 
 import contextlib
 import os
+from collections.abc import Callable
 
 import torch
 
-from flexllmgen.cpu_attention import available, decode_attention_cpu
+from flexllmgen.cpu_attention import available, prepare_attention
+from flexllmgen.cpu_attention.library import Prepared
 from flexllmgen.kv_cache import KVCache
 from flexllmgen.memory.arena import HostArena
+from flexllmgen.memory.host_calls import call_in_order, mapped
 from flexllmgen.memory.transfer import Event, Lane, Traffic, mark
 from flexllmgen.placement import PlacementPlan
 
@@ -46,10 +51,16 @@ class HostAttention:
         self._plan, self._device, self._dtype, self._arena = plan, device, dtype, arena
         self._kv, self._traffic = kv, traffic
         self._regions = [arena.reserve(rows * plan.exchange_row_bytes) for rows in plan.exchange_rows]
+        self._lane: Lane | None = None
+        self._queued = False
         if self._regions:
-            available()  # Builds the kernel now, where that was not yet done: no step shall wait for a compiler.
-        self._lane = Lane("cpu-attention", None, threaded=True) if self._regions else None
+            # Builds the kernel now, where that was not yet done: no step shall wait for a compiler.
+            self._queued = available(plan.spec.head_dim) and device.type == "cuda"
+            stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+            self._lane = Lane("cpu-attention", stream, threaded=not self._queued)
         self._under_way: dict[int, tuple[Event, torch.Tensor]] = {}
+        self._calls: dict[tuple[int, int], Callable[[], None]] = {}
+        self._seen: dict[int, torch.Tensor] = {}
         self._threads = attention_threads()
 
     def submit(
@@ -73,61 +84,87 @@ class HostAttention:
         if segment is None:
             return
         assert self._lane is not None
-        mine = slice(segment.start, segment.stop)
-        q_host, k_host, v_host, out_host = self._exchange(micro_batch, segment.stop - segment.start)
-        for target, source in ((q_host, q_BNH[mine]), (k_host, k_BKH[mine]), (v_host, v_BKH[mine])):
-            # In two steps: strided rows would not be copied asynchronously.
-            target.copy_(source.contiguous(), non_blocking=True)
-            self._traffic.add("d2h", target.numel() * target.element_size())
-        bias = None if bias_BS is None else bias_BS[mine]
-        window = self._plan.spec.sliding_window(layer)
-        rows_S2BKH, length = segment.kv_S2BKH, position + 1
-        first = max(0, position + 1 - window) if window else 0
+        rows, mine = segment.stop - segment.start, slice(segment.start, segment.stop)
+        q_host, k_host, v_host, out_host = self._exchange(micro_batch, rows, seen=False)
+        q_seen, k_seen, v_seen, out_seen = self._exchange(micro_batch, rows, seen=True)
+        for target, source in ((q_seen, q_BNH[mine]), (k_seen, k_BKH[mine]), (v_seen, v_BKH[mine])):
+            _by_kernel(target, source)
+            self._traffic.add("d2h", target.nbytes)
+        window, length = self._plan.spec.sliding_window(layer), position + 1
+        attend = prepare_attention(
+            q_host,
+            segment.kv_S2BKH,
+            length,
+            None if bias_BS is None else bias_BS[mine],
+            first=max(0, length - window) if window else 0,
+            out_BNH=out_host,
+            threads=self._threads,
+            k_BKH=k_host,
+            v_BKH=v_host,
+        )
+        # Kept until the next step's takes its place: all of a step has run before another begins.
+        self._calls[layer, micro_batch] = attend
+        # Made now: the next use of its memory is issued after what this thread issues with it.
+        out_BNH = torch.empty_like(out_seen) if self._device.type == "cuda" else out_host
+        computed = mark(self._device)
 
-        def attend() -> None:
-            decode_attention_cpu(
-                q_host,
-                rows_S2BKH,
-                length,
-                bias,
-                first=first,
-                out_BNH=out_host,
-                threads=self._threads,
-                k_BKH=k_host,
-                v_BKH=v_host,
-            )
+        def work() -> None:
+            assert self._lane is not None
+            stream = self._lane.stream
+            if self._queued:
+                assert isinstance(attend, Prepared)
+                assert stream is not None
+                call_in_order(stream, *attend.in_c)
+            else:
+                if stream is not None:
+                    stream.synchronize()
+                attend()
+            if out_BNH is not out_host:
+                _by_kernel(out_BNH, out_seen)
 
-        event = self._lane.submit(attend, [mark(self._device), stored])
-        self._under_way[micro_batch] = event, out_host
+        self._under_way[micro_batch] = self._lane.submit(work, [computed, stored]), out_BNH
 
     def result(self, micro_batch: int) -> torch.Tensor | None:
-        """Waits for what was submitted and brings it to the device: [B, N, H]; None if there was nothing."""
+        """What was submitted comes to, for later work of the current stream: [B, N, H]; None if there was nothing."""
         if micro_batch not in self._under_way:
             return None
-        event, out_host = self._under_way.pop(micro_batch)
-        event.synchronize()
-        self._traffic.add("h2d", out_host.numel() * out_host.element_size())
-        return out_host.to(self._device, non_blocking=True)
+        event, out_BNH = self._under_way.pop(micro_batch)
+        event.order(torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None)
+        self._traffic.add("h2d", out_BNH.nbytes)
+        return out_BNH
 
     def drain(self) -> None:
-        """Waits for what nobody will collect; whether it failed no longer matters."""
+        """Waits for all that was submitted; whether what nobody will collect has failed no longer matters."""
         for event, _ in self._under_way.values():
             with contextlib.suppress(Exception):
                 event.synchronize()
         self._under_way.clear()
+        if self._lane is not None and self._lane.stream is not None:
+            self._lane.stream.synchronize()
+        self._calls.clear()
 
     def close(self) -> None:
+        self._seen.clear()
         if self._lane is not None:
             self._lane.close()
 
-    def _exchange(self, micro_batch: int, rows: int) -> tuple[torch.Tensor, ...]:
-        """Host memory of a micro-batch's queries, keys, values and outputs."""
-        spec = self._plan.spec
+    def _exchange(self, micro_batch: int, rows: int, *, seen: bool) -> tuple[torch.Tensor, ...]:
+        """Host memory of a micro-batch's queries, keys, values and outputs; or the same as it is `seen` by the device."""
+        spec, region = self._plan.spec, self._arena.view(self._regions[micro_batch])
+        if seen:
+            if micro_batch not in self._seen:
+                self._seen[micro_batch] = mapped(region, self._device)
+            region = self._seen[micro_batch]
         sizes = [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads, spec.num_heads]
-        numbers = self._arena.view(self._regions[micro_batch]).view(self._dtype)
+        numbers = region.view(self._dtype)
         parts, start = [], 0
         for heads in sizes:
             stop = start + rows * heads * spec.head_dim
             parts.append(numbers[start:stop].view(rows, heads, spec.head_dim))
             start = stop
         return tuple(parts)
+
+
+def _by_kernel(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copies numbers as arithmetic, which no copy engine can take on itself."""
+    torch.mul(source, 1, out=target)

@@ -25,7 +25,7 @@ from flexllmgen.memory.arena import HostArena, Region
 from flexllmgen.memory.disk import READ_BYTES, DirectFile, in_order
 from flexllmgen.memory.pack import Part, WeightPack, aligned_empty, pack_key, spread
 from flexllmgen.memory.tiers import Lanes
-from flexllmgen.memory.transfer import PACKET_BESIDE_BYTES, PACKET_BYTES, Event, Lane
+from flexllmgen.memory.transfer import PACKET_BYTES, Event, Lane
 from flexllmgen.models.experts import expert_addresses
 from flexllmgen.placement import PlacementPlan
 from flexllmgen.quantised_cache import QuantisedCache, open_cache
@@ -363,13 +363,10 @@ class WeightStore:
         pieces: list[_Piece] = []
         if first < min(resident, stop):
             pieces.append(_Piece("resident", run.image, first, first + to_slot, min(resident, stop) - first))
-        packet, end = (
-            PACKET_BESIDE_BYTES if self._plan.attends_on_host else PACKET_BYTES,
-            min(stop, disk_from),
-        )
+        end = min(stop, disk_from)
         pieces += [
-            _Piece("host", run.image, offset, offset + to_slot, min(packet, end - offset))
-            for offset in range(max(resident, first), end, packet)
+            _Piece("host", run.image, offset, offset + to_slot, min(PACKET_BYTES, end - offset))
+            for offset in range(max(resident, first), end, PACKET_BYTES)
         ]
         page = disk_from + max(0, first - disk_from) // PAGE * PAGE
         for offset in range(page, stop, READ_BYTES):

@@ -1,5 +1,6 @@
 """Decode attention on the CPU against the formula in double precision, and how its kernel is built and kept."""
 
+import ctypes
 import multiprocessing
 import os
 import stat
@@ -13,7 +14,7 @@ from flexllmgen import cpu_attention
 from flexllmgen.compression import dequantise, quantise
 from flexllmgen.cpu_attention.build import BuildFailedError, library_path
 from flexllmgen.cpu_attention.fallback import attend_with_torch
-from flexllmgen.cpu_attention.library import LEVELS, Kernel
+from flexllmgen.cpu_attention.library import LEVELS, Kernel, Prepared
 
 # B sequences  S positions  N query heads  K key heads  G groups of a row  H head dim
 
@@ -77,7 +78,7 @@ def attend(
 ) -> torch.Tensor:
     out = torch.full_like(q, torch.nan)
     arguments = {"first": 0, "threads": 1, "scale_S2BKG": None, "zero_S2BKG": None, "group_size": 64} | more
-    kernel.attend(q, kv, length, bias, out_BNH=out, level=level, **arguments)  # type: ignore[arg-type]
+    kernel.prepare(q, kv, length, bias, out_BNH=out, level=level, **arguments)()  # type: ignore[arg-type]
     return out
 
 
@@ -136,9 +137,9 @@ def test_codes_through_the_public_call(monkeypatch: pytest.MonkeyPatch) -> None:
     for one in (cpu_attention._kernel(), None):
         monkeypatch.setattr(cpu_attention, "_kernel", lambda one=one: one)
         outs.append(torch.empty_like(q))
-        cpu_attention.decode_attention_cpu(
+        cpu_attention.prepare_attention(
             q, codes, 61, None, first=2, out_BNH=outs[-1], threads=2, scale_S2BKG=scale, zero_S2BKG=zero
-        )
+        )()
     assert error(outs[0], outs[1].double()) < 2e-2
 
 
@@ -151,7 +152,7 @@ def test_rows_may_be_longer_than_their_content(q_dtype: torch.dtype) -> None:
     kv = rows[:, :content].view(50, 2, 5, 3, 32)[:, :, 1:4]
     q = torch.randn(3, 6, 32).to(q_dtype)
     out = torch.empty_like(q)
-    cpu_attention.decode_attention_cpu(q, kv, 50, out_BNH=out, threads=2)
+    cpu_attention.prepare_attention(q, kv, 50, out_BNH=out, threads=2)()
     assert error(out, expected(q, kv, 50, None, 0)) < BOUNDS[q_dtype]
 
 
@@ -166,9 +167,9 @@ def test_the_tokens_own_row_is_written_before_it_is_read(monkeypatch: pytest.Mon
     for one in (cpu_attention._kernel(), None):
         monkeypatch.setattr(cpu_attention, "_kernel", lambda one=one: one)
         cache, out = rows.clone(), torch.empty_like(q)
-        cpu_attention.decode_attention_cpu(
+        cpu_attention.prepare_attention(
             q, cache[:, :, 1:4], 53, first=2, out_BNH=out, threads=2, k_BKH=k, v_BKH=v
-        )
+        )()
         assert torch.equal(cache, wanted)
         assert error(out, right) < 2e-6
 
@@ -203,11 +204,24 @@ def test_scores_far_apart_neither_overflow_nor_vanish(kernel: Kernel) -> None:
     assert error(out, expected(q, kv, 200, None, 0)) < 1e-4
 
 
+def test_the_same_call_from_c(kernel: Kernel) -> None:
+    """As a driver's thread makes it: by the addresses of the function and of its argument."""
+    torch.manual_seed(0)
+    kv, q = torch.randn(20, 2, 2, 2, 32), torch.randn(2, 4, 32)
+    bias = padding(2, 0, 20, 20)
+    out = torch.empty_like(q)
+    call = cpu_attention.prepare_attention(q, kv, 20, bias.clone(), out_BNH=out, threads=1)
+    assert isinstance(call, Prepared)
+    function, argument = call.in_c
+    ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)(argument)
+    assert error(out, expected(q, kv, 20, bias, 0)) < 2e-6
+
+
 def test_a_head_of_an_odd_size_goes_through_torch() -> None:
     torch.manual_seed(0)
     kv, q = torch.randn(20, 2, 2, 2, 6), torch.randn(2, 4, 6)
     out = torch.empty_like(q)
-    cpu_attention.decode_attention_cpu(q, kv, 20, out_BNH=out, threads=1)
+    cpu_attention.prepare_attention(q, kv, 20, out_BNH=out, threads=1)()
     assert error(out, expected(q, kv, 20, None, 0)) < 2e-6
 
 
@@ -219,10 +233,10 @@ def test_a_forked_process_has_threads_of_its_own(kernel: Kernel) -> None:
     out = torch.empty_like(q).share_memory_()
 
     def child() -> None:
-        kernel.attend(
+        kernel.prepare(
             q, kv, 900, None, first=0, out_BNH=out, threads=3, scale_S2BKG=None, zero_S2BKG=None, group_size=64,
             level=kernel.level,
-        )  # fmt: skip
+        )()  # fmt: skip
 
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
@@ -249,9 +263,9 @@ def test_without_a_compiler_torch_serves_and_one_line_says_why(
         bias = padding(3, 3, 37, 40)
         for _ in range(2):
             out = torch.empty_like(q)
-            cpu_attention.decode_attention_cpu(q, kv, 37, bias, first=3, out_BNH=out, threads=1)
+            cpu_attention.prepare_attention(q, kv, 37, bias, first=3, out_BNH=out, threads=1)()
             assert error(out, expected(q, kv, 37, bias, 3)) < 2e-3
-        assert not cpu_attention.available()
+        assert not cpu_attention.available(16)
         assert cpu_attention.which() == "torch"
         (line,) = [record.getMessage() for record in caplog.records if "through torch" in record.getMessage()]
         assert "no C++ compiler (no-such-compiler); install g++ or set CXX" in line

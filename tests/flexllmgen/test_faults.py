@@ -131,7 +131,7 @@ def test_what_fails_on_the_cpu_ends_the_block_and_not_the_engine(
     ) as engine:
         want = torch.stack(list(engine.generate(ids)), dim=1)
         with monkeypatch.context() as patched:
-            patched.setattr("flexllmgen.host_attention.decode_attention_cpu", broken)
+            patched.setattr("flexllmgen.host_attention.prepare_attention", lambda *_, **__: broken)
             with pytest.raises(RuntimeError, match="no attention today") as caught:
                 list(engine.generate(ids))
         assert caught.value.__context__ is None, "no second error on the way out"
@@ -140,7 +140,7 @@ def test_what_fails_on_the_cpu_ends_the_block_and_not_the_engine(
 
 def test_the_kernel_is_built_before_the_first_step(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    monkeypatch.setattr("flexllmgen.host_attention.available", lambda: asked.append("kernel"))
+    monkeypatch.setattr("flexllmgen.host_attention.available", lambda _: asked.append("kernel"))
     model = tiny("llama")
     for cpu_attention, want in ((False, []), (True, ["kernel"])):
         policy = Policy(micro_batch_size=6, kv_cache=ON_CPU, cpu_attention=cpu_attention)

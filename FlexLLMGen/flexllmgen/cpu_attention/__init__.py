@@ -9,17 +9,18 @@ Python's while it computes, so that the thread that issues work to an accelerato
 
 import functools
 import logging
+from collections.abc import Callable
 
 import torch
 
 from flexllmgen.cpu_attention.build import BuildFailedError, library_path
 from flexllmgen.cpu_attention.fallback import attend_with_torch
-from flexllmgen.cpu_attention.library import LEVELS, Kernel
+from flexllmgen.cpu_attention.library import LEVELS, Kernel, Prepared
 
 log = logging.getLogger(__name__)
 
 
-def decode_attention_cpu(
+def prepare_attention(
     q_BNH: torch.Tensor,
     kv_S2BKH: torch.Tensor,
     length: int,
@@ -33,11 +34,12 @@ def decode_attention_cpu(
     group_size: int = 64,
     k_BKH: torch.Tensor | None = None,
     v_BKH: torch.Tensor | None = None,
-) -> None:
-    """One new token per sequence against the cached positions [first, length), its own included.
+) -> Prepared | Callable[[], None]:
+    """A call that attends for one new token per sequence to the cached positions [first, length), its own included.
 
     Args:
-        q_BNH: contiguous, of the KV's type or fp32; query head n reads key head n // (N / K).
+        q_BNH: contiguous, of the KV's type or fp32; query head n reads key head n // (N / K). Read, as all tensors
+            are, when the call is made.
         kv_S2BKH: keys at [:, 0], values at [:, 1], as KVCache lays them out: a position's values are one run,
             positions may be further apart. fp32, bf16 or fp16; or uint8, codes of 8 bits.
         bias_BS: added to the scores, minus infinity on padding; column s is position s. A sequence needs one
@@ -74,12 +76,12 @@ def decode_attention_cpu(
         assert v_BKH.is_contiguous()
     kernel = _kernel()
     level = None if kernel is None else kernel.level_for(q_BNH.shape[2])
-    attend = (
-        attend_with_torch
+    prepare = (
+        functools.partial(functools.partial, attend_with_torch)
         if kernel is None or level is None
-        else functools.partial(kernel.attend, level=level)
+        else functools.partial(kernel.prepare, level=level)
     )
-    attend(
+    return prepare(
         q_BNH,
         kv_S2BKH,
         length,
@@ -95,9 +97,10 @@ def decode_attention_cpu(
     )
 
 
-def available() -> bool:
-    """Whether the kernel serves the calls, and not torch. Builds it the first time: some seconds."""
-    return _kernel() is not None
+def available(head_dim: int) -> bool:
+    """Whether the kernel serves heads of this size, and not torch. Builds it the first time: some seconds."""
+    kernel = _kernel()
+    return kernel is not None and kernel.level_for(head_dim) is not None
 
 
 def which() -> str:

@@ -26,7 +26,7 @@ def attend_with_torch(
     k_BKH: torch.Tensor | None = None,
     v_BKH: torch.Tensor | None = None,
 ) -> None:
-    """The arguments of `decode_attention_cpu`, already checked."""
+    """The arguments of `prepare_attention`, already checked."""
     sequences, heads, size = q_BNH.shape
     if k_BKH is not None and v_BKH is not None:
         kv_S2BKH[length - 1, 0], kv_S2BKH[length - 1, 1] = k_BKH, v_BKH

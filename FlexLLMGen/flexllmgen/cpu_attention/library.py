@@ -41,6 +41,23 @@ class _Call(ctypes.Structure):
     )
 
 
+class Prepared:
+    """A call of the kernel with all that it points to, which must be kept until it has run."""
+
+    def __init__(self, library: ctypes.CDLL, call: _Call, kept: tuple[torch.Tensor | None, ...]) -> None:
+        self._call, self._kept, self._attend = call, kept, library.flex_attend
+
+    def __call__(self) -> None:
+        self._attend(ctypes.byref(self._call))
+
+    @property
+    def in_c(self) -> tuple[int, int]:
+        """Addresses of the C function and of its argument, for whoever calls it elsewhere."""
+        function = ctypes.cast(self._attend, ctypes.c_void_p).value
+        assert function is not None
+        return function, ctypes.addressof(self._call)
+
+
 class Kernel:
     """The library at `path`.
 
@@ -59,7 +76,7 @@ class Kernel:
         """The best instruction set whose vectors divide a head; none for odd sizes."""
         return next((level for level in range(self.level, -1, -1) if head_dim % _WIDTHS[level] == 0), None)
 
-    def attend(
+    def prepare(
         self,
         q_BNH: torch.Tensor,
         kv_S2BKH: torch.Tensor,
@@ -75,8 +92,8 @@ class Kernel:
         level: int,
         k_BKH: torch.Tensor | None = None,
         v_BKH: torch.Tensor | None = None,
-    ) -> None:
-        """The arguments of `decode_attention_cpu`, already checked, by the instructions of `level`."""
+    ) -> Prepared:
+        """A call with the arguments of `prepare_attention`, already checked, for the instructions of `level`."""
         sequences, heads, head_dim = q_BNH.shape
         call = _Call(
             q=q_BNH.data_ptr(),
@@ -102,11 +119,11 @@ class Kernel:
             call.scale, call.zero = scale_S2BKG.data_ptr(), zero_S2BKG.data_ptr()
             _set_strides(call, "scale_", scale_S2BKG)
             _set_strides(call, "zero_", zero_S2BKG)
-        # Kept until the call has ended.
         bias = None if bias_BS is None else bias_BS.to(torch.float32).contiguous()
         if bias is not None:
             call.bias, call.bias_stride = bias.data_ptr(), bias.stride(0)
-        self._library.flex_attend(ctypes.byref(call))
+        kept = (q_BNH, kv_S2BKH, out_BNH, scale_S2BKG, zero_S2BKG, bias, k_BKH, v_BKH)
+        return Prepared(self._library, call, kept)
 
     def read(self, data: torch.Tensor, threads: int) -> float:
         """Reads a host tensor's bytes once, with the best instructions; returns their sum as fp32."""

@@ -132,9 +132,6 @@ def mark(device: torch.device) -> Event:
 PACKET_BYTES = 64 << 20
 """Copies are cut into such pieces: long enough for the link's full rate, short enough to take turns."""
 
-PACKET_BESIDE_BYTES = 16 << 20
-"""Shorter ones for weights where the CPU attends: what it has found waits for the packet that is being copied."""
-
 
 def copy_bytes(target: torch.Tensor, source: torch.Tensor) -> int:
     """Copies flat byte tensors in packets without waiting; returns the bytes."""
