@@ -43,9 +43,11 @@ from profiling.layer_times import layer_times_for
 from profiling.profile import HardwareProfile
 from profiling.profiler import take_profile
 from profiling.simulation import simulate_block
+from strategies.autoflex import REPLAN_GAIN
 from strategies.base import Machine, ModelSource, PlanRequest
 from strategies.flexgen_engine import plan_of
 from strategies.placement_program import Limits
+from strategies.search import Found, find_policy
 
 
 class AliasedArena(HostArena):
@@ -124,6 +126,34 @@ class PolicyRun:
     dtype: torch.dtype
     steps: int
     offload_dir: Path
+
+    def search(self, profile: HardwareProfile, *, batch_size: int = 8, allow_lossy: bool = False) -> Found:
+        """The policy that autoflex finds at these rates."""
+        return find_policy(
+            self.spec,
+            profile,
+            self.workload,
+            self.limits,
+            dtype_bytes=self.dtype.itemsize,
+            batch_size=batch_size,
+            allow_lossy=allow_lossy,
+        )
+
+    def replanned(
+        self, policy: Policy, result: dict[str, Any], *, allow_lossy: bool = False
+    ) -> tuple[PolicyRun, Policy] | None:
+        """What autoflex loads instead after the calibration of a run, at the rates then known; None where it stays with it."""
+        if "calibration" not in result:
+            return None
+        plan = self.place(policy)
+        profile = corrected(self.profile, Calibration(**result["calibration"]), plan)
+        cost = engine_cost(plan, profile)
+        assert cost is not None
+        best = self.search(profile, allow_lossy=allow_lossy).best
+        gain = (cost.prefill_s + cost.decode_s) / best.seconds
+        if gain <= REPLAN_GAIN or best.policy == policy:
+            return None
+        return dataclasses.replace(self, profile=profile), best.policy
 
     def place(self, policy: Policy) -> PlacementPlan:
         """What lies where under a policy."""

@@ -87,7 +87,6 @@ def autoflex(case: Case) -> dict[str, Any]:
 
     from flexllmgen.policy import Placement, Policy
     from flexllmgen.workload import Workload
-    from strategies.search import find_policy
 
     policy_run.share_layers(case.alias_mib)
     spec = policy_run.published_spec(case.model, case.layers)
@@ -113,18 +112,15 @@ def autoflex(case: Case) -> dict[str, Any]:
             **{key: Placement(**value) if key in shares else value for key, value in fields.items()}
         )
     else:
-        admitted = {"allow_lossy": True} if case.lossy else {}
-        policy = find_policy(
-            spec,
-            profile,
-            run.workload,
-            run.limits,
-            dtype_bytes=case.torch_dtype.itemsize,
-            batch_size=case.batch or 8,
-            **admitted,
-        ).best.policy
+        policy = run.search(profile, batch_size=case.batch or 8, allow_lossy=case.lossy).best.policy
     searched_s = time.time() - began
     result = run.run(policy, probed=True)
+    if not case.policy and (again := run.replanned(policy, result, allow_lossy=case.lossy)) is not None:
+        before = {
+            name: result[name] for name in ("cut", "shares", "tok_s", "prediction_error", "calibration")
+        }
+        run, policy = again
+        result = run.run(policy, probed=True) | {"planned_before": before}
     if result.get("error", "") is None:
         del result["error"]
     return result | {

@@ -72,7 +72,7 @@ ROWS = {
         title="OPT-30B, 16 GiB, lossless",
         model="opt-30b",
         gpu_gib=16,
-        sequences=144,
+        sequences=192,
         asked_tok_s=65,
         measures={
             ENGINE: Measure(seconds=150, options={"steps": 5}),
