@@ -357,7 +357,7 @@ def _tiny_engine(
         _tiny(spec, layers),
         RandomCheckpoint(seed=0),
         Policy(micro_batch_size=1, weights=ON_CPU, kv_cache=kv_cache, cpu_attention=on_host),
-        workload=Workload(num_sequences=1, prompt_tokens=4, gen_tokens=32),
+        workload=Workload(num_sequences=1, prompt_tokens=4, gen_tokens=20),
         device=device,
         dtype=dtype,
     )
