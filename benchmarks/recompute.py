@@ -2,7 +2,7 @@
 
     python benchmarks/recompute.py
 
-By the formulas of profiling/cost_model.py, every resource at its full rate: the most tokens a second of a model whose weights are
+By the formulas of profiling/limit.py, every resource at its full rate: the most tokens a second of a model whose weights are
 partly streamed, when each sequence's cache is streamed as keys and values, or as the layer's input X (half the bytes of
 keys and values where heads have keys of their own; K and V are then two products over all positions), or attended to on the
 CPU where it lies; and of mixtures of these. The numbers of sequences are those that host memory holds. Nothing is run.

@@ -116,12 +116,17 @@ class Rates:
 
     @property
     def host_in_all_bytes_per_s(self) -> float:
-        """What host memory gives to all that read it: the CPU alone often cannot ask for as much as it and copies do."""
-        beside = max(
-            self.host_under_copies_bytes_per_s or 0.0, self.cpu_attention_under_copies_bytes_per_s or 0.0
+        """What host memory gives to all that read it: the CPU alone often cannot ask for as much as copies beside it do."""
+        attending, beside = self.cpu_attention_bytes_per_s, self.cpu_attention_under_copies_bytes_per_s
+        return max(
+            self.host_bytes_per_s,
+            attending or 0.0,
+            self.h2d_bytes_per_s or 0.0,
+            self.d2h_bytes_per_s or 0.0,
+            (self.h2d_both_ways_bytes_per_s or 0.0) + (self.d2h_both_ways_bytes_per_s or 0.0),
+            max(self.host_under_copies_bytes_per_s or 0.0, beside or 0.0)
+            + (self.h2d_under_reads_bytes_per_s or 0.0),
         )
-        alone = max(self.host_bytes_per_s, self.cpu_attention_bytes_per_s or 0.0)
-        return max(alone, beside + (self.h2d_under_reads_bytes_per_s or 0.0))
 
     def as_dict(self) -> dict[str, float]:
         """The rates that exist, by name."""

@@ -425,7 +425,7 @@ class _Simulation:
     def _rows_on_host(self, layer: int, micro_batch: int) -> int:
         """Sequences of a micro-batch that the CPU attends to; of a ragged one fewer than lie there."""
         split = self.plan.kv_splits[layer][micro_batch]
-        return min(split.cpu, max(0, self.batches[micro_batch] - split.gpu))
+        return split.first(self.batches[micro_batch]).cpu
 
     def _attended_positions(self, step: Step) -> int:
         context, window = self.contexts[step.token - 1], self._window(self.plan.stages[step.stage].layer)

@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 
 from flexllmgen.errors import OffloadDirError, OutOfMemory, PlanInfeasible, UsageError
 from flexllmgen.units import gib
-from profiling.cost_model import Traffic, physical_limit
 from profiling.hardware import available_memory_bytes, free_disk_bytes
+from profiling.limit import Traffic, physical_limit
 from strategies.accelerate_config import Config
 from strategies.accelerate_cost import predict
 from strategies.accelerate_engine import AccelerateEngine

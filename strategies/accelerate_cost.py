@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from flexllmgen.spec import ModelSpec
 from profiling.compute import best_s, linear_bytes_per_s
-from profiling.cost_model import CostEstimate, Times, over_blocks
+from profiling.cost_model import CostEstimate, Phase, cost_of_blocks, sum_phases
 from profiling.profile import Rates
 from strategies.base import PlanRequest
 
@@ -42,7 +42,7 @@ def predict(
     def linear_rate(rows: int) -> float:
         return linear_bytes_per_s(spec, request.dtype, device, rows=rows, linear=torch.nn.functional.linear)
 
-    def times(batch: int, new_tokens: int, cached: int) -> Times:
+    def one_pass(batch: int, new_tokens: int, cached: int) -> Phase:
         busy = {
             "compute": compute_bytes / linear_rate(batch * new_tokens),
             "fetching weights": fetch_s,
@@ -53,9 +53,17 @@ def predict(
         busy["KV cache"] = 3 * kv / rates.device_bytes_per_s
         if kv_offload and rates.h2d_pageable_bytes_per_s:
             busy["KV cache"] += 2 * kv / rates.h2d_pageable_bytes_per_s
-        return busy
+        return Phase(seconds=sum(busy.values()), busy=busy)
 
-    return over_blocks(workload, request.batch_size, times, sum)
+    def phases(batch: int) -> tuple[Phase, Phase]:
+        prompts, steps = one_pass(batch, workload.prompt_tokens, 0), workload.gen_tokens - 1
+        if not steps:
+            return prompts, Phase()
+        # Each step reads the KV of all positions before it; times grow linearly, so the middle step is the mean.
+        step = one_pass(batch, 1, workload.prompt_tokens + steps // 2)
+        return prompts, sum_phases([(steps, step)])
+
+    return cost_of_blocks(workload, request.batch_size, phases)
 
 
 def _fetch_seconds(weight_bytes: Mapping[str, int], device: str, rates: Rates, *, page_cached: bool) -> float:

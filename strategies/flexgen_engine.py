@@ -15,15 +15,15 @@ import torch
 from flexllmgen.checkpoint import Checkpoint, RandomCheckpoint, SafetensorsCheckpoint
 from flexllmgen.engine import FlexEngine
 from flexllmgen.errors import OutOfMemory, UsageError
-from flexllmgen.images import expert_bytes
 from flexllmgen.placement import PlacementPlan
 from flexllmgen.policy import Placement, Policy
 from flexllmgen.sampling import Greedy
 from flexllmgen.spec import ModelSpec
 from flexllmgen.weights import weight_pack
-from profiling.cost_model import Traffic, engine_cost, physical_limit
+from profiling.cost_model import engine_cost
 from profiling.hardware import check_writable, free_disk_bytes
 from profiling.layer_times import LayerShape, nearest_table
+from profiling.limit import physical_limit, traffic_of
 from profiling.profile import HardwareProfile
 from strategies.base import Placed, Plan, PlanRequest, out_of_memory_reason
 
@@ -56,7 +56,7 @@ class FlexgenEngine:
         """Bytes by tier as placed, and what has been moved since loading."""
         stats = self.engine.stats()
         return Placed(
-            weight_bytes=_tiers(self.engine.placement.weights),
+            weight_bytes=self.engine.placement.weights.by_tier,
             offload_files_bytes=stats.disk_bytes,
             pinned_bytes=stats.pinned_bytes,
             counters={
@@ -104,32 +104,19 @@ def plan_of(
     block = min(placement.policy.block_size, request.workload.num_sequences)
     predicted = limit = None
     if request.profile is not None:
-        shares = placement.kv_cache.shares
-        traffic = Traffic(
-            batch_size=block,
-            weight_bytes=_tiers(placement.weights),
-            kv_shares={"gpu": shares.gpu, "cpu": shares.cpu, "disk": shares.disk},
-            dtype_bytes=placement.dtype_bytes,
-            lookup_bytes=lookup_bytes(placement),
-            host_attention=placement.attends_on_host,
-            kv_bytes_share=placement.kv_bytes_share,
-            chosen_expert_bytes=(
-                _tiers(expert_bytes(placement.images)) if placement.policy.chosen_experts else {}
-            ),
-        )
-        limit = physical_limit(placement.spec, request.workload, traffic, request.profile.best)
+        limit = physical_limit(placement.spec, request.workload, traffic_of(placement), request.profile.best)
         predicted = engine_cost(placement, request.profile)
     return Plan(
         request=request,
         strategy=strategy,
         batch_size=block,
-        weight_bytes=_tiers(placement.weights),
-        kv_bytes=_tiers(placement.kv_cache),
+        weight_bytes=placement.weights.by_tier,
+        kv_bytes=placement.kv_cache.by_tier,
         workspace_bytes=placement.workspace_bytes + placement.slot_bytes,
         details={
             "policy": policy_details(placement.policy),
             "shares": _share_details(placement),
-            "activation_bytes": _tiers(placement.activations),
+            "activation_bytes": placement.activations.by_tier,
             "planned_peak_bytes": {
                 "gpu": placement.gpu_bytes,
                 "cpu": placement.cpu_bytes,
@@ -151,14 +138,6 @@ def _scaled_warning(spec: ModelSpec, profile: HardwareProfile | None) -> Iterato
             f"the machine's profile has no layer times of {spec.name or spec.family}; they are scaled from a layer of "
             f"{table.shape.family}, width {table.shape.hidden_size}"
         )
-
-
-def lookup_bytes(placement: PlacementPlan) -> dict[str, int]:
-    """Bytes by tier of the embedding's tables, of which a pass reads some rows."""
-    embed = placement.images[0]
-    if not all(tensor.lookup for tensor in embed.tensors.values()):
-        return {}
-    return {"gpu": embed.gpu_bytes, "cpu": embed.cpu_bytes, "disk": embed.disk_bytes}
 
 
 def spec_of(request: PlanRequest) -> ModelSpec:
@@ -230,10 +209,6 @@ def policy_details(policy: Policy) -> dict[str, object]:
     return chosen
 
 
-def _tiers(sizes: object) -> dict[str, int]:
-    return {tier: int(getattr(sizes, tier)) for tier in ("gpu", "cpu", "disk")}
-
-
 def _share_details(placement: PlacementPlan) -> dict[str, dict[str, float]]:
     """The shares that came out, in percent; within 1 % of those asked for."""
     kinds = {
@@ -242,6 +217,6 @@ def _share_details(placement: PlacementPlan) -> dict[str, dict[str, float]]:
         "activations": placement.activations,
     }
     return {
-        name: {tier: round(100 * size / max(sizes.total, 1), 3) for tier, size in _tiers(sizes).items()}
+        name: {tier: round(100 * size / max(sizes.total, 1), 3) for tier, size in sizes.by_tier.items()}
         for name, sizes in kinds.items()
     }

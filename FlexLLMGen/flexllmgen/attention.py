@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from flexllmgen.kv_cache import AnySegment, Segment
 from flexllmgen.kv_compression import CompressedSegment
+from flexllmgen.policy import values_used
 
 
 def prompt_mask(keep_BT: torch.Tensor | None, tokens: int, window: int, device: torch.device) -> torch.Tensor:
@@ -146,7 +147,7 @@ def _sparse_attention(
     if bias_B11S is not None:
         scores += bias_B11S
     weights_BKGS = scores.softmax(dim=-1)
-    count = max(1, round(share * weights_BKGS.shape[-1]))
+    count = values_used(weights_BKGS.shape[-1], share)
     top_BKC = weights_BKGS.sum(dim=2).topk(count, dim=-1).indices
     kept = weights_BKGS.gather(3, top_BKC[:, :, None].expand(-1, -1, q_BKGH.shape[2], -1))
     values = v_BKSH.gather(2, top_BKC[..., None].expand(-1, -1, -1, v_BKSH.shape[-1]))

@@ -97,6 +97,10 @@ class TierBytes:
         return self.gpu + self.cpu + self.disk
 
     @property
+    def by_tier(self) -> dict[str, int]:
+        return {"gpu": self.gpu, "cpu": self.cpu, "disk": self.disk}
+
+    @property
     def shares(self) -> Placement:
         total = max(self.total, 1)
         gpu, cpu = self.gpu / total, self.cpu / total

@@ -134,3 +134,12 @@ class Policy:
     def lossless(self) -> bool:
         """Whether nothing is stored or read with less precision than it has."""
         return self.weight_bits is None and self.kv_bits is None and self.attn_sparsity == 1
+
+
+def values_used(positions: int, share: float) -> int:
+    """Of so many positions that a step attends to, those whose values it uses under an `attn_sparsity` of `share`.
+
+    >>> values_used(10, 0.25), values_used(1, 0.25)
+    (2, 1)
+    """
+    return positions if share == 1 else max(1, round(share * positions))

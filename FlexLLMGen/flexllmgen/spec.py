@@ -246,12 +246,13 @@ class ModelSpec:
         """
         return self.num_layers * 2 * self.kv_size * tokens * dtype_bytes
 
+    def attended_positions(self, context: int) -> int:
+        """Positions that a step attends to, its own included, summed over the layers: a window where a layer has one."""
+        return sum(min(self.sliding_window(layer) or context, context) for layer in range(self.num_layers))
+
     def attended_share(self, context: int) -> float:
         """Share of the KV of `context` positions that a step attends to: less than 1 where layers have a window."""
-        if not context or not self.sliding_windows:
-            return 1.0
-        attended = (min(window or context, context) for window in self.sliding_windows)
-        return sum(attended) / (context * self.num_layers)
+        return self.attended_positions(context) / (context * self.num_layers) if context else 1.0
 
     def hidden_bytes(self, tokens: int, dtype_bytes: int = 2) -> int:
         """Bytes of the hidden states of `tokens` positions.
@@ -297,10 +298,12 @@ class ModelSpec:
         >>> round(OPT_125M.decode_flops(context=512) / 1e6, 1)
         266.2
         """
-        attended = sum(
-            min(self.sliding_window(layer) or context, context) for layer in range(self.num_layers)
-        )
-        return self._matrix_flops() + 4 * self.query_size * attended + self._head_flops()
+        attended = self.attended_positions(context)
+        return int(self.step_flops(scored=attended, mixed=attended))
+
+    def step_flops(self, *, scored: float, mixed: float) -> float:
+        """Operations for one more token of one sequence: `scored` keys and `mixed` values, summed over the layers."""
+        return self._matrix_flops() + 2 * self.query_size * (scored + mixed) + self._head_flops()
 
 
 def _count(shapes: Mapping[str, tuple[int, ...]]) -> int:

@@ -17,6 +17,12 @@ class Split:
     def count(self) -> int:
         return self.gpu + self.cpu + self.disk
 
+    def first(self, count: int) -> "Split":
+        """Where the first `count` of the sequences are: a last block may have fewer than there is room for."""
+        gpu = min(self.gpu, count)
+        cpu = min(self.cpu, count - gpu)
+        return Split(gpu=gpu, cpu=cpu, disk=min(self.disk, count - gpu - cpu))
+
 
 def split_sequences(counts: list[int], shares: Placement) -> list[Split]:
     """Cuts each unit's sequences over the tiers; what rounding left over is carried to the next unit.

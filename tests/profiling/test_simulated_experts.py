@@ -12,7 +12,8 @@ from flexllmgen.placement import plan_placement
 from flexllmgen.policy import ON_CPU, ON_DISK, Placement, Policy
 from flexllmgen.spec import ModelSpec
 from flexllmgen.workload import Workload
-from profiling.cost_model import CostEstimate, Traffic, engine_cost, physical_limit
+from profiling.cost_model import CostEstimate, engine_cost
+from profiling.limit import Traffic, physical_limit
 
 SPEC = ModelSpec.from_hf_config({**published_config("qwen3-30b-a3b"), "num_hidden_layers": 6}, "qwen3-moe")
 EXPERT_BYTES = 6 * 3 * SPEC.hidden_size * SPEC.intermediate_size * 2
