@@ -40,7 +40,7 @@ _COUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
 _AT_ONCE = 24
 _MAX_SIMULATED = 3
 """Of so many cuts at once, so many are simulated at most."""
-_STEPS_UP = 4
+_STEPS_UP, _WALKS = 4, 2
 _REFINED = 2
 """Of the best so many are tried with deeper prefetch and with attention and MLP apart."""
 _CLOSE = 1.25
@@ -48,6 +48,8 @@ _CLOSE = 1.25
 _REPAIRS = 24
 _ODD = 0.01
 _HIDDEN_ODD = 0.1
+_QUERY_ODD = 0.003
+"""For each micro-batch that asks the CPU in a layer: on an H200 machine more of them ran ever slower than predicted."""
 _LOSSY_ODD = 0.05
 _MOST_CHOSEN = 0.9
 """Share of the experts from which on it is not worth waiting for a step's choice."""
@@ -242,28 +244,47 @@ class _Search:
     def _best_s(self) -> float:
         return min((each.seconds for each in self.found), default=float("inf"))
 
-    def _simulate(self, solved: Sequence[Solved], *, most: int) -> None:
+    def _simulate(self, solved: Sequence[Solved], *, most: int, slack: float = 0.0) -> None:
+        """Prices what its bound says may be better than the best, or no more than `slack` worse."""
         priced = 0
         for each in solved:
             self.bound_s = min(self.bound_s, each.bound_s)
-            if priced == most or each.bound_s * (1 + _WORTH) >= self._best_s():
+            if priced == most or each.bound_s * (1 + _WORTH) >= self._best_s() * (1 + slack):
                 continue
             if (fitting := self._fit(each)) is not None:
                 priced += 1
                 self.found.append(self._priced(*fitting, cut=each.cut))
 
     def _climb(self, cuts: Sequence[Cut]) -> None:
-        """Walks from the best to cuts beside it while they are better: what bounds cannot tell apart, simulation can."""
+        """Walks to cuts beside while they are better: what bounds cannot tell apart, simulation can."""
         tried = {each.cut for each in self._mine()}
-        for _ in range(_STEPS_UP):
-            best = min(self._mine(), key=lambda each: each.seconds)
-            beside = [cut for cut in _beside(best.cut, cuts) if cut not in tried]
-            tried |= set(beside)
-            kind = Kind(disk=best.placement.disk_bytes > 0, hidden_elsewhere=best.placement.hidden_slots > 0)
-            solved = [each for each in (self.program.solve(cut, kind) for cut in beside) if each is not None]
-            self._simulate(sorted(solved, key=lambda each: each.bound_s), most=len(solved))
-            if min(each.seconds for each in self._mine()) >= best.seconds:
-                return
+        for start in self._starts():
+            best = start
+            for _ in range(_STEPS_UP):
+                beside = [cut for cut in _beside(best.cut, cuts) if cut not in tried]
+                tried |= set(beside)
+                kind = Kind(
+                    disk=best.placement.disk_bytes > 0, hidden_elsewhere=best.placement.hidden_slots > 0
+                )
+                solved = [
+                    each for each in (self.program.solve(cut, kind) for cut in beside) if each is not None
+                ]
+                slack = _QUERY_ODD * best.policy.num_micro_batches if best.policy.cpu_attention else 0.0
+                known = len(self.found)
+                self._simulate(sorted(solved, key=lambda each: each.bound_s), most=len(solved), slack=slack)
+                reached = min([best, *self.found[known:]], key=_with_preference)
+                if reached is best:
+                    break
+                best = reached
+
+    def _starts(self) -> list[Candidate]:
+        """The best candidates whose blocks differ: a walk does not leave its block's neighbourhood."""
+        starts: list[Candidate] = []
+        for each in sorted(self._mine(), key=_with_preference):
+            block = each.cut.size * each.cut.count
+            if all(not _alike(block, other.cut.size * other.cut.count) for other in starts):
+                starts.append(each)
+        return starts[:_WALKS]
 
     def _refine(self) -> None:
         """The best with deeper prefetch, and with attention and MLP apart."""
@@ -392,10 +413,14 @@ def _beside(cut: Cut, cuts: Sequence[Cut]) -> list[Cut]:
     """Cuts of about the same block in other micro-batches, and the same with another chunk."""
     block, near = cut.size * cut.count, []
     for other in cuts:
-        alike = 0.75 <= other.size * other.count / block <= 1.34 and 0.4 <= other.size / cut.size <= 2.5
+        alike = _alike(other.size * other.count, block) and 0.4 <= other.size / cut.size <= 2.5
         if other != cut and alike and (other.chunk == cut.chunk or other.size == cut.size):
             near.append(other)
     return near
+
+
+def _alike(block: int, other: int) -> bool:
+    return 0.75 <= block / other <= 1.34
 
 
 def _distinct(candidates: Sequence[Candidate]) -> Iterator[Candidate]:
@@ -425,6 +450,7 @@ def _with_preference(candidate: Candidate) -> float:
     policy, plan = candidate.policy, candidate.placement
     odd = _ODD * ((plan.disk_bytes > 0) + policy.sep_layer + (policy.overlap > 1) + policy.cpu_attention)
     odd += _ODD * policy.chosen_experts
+    odd += _QUERY_ODD * policy.num_micro_batches * policy.cpu_attention
     # A loss of precision must be worth it.
     odd += _LOSSY_ODD * ((policy.weight_bits is not None) + (policy.kv_bits is not None))
     # Hidden states are small and wanted at once: behind the copies of weights they wait longer than predicted.
