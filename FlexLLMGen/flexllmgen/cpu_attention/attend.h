@@ -5,6 +5,12 @@
 // the other is fetched. Softmax runs along (the largest score and the sum so far are kept, Milakov and
 // Gimelshein 2018); what pieces of a sequence found is put together by their largest scores.
 
+#ifndef BF16_DOTS
+inline bool by_dots(const Call&) { return false; }
+inline bool by_codes(const Call&) { return false; }
+inline int64_t packed_codes(const Call&) { return 0; }
+#endif
+
 // What a thread works with.
 struct Bench {
     std::vector<float> memory;
@@ -14,7 +20,7 @@ struct Bench {
     void size(const Call& c, const Plan& plan) {
         const size_t queries = size_t(plan.heads) * (c.N / c.K), rows_now = size_t(plan.heads) * plan.block;
         const size_t scores = queries * plan.block + 2 * 8 * NR, groups = 2 * rows_now * c.groups + 2 * NR;
-        const size_t packed = size_t(plan.heads) * size_t(packed_floats(c));
+        const size_t packed = size_t(plan.heads) * size_t(std::max(packed_floats(c), packed_codes(c)));
         memory.resize(packed + scores + queries + 2 * NR + 2 * groups + 16);
         float* at = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
         q = at, at += packed;
@@ -25,11 +31,6 @@ struct Bench {
         rows.resize(2 * rows_now);
     }
 };
-
-#ifndef BF16_DOTS
-inline bool by_dots(const Call&) { return false; }
-inline void pack_dots(const Call&, const Piece&, float*) {}
-#endif
 
 template <class Q>
 inline void pack_queries(Q type, const Call& c, const Piece& piece, float* q) {
@@ -86,14 +87,24 @@ inline void find_groups(const Call& c, const Piece& piece, int64_t position, int
     const int groups = int(c.groups) * piece.heads;
     const int64_t skip = piece.head * c.groups * 2;
     for (int half = 0; half < 2; ++half) {
+#ifdef BF16_DOTS
+        if (by_codes(c)) {
+            const char* s = c.scale + position * c.scale_position_bytes + half * c.scale_half_bytes;
+            const char* z = c.zero + position * c.zero_position_bytes + half * c.zero_half_bytes;
+            turn_groups(s + piece.sequence * c.scale_sequence_bytes + skip, c.scale_position_bytes, groups, block,
+                        bench.scale + half * groups * LONG_BLOCK);
+            turn_groups(z + piece.sequence * c.zero_sequence_bytes + skip, c.zero_position_bytes, groups, block,
+                        bench.zero + half * groups * LONG_BLOCK);
+        }
+#endif
         for (int p = 0; p < block; ++p) {
             const int64_t at = (half * block + p) * groups;
             const char* s = c.scale + (position + p) * c.scale_position_bytes + half * c.scale_half_bytes +
                             piece.sequence * c.scale_sequence_bytes + skip;
             const char* z = c.zero + (position + p) * c.zero_position_bytes + half * c.zero_half_bytes +
                             piece.sequence * c.zero_sequence_bytes + skip;
-            widen(s, groups, bench.scale + at);
-            widen(z, groups, bench.zero + at);
+            if (!by_codes(c)) widen(s, groups, bench.scale + at);
+            if (!by_codes(c)) widen(z, groups, bench.zero + at);
             fetch(s + block * c.scale_position_bytes, groups * 2);
             fetch(z + block * c.zero_position_bytes, groups * 2);
         }
@@ -110,13 +121,15 @@ inline void attend_piece(const Call& c, const Plan& plan, const Piece& piece, Be
     std::fill_n(to.l, piece.heads * queries, 0.0f);
     for (int64_t position = piece.first; position < piece.stop; position += plan.block) {
         const int block = int(std::min<int64_t>(plan.block, piece.stop - position)), rows = piece.heads * block;
-        if (position == piece.first || block < plan.block)
+        if (by_codes(c))
+            ;
+        else if (position == piece.first || block < plan.block)
             find_rows<T>(c, piece, position, block, bench);
         else
             for (int i = 0; i < 2 * rows; ++i) bench.rows[i].data += plan.block * c.position_bytes;
         if (c.groups) find_groups(c, piece, position, block, bench);
         const float* bias = c.bias ? c.bias + piece.sequence * c.bias_stride + position : nullptr;
-        const char* keys = bench.rows[0].data;
+        const char* keys = c.kv + position * c.position_bytes + piece.sequence * c.sequence_bytes + piece.head * c.H * T::size;
         const int64_t run = piece.heads * c.H * T::size, left = piece.stop - position - block;
         Fetcher values_now(keys + c.half_bytes, run, c.position_bytes, block);
         Fetcher keys_next(keys + block * c.position_bytes, run, c.position_bytes, int(std::min<int64_t>(left, plan.block)));
@@ -130,6 +143,13 @@ inline void attend_piece(const Call& c, const Plan& plan, const Piece& piece, Be
                     weigh<GT>(piece.heads, block, bias, bench.score, to.m + at, to.l + at, bench.alpha);
                     return values_dots<GT>(c, bench.rows.data() + rows, piece.heads, block, g0, bench.score, bench.alpha,
                                            to.acc, keys_next);
+                }
+            }
+            if constexpr (std::is_same_v<T, U8>) {
+                if (by_codes(c)) {
+                    attend_codes<GT>(c, piece.heads, block, g0, keys, bias, bench.q, bench.scale, bench.zero, bench.score,
+                                     bench.alpha, to, values_now, keys_next);
+                    return;
                 }
             }
 #endif
@@ -174,6 +194,15 @@ inline void finish(Q type, const Call& c, const Piece& piece, const Partial* par
                     }
                     continue;
                 }
+                if (by_codes(c)) {
+                    for (int column = 0; column < c.H / W; column += 4) {
+                        V x[4];
+                        for (int i = 0; i < 4; ++i) x[i] = total_of(column + i);
+                        in_order(x[0], x[1], x[2], x[3]);
+                        for (int i = 0; i < 4; ++i) Simd::put(type, out + (column + i) * W * Q::size, x[i]);
+                    }
+                    continue;
+                }
 #endif
                 for (int column = 0; column < c.H / W; ++column)
                     Simd::put(type, out + column * W * Q::size, total_of(column));
@@ -192,9 +221,13 @@ inline void serve(const Call& c, const Plan& plan, Shared& shared) {
         const Piece piece = plan.piece(c, task, count);
         const int64_t unit = task / plan.chunks;
         shared.taken[task] = int(count);
+#ifdef BF16_DOTS
         if (by_dots(c))
             pack_dots(c, piece, bench.q);
+        else if (by_codes(c))
+            pack_codes(Q{}, c, piece, bench.q);
         else
+#endif
             pack_queries(Q{}, c, piece, bench.q);
         attend_piece<T>(c, plan, piece, bench, shared.partial(c, plan, task));
         if (shared.left[unit].fetch_sub(int(count)) != count) continue;

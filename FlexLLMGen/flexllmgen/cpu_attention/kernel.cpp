@@ -73,7 +73,7 @@ struct Plan {
         static constexpr int64_t sizes[] = {4, 2, 2, 1};
         const int64_t queries = c.N / c.K, row = c.H * sizes[c.kv_type], positions = c.length - c.first;
         const int64_t most = std::max<int64_t>(1, std::min(BLOCK_BYTES / (BLOCK * row), QUERY_BYTES / (queries * c.H * 8)));
-        block = queries >= 4 ? LONG_BLOCK : BLOCK;
+        block = queries >= 4 || c.groups ? LONG_BLOCK : BLOCK;
         parts = (c.K + most - 1) / most;
         heads = int((c.K + parts - 1) / parts);
         parts = (c.K + heads - 1) / heads;
@@ -163,12 +163,13 @@ namespace avx512 {
 }  // namespace avx512
 #pragma GCC pop_options
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx512vbmi,avx2,fma,f16c")
 #define BF16_DOTS
 namespace avx512_bf16 {
 #include "vectors_avx512.h"
 #include "tiles.h"
 #include "dots.h"
+#include "codes.h"
 #include "attend.h"
 }  // namespace avx512_bf16
 #undef BF16_DOTS
@@ -183,7 +184,10 @@ int flex_level() {
     const bool fast = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     if (fast && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+        {
+        const bool products = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+        return products && __builtin_cpu_supports("avx512vbmi") ? 3 : 2;
+    }
     if (fast) return 1;
 #endif
     return 0;
