@@ -105,7 +105,7 @@ def test_every_instruction_set_computes_attention(kernel: Kernel, name: str, dty
 
 
 @pytest.mark.parametrize("name", LEVELS)
-@pytest.mark.parametrize("size", [64, 80, 128])
+@pytest.mark.parametrize("size", [64, 80, 128, 256])
 @pytest.mark.parametrize("group_size", [64, 128])
 def test_codes_are_turned_back_while_they_are_read(
     kernel: Kernel, name: str, size: int, group_size: int
@@ -113,7 +113,12 @@ def test_codes_are_turned_back_while_they_are_read(
     if (level := LEVELS.index(name)) > kernel.level:
         pytest.skip(f"no {name} here")
     torch.manual_seed(0)
-    for sequences, heads, num_kv_heads, length in ((2, 4, 4, 150), (1, 16, 2, 37)):
+    for sequences, heads, num_kv_heads, length in (
+        (2, 4, 4, 150),
+        (1, 16, 2, 37),
+        (2, 9, 3, 70),
+        (1, 11, 1, 12),
+    ):
         kv = torch.randn(length, 2, sequences, num_kv_heads, size)
         codes, scale, zero = quantise(kv, 8, group_size)
         numbers = dequantise(codes, scale, zero, 8, group_size, torch.empty_like(kv))
@@ -122,10 +127,12 @@ def test_codes_are_turned_back_while_they_are_read(
             parts = {"scale_S2BKG": scale, "zero_S2BKG": zero, "group_size": group_size}
             out = attend(kernel, level, q, codes, length, None, first=first, threads=2, **parts)
             assert error(out, expected(q, numbers, length, None, first)) < 2e-6
-            # Of queries in 16 bits too.
-            short = q.bfloat16()
-            out = attend(kernel, level, short, codes, length, None, first=first, threads=2, **parts)
-            assert error(out, expected(short, numbers, length, None, first)) < BOUNDS[torch.bfloat16]
+            # Of queries in 16 bits too, and with padding.
+            bias = padding(sequences, first, length, length)
+            for dtype in (torch.bfloat16, torch.float16):
+                short = q.to(dtype)
+                out = attend(kernel, level, short, codes, length, bias, first=first, threads=2, **parts)
+                assert error(out, expected(short, numbers, length, bias, first)) < BOUNDS[dtype]
 
 
 def test_codes_through_the_public_call(monkeypatch: pytest.MonkeyPatch) -> None:

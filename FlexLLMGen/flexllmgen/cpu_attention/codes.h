@@ -307,6 +307,7 @@ inline void values_codes(const Call& c, const Rows& rows, int block, const float
         if constexpr (GT == 1) {
             Codes high[4], low[4];
             for (int i = 0; i < 4; ++i) high[i] = low[i] = _mm512_setzero_si512();
+#pragma GCC unroll 1
             for (int four = 0; four < FOURS; ++four) {
                 Codes x[4];
                 interleave(v + 4 * four * rows.step, rows.step, x);
@@ -318,6 +319,8 @@ inline void values_codes(const Call& c, const Rows& rows, int block, const float
             continue;
         }
         Codes x[4 * FOURS];
+        // Unrolled, these loops would want more registers than there are.
+#pragma GCC unroll 1
         for (int four = 0; four < FOURS; ++four) {
             interleave(v + 4 * four * rows.step, rows.step, x + 4 * four);
             next.lines(4);
@@ -326,7 +329,9 @@ inline void values_codes(const Call& c, const Rows& rows, int block, const float
             Codes sum[CT * GT];
             for (Codes& each : sum) each = _mm512_setzero_si512();
             const auto pass = [&](const uint32_t* weights) {
+#pragma GCC unroll 1
                 for (int four = 0; four < FOURS; ++four) {
+#pragma GCC unroll 8
                     for (int g = 0; g < GT; ++g) {
                         const Codes w = _mm512_set1_epi32(int(weights[four * GT + g]));
                         for (int j = 0; j < CT; ++j)
