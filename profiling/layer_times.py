@@ -120,6 +120,12 @@ class LayerTimes:
         """Seconds of one decode step of `sequences` that attend to `context` positions each."""
         return _half(kind, self.step, sequences, context)
 
+    def recompute_s(self, rows: int) -> float:
+        """Seconds to make keys and values of `rows` positions of the layer's inputs: their part of the products of a prompt."""
+        shape = self.shape
+        part = shape.num_kv_heads / (shape.num_heads + shape.num_kv_heads)
+        return part * self.prompt_s("attention", rows, 0) if rows else 0.0
+
     def recorded_s(self, kind: str, sequences: int, room: int) -> float:
         """Seconds of a recorded decode step of `sequences` that have `room` for so many positions each."""
         return _half(kind, self.recorded or self.step, sequences, room)

@@ -10,6 +10,7 @@ sets the time, and no real run is faster:
                  KV is what steps attend to: of a layer with a sliding window no more than that, and of the values no more
                  than the share that a sparse step uses
                  where the CPU attends: streamed KV is not that in host memory, but it is read there
+                 where layer inputs are kept instead of KV: these, and the operations that make KV of them
                  where steps choose their experts: streamed weights are those without a mixture's other experts,
                  by as many as its tokens are sent to where all experts are as likely
     prefill      T >= the same, with the prompts' operations and without reading KV
@@ -38,7 +39,10 @@ if TYPE_CHECKING:
     from profiling.profile import Rates
 
 KVRows = Mapping[str, Mapping[int, float]]
-"""By tier, and by the layers' sliding window (0: none): sequences whose KV lies there, summed over the layers."""
+"""By tier, and by the layers' sliding window (0: none): sequences whose KV lies there, summed over the layers.
+
+Those that are kept as the layer's inputs, in host memory, are told apart as `inputs`.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,13 +176,16 @@ def _steps(spec: "ModelSpec", workload: Workload, traffic: Traffic, rows: KVRows
             tier: size - idle * traffic.chosen_expert_bytes.get(tier, 0) for tier, size in streamed.items()
         }
     on_host = sum(rows.get("cpu", {}).values()) if traffic.host_attention else 0.0
+    # The last position's key and value are made with its query.
+    made = sum(count * (scored[window] - 1) for window, count in rows.get("inputs", {}).items())
     return _Work(
         passes=steps,
         flops=block
         * spec.step_flops(
             scored=sum(count * scored[window] for window, count in layers.items()),
             mixed=sum(count * mixed[window] for window, count in layers.items()),
-        ),
+        )
+        + spec.key_value_flops(made),
         streamed=streamed,
         read=_read(spec, traffic),
         # A step's own key and value are at hand.
@@ -205,8 +212,10 @@ def _kv_bytes(
 ) -> dict[str, float]:
     """Bytes by tier of so many positions' keys and values for each window."""
     row = 2 * spec.kv_size * traffic.dtype_bytes * traffic.kv_bytes_share
+    input_row = spec.hidden_bytes(1, traffic.dtype_bytes)
     return {
-        tier: row * sum(count * positions(window) for window, count in windows.items())
+        tier: (input_row if tier == "inputs" else row)
+        * sum(count * positions(window) for window, count in windows.items())
         for tier, windows in rows.items()
     }
 
@@ -214,7 +223,7 @@ def _kv_bytes(
 def _at_best(work: _Work, traffic: Traffic, rates: "Rates") -> Phase:
     """The slowest resource's seconds; and each one's, by its name."""
     passes, kv, new = work.passes, work.read_kv, work.new_kv
-    cpu_kv, disk_kv = kv.get("cpu", 0.0), kv.get("disk", 0.0)
+    cpu_kv, disk_kv = kv.get("cpu", 0.0) + kv.get("inputs", 0.0), kv.get("disk", 0.0)
     disk_weights = work.streamed.get("disk", 0.0)
     from_disk = max(0.0, passes * (disk_weights + disk_kv) - work.early)
     busy: Times = {"compute": passes * work.flops / rates.compute_flops_per_s}
@@ -227,9 +236,9 @@ def _at_best(work: _Work, traffic: Traffic, rates: "Rates") -> Phase:
     if rates.h2d_bytes_per_s is None or rates.d2h_bytes_per_s is None:
         busy["host memory"] = touched / rates.host_bytes_per_s
     else:
-        on_host = cpu_kv if traffic.host_attention else 0.0
+        on_host = kv.get("cpu", 0.0) if traffic.host_attention else 0.0
         lifted = work.streamed.get("cpu", 0.0) + disk_weights + cpu_kv - on_host + disk_kv
-        stored = new.get("cpu", 0.0) + new.get("disk", 0.0)
+        stored = sum(new.values()) - new.get("gpu", 0.0)
         up = max(0.0, passes * lifted - work.early) + passes * work.exchanged
         down = max(0.0, passes * stored - work.late) + passes * work.exchanged
         busy["host to device link"] = up / rates.h2d_bytes_per_s
@@ -241,7 +250,7 @@ def _at_best(work: _Work, traffic: Traffic, rates: "Rates") -> Phase:
 
 def _placed_rows(plan: PlacementPlan, block: int) -> KVRows:
     """Where the KV of a placement's block of so many sequences lies."""
-    rows: dict[str, dict[int, float]] = {"gpu": {}, "cpu": {}, "disk": {}}
+    rows: dict[str, dict[int, float]] = {"gpu": {}, "cpu": {}, "inputs": {}, "disk": {}}
     sizes = micro_batch_sizes(block, plan.policy)
     for layer, splits in enumerate(plan.kv_splits):
         window = plan.spec.sliding_window(layer)

@@ -129,16 +129,11 @@ class _Simulation:
             sum(expert_dense_bytes(images[index]) for index in (stage.images if chosen else ()))
             for stage, chosen in zip(plan.stages, self.chosen, strict=True)
         ]
-        streamed_kv = [
-            stage.has_kv
-            and any(split.disk or (split.cpu and not plan.in_place) for split in plan.kv_splits[stage.layer])
-            for stage in plan.stages
-        ]
         self.shape = Shape(
             num_tokens=1 + len(contexts),
             num_micro_batches=len(micro_batches),
             streamed_weights=[any(each) for each in self.weight_bytes],
-            streamed_kv=streamed_kv,
+            streamed_kv=[stage.has_kv and plan.streams_kv(stage.layer) for stage in plan.stages],
             streamed_hidden=plan.hidden_slots > 0,
             depth=plan.policy.overlap,
             spare_kv_slots=plan.spare_kv_slots,
@@ -229,8 +224,7 @@ class _Simulation:
 
     def _load_kv(self, step: Step) -> None:
         layer = self.plan.stages[step.stage].layer
-        cpu, disk = self._kv_row(layer, step.micro_batch)
-        cpu = 0 if self.plan.attends_on_host else cpu
+        cpu, disk = self._kv_row(layer, step.micro_batch, loaded=True)
         positions = self.contexts[step.token - 1] - 1
         ready = max(
             self.kv_busy.get(step.slot, 0.0), self.stored.get((layer, step.micro_batch), 0.0), self.issued
@@ -244,8 +238,7 @@ class _Simulation:
 
     def _store_kv(self, step: Step) -> None:
         layer = self.plan.stages[step.stage].layer
-        cpu, disk = self._kv_row(layer, step.micro_batch)
-        cpu = 0 if self.plan.attends_on_host and step.token else cpu
+        cpu, disk = self._kv_row(layer, step.micro_batch, loaded=step.token > 0)
         positions = self.prompt if step.token == 0 else 1
         if step.slot < 0:
             return
@@ -327,7 +320,7 @@ class _Simulation:
             self._kv_wait(step),
             self.hidden_ready.get(step.hidden_slot, 0.0) if step.hidden_slot >= 0 else 0.0,
         )
-        seconds = self._compute_seconds(step) + self._dequantise_seconds(step)
+        seconds = self._compute_seconds(step) + self._dequantise_seconds(step) + self._recompute_seconds(step)
         issue = self._issue_seconds(step)
         if self.on_cpu:
             seconds, issue = seconds + issue, 0.0
@@ -484,6 +477,16 @@ class _Simulation:
             seconds += dense / self.rates.dequantise_bytes_per_s(policy.kv_bits)
         return seconds
 
+    def _recompute_seconds(self, step: Step) -> float:
+        """A step makes keys and values of a unit's inputs, of some sequences at a time."""
+        stage = self.plan.stages[step.stage]
+        if not step.token or not stage.has_kv or not self.plan.input_bytes:
+            return 0.0
+        split, at_once = self.plan.kv_splits[stage.layer][step.micro_batch], self.plan.recomputed_sequences
+        whole, rest = divmod(split.first(self.batches[step.micro_batch]).inputs, at_once)
+        positions = self._attended_positions(step)
+        return whole * self.times.recompute_s(at_once * positions) + self.times.recompute_s(rest * positions)
+
     def _compute_seconds(self, step: Step) -> float:
         stage, sequences = self.plan.stages[step.stage], self.batches[step.micro_batch]
         part = ""
@@ -537,11 +540,13 @@ class _Simulation:
 
     # Sizes and rates
 
-    def _kv_row(self, layer: int, micro_batch: int) -> tuple[int, int]:
-        """Bytes of one position of a unit's sequences in host memory and on disk."""
+    def _kv_row(self, layer: int, micro_batch: int, *, loaded: bool) -> tuple[int, int]:
+        """Bytes of one position of a unit's sequences in host memory and on disk: of all, or of what steps load."""
         split, plan = self.plan.kv_splits[layer][micro_batch], self.plan
         spec, policy = plan.spec, plan.policy
-        cpu = row_bytes(spec, policy, split.cpu, plan.dtype_bytes, disk=False) if split.cpu else 0
+        cpu = split.inputs * spec.hidden_bytes(1, plan.dtype_bytes)
+        if split.cpu and not (loaded and plan.attends_on_host):
+            cpu += row_bytes(spec, policy, split.cpu, plan.dtype_bytes, disk=False)
         disk = row_bytes(spec, policy, split.disk, plan.dtype_bytes, disk=True) if split.disk else 0
         return cpu, disk
 

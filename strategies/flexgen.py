@@ -87,11 +87,11 @@ def make_policy(config: Config, batch_size: int) -> Policy:
             "attn_sparsity=1": config.attn_sparsity < 1,
             "act_gpu_percent=100": activations != ON_GPU,
         }
-        if ways := [f"--set {way}" for way, needed in others.items() if needed]:
-            raise PolicyError(
-                "cpu_cache_compute reads keys and values as they are, and needs all hidden states on the GPU; "
-                f"{' and '.join(ways)}, or --set cpu_cache_compute=false"
-            )
+        reason = "reads keys and values as they are, and needs all hidden states on the GPU"
+        _refuse_beside("cpu_cache_compute", reason, others, off="false")
+    if config.recompute:
+        others = {"compress_cache=false": config.compress_cache, "attn_sparsity=1": config.attn_sparsity < 1}
+        _refuse_beside("recompute", "makes keys and values anew and uses all of them", others, off="0")
     return Policy(
         micro_batch_size=config.micro_batch_size or batch_size,
         num_micro_batches=config.num_micro_batches,
@@ -108,8 +108,15 @@ def make_policy(config: Config, batch_size: int) -> Policy:
         kv_bits=config.cache_bits if config.compress_cache else None,
         kv_group_size=config.cache_group_size,
         attn_sparsity=config.attn_sparsity,
+        recompute=config.recompute,
         chosen_experts=config.chosen_experts,
     )
+
+
+def _refuse_beside(key: str, reason: str, others: dict[str, bool], *, off: str) -> None:
+    """Refuses a key beside others that are set; what would mend it is told in the words of the keys."""
+    if ways := [f"--set {way}" for way, needed in others.items() if needed]:
+        raise PolicyError(f"{key} {reason}; {' and '.join(ways)}, or --set {key}={off}")
 
 
 def _shares(config: Config, kind: str) -> Placement:

@@ -33,4 +33,5 @@ class Config(BaseModel):
     compress_cache: bool
     cache_bits: Literal[8, 4]
     cache_group_size: Literal[32, 64, 128]
+    recompute: Annotated[float, Field(ge=0, le=1)]
     attn_sparsity: Annotated[float, Field(gt=0, le=1)]

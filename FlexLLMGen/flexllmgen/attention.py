@@ -10,7 +10,7 @@ step are passed as rows of one head: every kernel takes that, with or without a 
 import torch
 import torch.nn.functional as F
 
-from flexllmgen.kv_cache import AnySegment, Segment
+from flexllmgen.kv_cache import Segment, StoredSegment
 from flexllmgen.kv_compression import CompressedSegment
 from flexllmgen.policy import values_used
 
@@ -53,7 +53,7 @@ def prompt_attention(
 
 def decode_attention(
     q_BNH: torch.Tensor,
-    segment: AnySegment,
+    segment: StoredSegment,
     length: int,
     bias_B11S: torch.Tensor | None,
     window: int,
@@ -81,7 +81,7 @@ def decode_attention(
 
 
 def append(
-    segment: AnySegment,
+    segment: StoredSegment,
     k_BTKH: torch.Tensor,
     v_BTKH: torch.Tensor,
     first: int,

@@ -140,7 +140,7 @@ class Executor:
             num_tokens=num_tokens,
             num_micro_batches=num_micro_batches,
             streamed_weights=[self._weights.streams(stage) for stage in range(len(stages))],
-            streamed_kv=[stage.has_kv and self._kv.streams(stage.layer) for stage in stages],
+            streamed_kv=[stage.has_kv and self._plan.streams_kv(stage.layer) for stage in stages],
             streamed_hidden=self._hidden.streams,
             depth=self._plan.policy.overlap,
             spare_kv_slots=self._plan.spare_kv_slots,
@@ -163,7 +163,17 @@ class Executor:
             else:
                 positions = (keep.long().cumsum(dim=1) - 1).clamp(min=0)
             cos, sin = self._rotations(positions, same=keep is None)
-            span = Span(first=skipped, prompt=True, positions_BT=positions, cos=cos, sin=sin, keep_BT=keep)
+            all_cos, all_sin = self._all_rotations(positions, same=keep is None)
+            span = Span(
+                first=skipped,
+                prompt=True,
+                positions_BT=positions,
+                cos=cos,
+                sin=sin,
+                keep_BT=keep,
+                all_cos=all_cos,
+                all_sin=all_sin,
+            )
             batch = _MicroBatch(first, ids_BT[first : first + size], span)
             if padded and mask_BT is not None and self._plan.attends_on_host:
                 hidden = ~mask_BT[first : first + size].bool().cpu()
@@ -182,6 +192,18 @@ class Executor:
         if cos is None or sin is None:
             return None, None
         return cos.expand(count, -1, -1, -1), sin.expand(count, -1, -1, -1)
+
+    def _all_rotations(
+        self, positions_BT: torch.Tensor, *, same: bool
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Rotations of all positions of sequences with such prompts, where keys are made anew."""
+        if not self._plan.input_bytes:
+            return None, None
+        room, count = self._plan.max_context, len(positions_BT)
+        if same:
+            return self._rotations(torch.arange(room, device=self._device).expand(count, room), same=True)
+        later = torch.arange(1, room - positions_BT.shape[1] + 1, device=self._device)
+        return self._rotations(torch.cat((positions_BT, positions_BT[:, -1:] + later), dim=1), same=False)
 
     def _record(self, counts: Sequence[int]) -> RecordedDecode | None:
         """Where decode steps of such micro-batches are recorded; None where they cannot be."""
@@ -220,7 +242,14 @@ class Executor:
             cos, sin = self._decoder.rotations(positions)
             batch.ids_BT = batch.result[:, None]
             batch.span = Span(
-                first=position, prompt=False, positions_BT=positions, cos=cos, sin=sin, bias_B11S=bias
+                first=position,
+                prompt=False,
+                positions_BT=positions,
+                cos=cos,
+                sin=sin,
+                bias_B11S=bias,
+                all_cos=span.all_cos,
+                all_sin=span.all_sin,
             )
 
     def _move(self, step: Step, shape: Shape, skipped: int, prompt: int) -> None:
@@ -328,19 +357,19 @@ class Executor:
         self, layer: int, w: Weights, x_BTD: torch.Tensor, step: Step, batch: _MicroBatch
     ) -> None:
         """A decode step up to its attention: the CPU is sent its part, the device attends to the rest."""
-        q_B1NH, k_B1KH, v_B1KH = self._decoder.project(w, x_BTD, batch.span)
+        new = self._decoder.project(w, x_BTD, batch.span)
         self._host_attention.submit(
             layer,
             step.micro_batch,
             batch.count,
-            q_B1NH[:, 0],
-            k_B1KH[:, 0],
-            v_B1KH[:, 0],
+            new.q_BTNH[:, 0],
+            new.k_BTKH[:, 0],
+            new.v_BTKH[:, 0],
             batch.span.first,
             batch.host_bias_BS,
         )
         segments = self._kv.segments(layer, step.micro_batch, step.kv_slot, batch.count, host=False)
-        batch.attended = self._decoder.attend(layer, batch.span, segments, q_B1NH, k_B1KH, v_B1KH)
+        batch.attended = self._decoder.attend(w, layer, batch.span, segments, new)
 
     def _finish_layer(
         self, kind: str, layer: int, w: Weights, x_BTD: torch.Tensor, step: Step, batch: _MicroBatch

@@ -3,10 +3,11 @@
 Rows are positions, so what a step reads is one run of bytes and what it appends is another. A unit is one
 layer of one micro-batch; its sequences lie on the device first, then on the host, then on disk. Nothing is
 ever moved to make room: all memory is taken once. Where the policy says so, rows are compressed (kv_compression.py): on
-the device, before they are stored, so that every tier holds and every link carries compressed bytes.
+the device, before they are stored, so that every tier holds and every link carries compressed bytes. Of a share of the
+sequences in host memory the layer's inputs are kept there instead (layer_inputs.py), in blocks and slots of their own.
 """
 
-# B sequences  S cached positions  K key heads  H head dim
+# B sequences  S cached positions  K key heads  H head dim  D model
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 
 from flexllmgen.kv_compression import CompressedSegment, KVCodec
+from flexllmgen.layer_inputs import InputSegment
 from flexllmgen.memory.arena import HostArena
 from flexllmgen.memory.tiers import BlockSize, Lanes, TieredBlocks
 from flexllmgen.memory.transfer import Event
@@ -39,7 +41,8 @@ class Segment:
         return Segment(start, stop, self.kv_S2BKH[:, :, start - self.start : stop - self.start])
 
 
-AnySegment = Segment | CompressedSegment
+StoredSegment = Segment | CompressedSegment
+AnySegment = StoredSegment | InputSegment
 
 
 class KVCache:
@@ -75,6 +78,18 @@ class KVCache:
             in_place=plan.in_place,
             directory=directory,
         )
+        self._inputs: TieredBlocks | None = None
+        if plan.input_bytes:
+            self._inputs = TieredBlocks(
+                "inputs",
+                [BlockSize(cpu=self._input_row(split) * context, disk=0) for split in self._splits],
+                slots=plan.kv_slots,
+                device=device,
+                arena=arena,
+                lanes=lanes,
+                in_place=plan.in_place,
+                directory=directory,
+            )
         on_host = device.type == "cpu"
         self._resident_region = arena.reserve(plan.kv_cache.gpu) if on_host else None
         self._scratch_region = arena.reserve(plan.kv_scratch_bytes) if on_host else None
@@ -83,7 +98,7 @@ class KVCache:
         self._centres: list[torch.Tensor] = []
         self._views: dict[tuple[int, int, bool], list[AnySegment]] = {}
         self._host_views: dict[int, Segment] = {}
-        self._loads: dict[int, Event] = {}
+        self._loads: dict[int, list[Event]] = {}
 
     @property
     def disk_bytes(self) -> int:
@@ -104,33 +119,32 @@ class KVCache:
         if self._plan.policy.kv_bits is not None:
             self._make_codec(self._plan.policy.kv_bits)
         self._blocks.allocate()
+        if self._inputs is not None:
+            self._inputs.allocate()
 
     def begin(self, first: int, stop: int) -> None:
         """A new block of requests, whose prompts take positions [first, stop)."""
         if self._codec is not None:
             self._codec.begin(first, stop)
 
-    def streams(self, layer: int) -> bool:
-        """Whether any of a layer's KV goes through slots."""
-        splits = self._plan.kv_splits[layer]
-        return any(split.disk or (split.cpu and not self._plan.in_place) for split in splits)
-
     def load(self, layer: int, micro_batch: int, slot: int, positions: int) -> None:
         """Starts bringing the first `positions` rows of a unit's streamed sequences into a slot."""
         unit = self._unit(layer, micro_batch)
         split = self._splits[unit]
         cpu = 0 if self._plan.attends_on_host else self._row(split.cpu)
-        self._loads[slot] = self._blocks.load(
-            unit, slot, cpu * positions, self._row(split.disk, disk=True) * positions
-        )
+        disk = self._row(split.disk, disk=True)
+        self._loads[slot] = [self._blocks.load(unit, slot, cpu * positions, disk * positions)]
+        if self._inputs is not None:
+            self._loads[slot].append(self._inputs.load(unit, slot, self._input_row(split) * positions, 0))
 
     def ready(self, slot: int, *, prompt: bool) -> list[Event]:
         """What must have ended before the slot is read, or for a prompt before it is written."""
         if slot < 0:
             return []
         if prompt:
-            return self._blocks.acquire(slot)
-        return [self._loads[slot]]
+            busy = self._blocks.acquire(slot)
+            return busy if self._inputs is None else busy + self._inputs.acquire(slot)
+        return self._loads[slot]
 
     def segments(
         self, layer: int, micro_batch: int, slot: int, count: int, *, host: bool = True
@@ -175,16 +189,25 @@ class KVCache:
         if self._plan.attends_on_host and not prompt:
             cpu = 0  # Whoever attends there has written it.
         self._blocks.store(unit, slot, (first * cpu, stop * cpu), (first * disk, stop * disk), after)
+        if self._inputs is not None:
+            row = self._input_row(self._splits[unit])
+            self._inputs.store(unit, slot, (first * row, stop * row), (0, 0), after)
 
     def release(self, slot: int, event: Event) -> None:
         """The slot is in use until `event`."""
         if slot >= 0:
             self._blocks.release(slot, event)
+            if self._inputs is not None:
+                self._inputs.release(slot, event)
 
     def reset(self) -> None:
         """Forgets a block of requests, before the next."""
-        self._blocks.forget()
         self._loads.clear()
+        try:
+            self._blocks.forget()
+        finally:
+            if self._inputs is not None:
+                self._inputs.forget()
 
     def close(self) -> None:
         self._views.clear()
@@ -193,6 +216,8 @@ class KVCache:
         self._codec = None
         self._centres.clear()
         self._blocks.close()
+        if self._inputs is not None:
+            self._inputs.close()
 
     def _unit(self, layer: int, micro_batch: int) -> int:
         return layer * len(self._plan.micro_batches) + micro_batch
@@ -201,6 +226,9 @@ class KVCache:
         if not sequences:
             return 0
         return row_bytes(self._plan.spec, self._plan.policy, sequences, self._plan.dtype_bytes, disk=disk)
+
+    def _input_row(self, split: Split) -> int:
+        return split.inputs * self._plan.spec.hidden_bytes(1, self._plan.dtype_bytes)
 
     def _make_codec(self, bits: int) -> None:
         plan, spec = self._plan, self._plan.spec
@@ -224,8 +252,13 @@ class KVCache:
     def _make_segments(self, unit: int, slot: int, *, host: bool) -> list[AnySegment]:
         split, start = self._splits[unit], 0
         segments: list[AnySegment] = []
-        for tier, count in (("gpu", split.gpu), ("cpu", split.cpu), ("disk", split.disk)):
+        tiers = (("gpu", split.gpu), ("cpu", split.cpu), ("inputs", split.inputs), ("disk", split.disk))
+        for tier, count in tiers:
             if not count:
+                continue
+            if tier == "inputs":
+                segments.append(self._make_input_segment(unit, slot, start))
+                start += count
                 continue
             memory: torch.Tensor | None
             if tier == "gpu":
@@ -244,6 +277,13 @@ class KVCache:
                 segments.append(self._codec.segment(rows, start, centre))
             start += count
         return segments
+
+    def _make_input_segment(self, unit: int, slot: int, start: int) -> InputSegment:
+        assert self._inputs is not None
+        count, plan = self._splits[unit].inputs, self._plan
+        numbers = self._inputs.cpu_part(unit, slot).view(self._dtype)
+        x_SBD = numbers.view(plan.max_context, count, plan.spec.hidden_size)
+        return InputSegment(start, start + count, x_SBD, plan.recomputed_sequences)
 
     def _as_rows(self, memory: torch.Tensor, sequences: int) -> torch.Tensor:
         """Rows may be longer than their content, where disk wants whole pages."""

@@ -19,10 +19,10 @@ from flexllmgen.images import (
 )
 from flexllmgen.policy import Policy
 from flexllmgen.spec import ModelSpec
-from flexllmgen.splits import Split, micro_batch_sizes, split_sequences
+from flexllmgen.splits import Split, keep_inputs, micro_batch_sizes, split_sequences
 from flexllmgen.units import PAGE, GiB, round_up
 from flexllmgen.workload import Workload
-from flexllmgen.workspace import CHUNK_TOKENS, kv_scratch, row_bytes, workspace_bytes
+from flexllmgen.workspace import CHUNK_TOKENS, kv_scratch, recompute_scratch, row_bytes, workspace_bytes
 
 SMALL_UNIT_BYTES = 64 << 20
 """KV of one layer and micro-batch that is small enough for a spare slot."""
@@ -40,6 +40,8 @@ class PlacementPlan:
         workspace_bytes: peak of everything else on the device: activations inside a stage, logits, masks, `kv_scratch_bytes`.
         kv_scratch_bytes: what compressed KV takes beside its rows: a buffer that it is turned back into, for
             `kv_scratch_sequences` at once, and the centre of each sequence's keys.
+        input_bytes: of the KV cache in host memory, the layers' inputs that are kept instead of keys and values.
+        recomputed_sequences: of these, how many sequences' keys and values are made anew at once.
         staging_bytes: host memory that disk data passes through on its way to the device.
         chunk_tokens: positions that prefill computes at once within a micro-batch.
     """
@@ -69,11 +71,13 @@ class PlacementPlan:
     chunk_tokens: int
     kv_scratch_sequences: int = 0
     kv_scratch_bytes: int = 0
+    input_bytes: int = 0
+    recomputed_sequences: int = 0
 
     @property
     def attends_on_host(self) -> bool:
         """Whether decode steps attend to the KV in host memory on the CPU; without an accelerator all do anyway."""
-        return self.policy.cpu_attention and not self.in_place and self.kv_cache.cpu > 0
+        return self.policy.cpu_attention and not self.in_place and self.kv_cache.cpu > self.input_bytes
 
     @property
     def exchange_rows(self) -> tuple[int, ...]:
@@ -95,10 +99,18 @@ class PlacementPlan:
         """Host bytes of all micro-batches' sequences that are attended to on the CPU, in whole pages each."""
         return sum(round_up(rows * self.exchange_row_bytes, PAGE) for rows in self.exchange_rows)
 
+    def streams_kv(self, layer: int) -> bool:
+        """Whether any of a layer's KV goes through slots."""
+        splits = self.kv_splits[layer]
+        return any(split.disk or ((split.cpu or split.inputs) and not self.in_place) for split in splits)
+
     def loads_kv(self, layer: int) -> bool:
         """Whether decode steps bring any KV of a layer to the device."""
         here = self.in_place or self.attends_on_host
-        return any(split.disk or (split.cpu and not here) for split in self.kv_splits[layer])
+        return any(
+            split.disk or (split.cpu and not here) or (split.inputs and not self.in_place)
+            for split in self.kv_splits[layer]
+        )
 
     @property
     def max_context(self) -> int:
@@ -213,6 +225,11 @@ def plan_placement(
         raise PolicyError(
             f"{spec.name or spec.family} has no experts that a step could choose; turn chosen_experts off"
         )
+    if policy.recompute and spec.hidden_size >= 2 * spec.kv_size:
+        raise PolicyError(
+            f"{spec.name or spec.family}: a layer's input has {spec.hidden_size} numbers a position, keys and values have "
+            f"{2 * spec.kv_size}: nothing is saved by keeping it instead; turn recompute off (0)"
+        )
     images, stages = pack(spec, policy, dtype_bytes)
     images = place_images(images, policy.weights)
     block = min(policy.block_size, workload.num_sequences)
@@ -223,7 +240,7 @@ def plan_placement(
             "lower --input-len or --gen-len"
         )
     context = round_up(workload.max_context, 8)
-    flat = split_sequences(list(sizes) * spec.num_layers, policy.kv_cache)
+    flat = keep_inputs(split_sequences(list(sizes) * spec.num_layers, policy.kv_cache), policy.recompute)
     kv_splits = tuple(
         tuple(flat[layer * len(sizes) : (layer + 1) * len(sizes)]) for layer in range(spec.num_layers)
     )
@@ -233,9 +250,12 @@ def plan_placement(
     def kv_tier(sequences: int, *, disk: bool = False) -> int:
         return row_bytes(spec, policy, sequences, dtype_bytes, disk=disk) * context if sequences else 0
 
+    input_row = spec.hidden_bytes(context, dtype_bytes)
+    most_inputs = max(each.inputs for row in kv_splits for each in row)
+    input_bytes = sum(each.inputs for row in kv_splits for each in row) * input_row
     kv = TierBytes(
         gpu=sum(kv_tier(each.gpu) for row in kv_splits for each in row),
-        cpu=sum(kv_tier(each.cpu) for row in kv_splits for each in row),
+        cpu=sum(kv_tier(each.cpu) for row in kv_splits for each in row) + input_bytes,
         disk=sum(kv_tier(each.disk, disk=True) for row in kv_splits for each in row),
     )
     hidden = TierBytes(
@@ -245,6 +265,7 @@ def plan_placement(
     )
     slot_hidden = max((each.count * hidden_row for each in hidden_splits if each.gpu < each.count), default=0)
     slot_kv_cpu = 0 if in_place else max(kv_tier(each.cpu) for row in kv_splits for each in row)
+    slot_inputs = 0 if in_place else most_inputs * input_row
     slot_kv_disk = max(kv_tier(each.disk, disk=True) for row in kv_splits for each in row)
     slot_weights = max(
         sum(
@@ -260,7 +281,7 @@ def plan_placement(
     )
     depth = policy.overlap
     weight_slots = depth + 1 if slot_weights else 0
-    kv_slots = depth + 1 if slot_kv_cpu + slot_kv_disk else 0
+    kv_slots = depth + 1 if slot_kv_cpu + slot_inputs + slot_kv_disk else 0
     if kv_slots:
         kv_slots += spare_kv_slots(kv_tier(max(sizes)), depth, in_place=in_place)
     hidden_slots = min(depth, len(sizes) - 1) + 1 if slot_hidden else 0
@@ -277,6 +298,7 @@ def plan_placement(
     recorded = 0 if kv_slots + hidden_slots else (96 << 20 if weight_slots else 256 << 20)
     parts = [(each.gpu, each.cpu, each.disk) for row in kv_splits for each in row]
     scratch_sequences, scratch_bytes = kv_scratch(spec, policy, workload, dtype_bytes, max(map(max, parts)))
+    recomputed, recompute_bytes = recompute_scratch(spec, policy, workload, dtype_bytes, most_inputs)
     plan = None
     for chunk_tokens in CHUNK_TOKENS:
         plan = PlacementPlan(
@@ -297,16 +319,19 @@ def plan_placement(
             weight_slot_bytes=slot_weights,
             dequantised_bytes=max(stage_dequantised_bytes(images, stage) for stage in stages),
             kv_slots=kv_slots,
-            kv_slot_bytes=slot_kv_cpu + slot_kv_disk,
+            kv_slot_bytes=slot_kv_cpu + slot_inputs + slot_kv_disk,
             hidden_slots=hidden_slots,
             hidden_slot_bytes=slot_hidden,
             workspace_bytes=workspace_bytes(spec, policy, workload, dtype_bytes, chunk_tokens, not in_place)
             + (recorded if not in_place else 0)
-            + scratch_bytes,
+            + scratch_bytes
+            + recompute_bytes,
             staging_bytes=staging,
             chunk_tokens=chunk_tokens,
             kv_scratch_sequences=scratch_sequences,
             kv_scratch_bytes=scratch_bytes,
+            input_bytes=input_bytes,
+            recomputed_sequences=recomputed,
         )
         if gpu_cap_bytes is None or plan.gpu_bytes <= gpu_cap_bytes:
             break

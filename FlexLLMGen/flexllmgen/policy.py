@@ -74,6 +74,9 @@ class Policy:
             `kv_group_size` (32, 64 or 128) of them; None leaves them as they are.
         chosen_experts: a decode step brings in a mixture's experts when its router has chosen them, and only those; what
             comes before them is loaded ahead as always. A prompt's pass loads whole layers.
+        recompute: of the sequences whose KV the policy places in host memory, the share of which the layer's input is kept there
+            instead of keys and values. A decode step brings it to the device, which makes keys and values of it anew: of fewer
+            bytes (half, where each head has keys of its own) for the products of all cached positions.
         attn_sparsity: share of the cached positions whose values a decode step uses, those of the largest weights; 1 is
             all of them. What lies on other tiers is brought in whole all the same: a position's key and value are one row.
 
@@ -97,6 +100,7 @@ class Policy:
     kv_group_size: int = 64
     attn_sparsity: float = 1.0
     chosen_experts: bool = False
+    recompute: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("micro_batch_size", "num_micro_batches", "copy_threads"):
@@ -123,6 +127,14 @@ class Policy:
         if self.cpu_attention and self.kv_bits is not None:
             raise PolicyError(
                 "attention on the CPU reads keys and values as they are; turn off either cpu_attention or kv_bits"
+            )
+
+        if not 0 <= self.recompute <= 1:
+            raise PolicyError(f"recompute must be between 0 and 1, not {self.recompute:g}")
+        if self.recompute and (self.kv_bits is not None or self.attn_sparsity < 1):
+            other = "kv_bits" if self.kv_bits is not None else "attn_sparsity (1)"
+            raise PolicyError(
+                f"keys and values that are made anew are used as they are; turn off either recompute (0) or {other}"
             )
 
     @property

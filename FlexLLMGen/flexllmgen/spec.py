@@ -305,6 +305,14 @@ class ModelSpec:
         """Operations for one more token of one sequence: `scored` keys and `mixed` values, summed over the layers."""
         return self._matrix_flops() + 2 * self.query_size * (scored + mixed) + self._head_flops()
 
+    def key_value_flops(self, positions: float) -> float:
+        """Operations to make keys and values of the layer's input at `positions`, summed over the layers.
+
+        >>> OPT_125M.key_value_flops(positions=1)
+        2359296
+        """
+        return 4 * self.hidden_size * self.kv_size * positions
+
 
 def _count(shapes: Mapping[str, tuple[int, ...]]) -> int:
     return sum(math.prod(shape) for shape in shapes.values())

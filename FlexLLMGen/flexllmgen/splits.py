@@ -1,27 +1,29 @@
 """How sequences are divided: a block into micro-batches, and the sequences of each over the tiers. Pure."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flexllmgen.policy import Placement, Policy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
-    """Sequences of one unit on each tier, in this order."""
+    """Sequences of one unit on each tier, in this order; `inputs` lie in host memory too, as the layer's inputs."""
 
     gpu: int
     cpu: int
+    inputs: int = 0
     disk: int
 
     @property
     def count(self) -> int:
-        return self.gpu + self.cpu + self.disk
+        return self.gpu + self.cpu + self.inputs + self.disk
 
     def first(self, count: int) -> "Split":
         """Where the first `count` of the sequences are: a last block may have fewer than there is room for."""
         gpu = min(self.gpu, count)
         cpu = min(self.cpu, count - gpu)
-        return Split(gpu=gpu, cpu=cpu, disk=min(self.disk, count - gpu - cpu))
+        inputs = min(self.inputs, count - gpu - cpu)
+        return Split(gpu=gpu, cpu=cpu, inputs=inputs, disk=min(self.disk, count - gpu - cpu - inputs))
 
 
 def split_sequences(counts: list[int], shares: Placement) -> list[Split]:
@@ -42,6 +44,18 @@ def split_sequences(counts: list[int], shares: Placement) -> list[Split]:
         disk_done += disk
         splits.append(Split(gpu=gpu, cpu=count - gpu - disk, disk=disk))
     return splits
+
+
+def keep_inputs(splits: list[Split], share: float) -> list[Split]:
+    """Of the sequences in host memory, keeps a share as the layer's inputs; rounding is carried on likewise.
+
+    >>> [split.inputs for split in keep_inputs([Split(gpu=0, cpu=3, disk=0)] * 2, share=0.5)]
+    [2, 1]
+    """
+    if not share:
+        return splits
+    parts = split_sequences([split.cpu for split in splits], Placement(gpu=share, cpu=1 - share))
+    return [replace(split, cpu=part.cpu, inputs=part.gpu) for split, part in zip(splits, parts, strict=True)]
 
 
 def micro_batch_sizes(num_sequences: int, policy: Policy) -> tuple[int, ...]:

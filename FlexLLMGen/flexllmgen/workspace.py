@@ -37,6 +37,27 @@ def kv_scratch(
     return sequences, sequences * each + spec.num_layers * block * position // 2
 
 
+def recompute_scratch(
+    spec: ModelSpec, policy: Policy, workload: Workload, dtype_bytes: int, largest_part: int
+) -> tuple[int, int]:
+    """Sequences whose keys and values are made anew at once, and the bytes that this takes.
+
+    `largest_part` is the most sequences of a micro-batch whose layer's input is kept.
+    """
+    if not largest_part:
+        return 0, 0
+    room = round_up(workload.max_context, 8)
+    each = room * 2 * spec.kv_size * dtype_bytes
+    sequences = min(largest_part, max(1, KV_SCRATCH_BYTES // each))
+    # Inputs as rows of one product, its output, and keys while they are normalised and rotated.
+    elements = sequences * room * (spec.hidden_size + 2 * spec.kv_size)
+    if spec.traits.positions == "rotary":
+        elements += sequences * room * 4 * spec.kv_size
+        # Rotations of every position, and what they are made from.
+        elements += 2 * min(policy.block_size, workload.num_sequences) * room * spec.head_dim
+    return sequences, int(elements * dtype_bytes * 1.25)
+
+
 def workspace_bytes(
     spec: ModelSpec,
     policy: Policy,

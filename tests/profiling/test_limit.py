@@ -216,6 +216,36 @@ def test_of_a_smaller_last_block_what_lies_first_counts() -> None:
     assert up_bytes(PLAIN, traffic, workload) == pytest.approx(2 * 4 * 16 * 30)
 
 
+def test_layer_inputs_come_in_instead_and_keys_and_values_are_made_of_them() -> None:
+    """Of 4 key heads' worth, so that inputs are half: 8 numbers of 2 bytes a position, 4 layers, and of a window no more."""
+    for spec, positions in ((PLAIN, 4 * 30), (WINDOWED, 2 * 30 + 2 * (6 + 7 + 7 + 7))):
+        own = dataclasses.replace(spec, num_kv_heads=2)
+        policy = Policy(micro_batch_size=3, kv_cache=ON_CPU, recompute=1.0)
+        kept = dataclasses.replace(policy, recompute=0.0)
+        anew, plain = (
+            dataclasses.replace(
+                traffic_of(plan_placement(own, each, SHORT, 2)), slot_bytes=0, weight_bytes={"gpu": 0}
+            )
+            for each in (policy, kept)
+        )
+        assert up_bytes(own, anew) == pytest.approx(3 * 16 * positions)
+        assert up_bytes(own, plain) == pytest.approx(2 * 3 * 16 * positions)
+        slow = dataclasses.replace(LINKED, compute_flops_per_s=1.0)
+        more, less = (physical_limit(own, SHORT, each, slow).decode_busy_s for each in (anew, plain))
+        # Two products of 8 by 8 numbers for each cached position.
+        assert more["compute"] - less["compute"] == pytest.approx(2 * 2 * 8 * 8 * 3 * positions)
+        assert 2 * more["device to host link"] == pytest.approx(less["device to host link"])
+
+
+def test_beside_attention_on_the_cpu_only_inputs_come_in() -> None:
+    own = dataclasses.replace(PLAIN, num_kv_heads=2)
+    policy = Policy(micro_batch_size=3, kv_cache=ON_CPU, recompute=1 / 3, cpu_attention=True)
+    plan = plan_placement(own, policy, SHORT, 2)
+    traffic = dataclasses.replace(traffic_of(plan), slot_bytes=0, weight_bytes={"gpu": 0}, lookup_bytes={})
+    # And of the two others what was found, 8 numbers a layer and step.
+    assert up_bytes(own, traffic) == pytest.approx(16 * 4 * 30 + 2 * 16 * 4 * 4)
+
+
 def test_a_placement_tells_the_limit_its_settings() -> None:
     policy = Policy(micro_batch_size=3, kv_cache=ON_CPU, attn_sparsity=0.25)
     plan = plan_placement(WINDOWED, policy, SHORT, 2)

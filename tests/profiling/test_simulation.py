@@ -275,3 +275,51 @@ def test_one_thread_reads_at_the_rate_of_one() -> None:
     rates = {"disk_read_bytes_per_s": 2e9, "disk_read_alone_bytes_per_s": 1e9}
     four, one = cost(policy, **rates), cost(dataclasses.replace(policy, copy_threads=1), **rates)
     assert one.decode_s == pytest.approx(2 * four.decode_s, rel=0.05)
+
+
+def test_layer_inputs_take_half_the_bytes_and_the_products() -> None:
+    """Per layer and step, what is kept of each sequence over the link, and two products over all its positions."""
+    policy = Policy(micro_batch_size=8, num_micro_batches=2, kv_cache=ON_CPU)
+    kept, anew = cost(policy), cost(dataclasses.replace(policy, recompute=1.0))
+    for link in ("h2d", "d2h"):
+        assert anew.decode_moved_bytes[link] == pytest.approx(kept.decode_moved_bytes[link] / 2)
+        assert anew.prefill_moved_bytes[link] == pytest.approx(kept.prefill_moved_bytes[link] / 2)
+    extra = anew.decode_busy_s["compute"] - kept.decode_busy_s["compute"]
+    positions = WORKLOAD.num_sequences * sum(WORKLOAD.prompt_tokens + step for step in range(1, 16))
+    assert extra == pytest.approx(SPEC.num_layers * SPEC.key_value_flops(positions) / 7e14, rel=0.01)
+    half = cost(dataclasses.replace(policy, recompute=0.5))
+    halfway = (kept.decode_moved_bytes["h2d"] + anew.decode_moved_bytes["h2d"]) / 2
+    assert half.decode_moved_bytes["h2d"] == pytest.approx(halfway)
+
+
+def test_beside_attention_on_the_cpu_only_the_inputs_are_loaded() -> None:
+    policy = Policy(micro_batch_size=16, kv_cache=ON_CPU, cpu_attention=True)
+    rates = {"cpu_attention_bytes_per_s": 9e10}
+    asked, both, anew = (
+        cost(dataclasses.replace(policy, recompute=share), **rates) for share in (0.0, 0.5, 1.0)
+    )
+    cpu = "attention on the CPU"
+    assert both.decode_busy_s[cpu] == pytest.approx(asked.decode_busy_s[cpu] / 2, rel=0.1)
+    assert cpu not in anew.decode_busy_s
+    more = both.decode_moved_bytes["h2d"] - asked.decode_moved_bytes["h2d"] / 2
+    inputs = (
+        8
+        * SPEC.num_layers
+        * sum(WORKLOAD.prompt_tokens + step for step in range(15))
+        * SPEC.hidden_bytes(1, 2)
+    )
+    assert more == pytest.approx(inputs, rel=0.02)
+
+
+def test_a_ragged_block_makes_anew_what_there_is() -> None:
+    slow = {"h2d_bytes_per_s": 1e12}
+    policy = Policy(micro_batch_size=8, num_micro_batches=2, kv_cache=ON_CPU, recompute=1.0)
+    extra = []
+    for count in (17, 32):
+        workload = dataclasses.replace(WORKLOAD, num_sequences=count)
+        anew, kept = (
+            cost(each, workload, **slow).decode_busy_s["compute"]
+            for each in (policy, dataclasses.replace(policy, recompute=0.0))
+        )
+        extra.append(anew - kept)
+    assert extra[0] / extra[1] == pytest.approx(17 / 32, rel=0.1)

@@ -13,7 +13,8 @@ import torch
 from pydantic import ValidationError
 
 from flexllmgen.errors import CheckpointError, PlanInfeasible, PolicyError, UnsupportedModelError, UsageError
-from flexllmgen.policy import Policy
+from flexllmgen.placement import plan_placement
+from flexllmgen.policy import Placement, Policy
 from flexllmgen.spec import ModelSpec
 from flexllmgen.workload import Workload
 from harness.measure import Batch, run_pass
@@ -22,7 +23,7 @@ from harness.prompts import load_prompts
 from strategies.base import Machine, ModelSource, PlanRequest
 from strategies.flexgen import FlexgenStrategy, create, make_policy
 from strategies.flexgen_config import Config
-from strategies.flexgen_engine import policy_details
+from strategies.flexgen_engine import plan_of, policy_details
 from strategies.registry import find_strategy
 
 MIXED = {
@@ -152,6 +153,39 @@ def test_shares_over_a_hundred_are_refused_by_name() -> None:
 def test_keys_that_rule_each_other_out_are_named(changes: dict[str, Any], way: str) -> None:
     with pytest.raises(PolicyError, match=f"{way}, or --set cpu_cache_compute=false"):
         make_policy(config(cpu_cache_compute=True, **changes), 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "way"),
+    [
+        ({"compress_cache": True}, "--set compress_cache=false"),
+        ({"attn_sparsity": 0.5}, "--set attn_sparsity=1"),
+    ],
+)
+def test_what_makes_keys_anew_uses_them_as_they_are(changes: dict[str, Any], way: str) -> None:
+    assert make_policy(config(recompute=0.5), 4).recompute == 0.5
+    with pytest.raises(PolicyError, match=f"{way}, or --set recompute=0"):
+        make_policy(config(recompute=0.5, **changes), 4)
+
+
+def test_a_plan_knows_the_inputs_that_are_kept(tiny_model: Path, tmp_path: Path, laptop_profile: Any) -> None:
+    source = resolve_model(str(tiny_model), weights="pretrained")
+    spec = dataclasses.replace(ModelSpec.from_hf_config(source.config), num_kv_heads=4)
+    placement = plan_placement(
+        spec,
+        Policy(micro_batch_size=4, kv_cache=Placement(gpu=0.25, cpu=0.75), recompute=0.5),
+        request_for(source, tmp_path).workload,
+        4,
+        in_place=True,
+    )
+    plan = plan_of(
+        request_for(source, tmp_path, spec=spec, profile=laptop_profile), placement, strategy="flexgen"
+    )
+    assert plan.details["policy"]["recompute"] == 0.5
+    assert plan.lossless
+    assert plan.predicted is not None
+    assert plan.limit is not None
+    assert plan.predicted.generation_tok_s <= plan.limit.generation_tok_s
 
 
 def test_the_plan_places_the_shares_asked_for(tiny_model: Path, tmp_path: Path) -> None:

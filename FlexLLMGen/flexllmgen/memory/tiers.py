@@ -117,7 +117,7 @@ class TieredBlocks:
 
     def load(self, block: int, slot: int, cpu_bytes: int, disk_bytes: int) -> Event:
         """Brings the first bytes of a block's parts into a slot, once it is free and they are stored."""
-        busy, stored = self._busy[slot], self._stored[block]
+        busy, stored = self._busy[slot] if self._slots else [], self._stored[block]
 
         def work() -> None:
             if disk_bytes:
@@ -127,7 +127,8 @@ class TieredBlocks:
                 self._lanes.traffic.add("h2d", copy_bytes(self._slot_memory[slot], home))
 
         event = self._lanes.up_to(slot).submit(work, [*busy, stored])
-        self._busy[slot] = [event]
+        if self._slots:
+            self._busy[slot] = [event]
         return event
 
     def release(self, slot: int, event: Event) -> None:

@@ -8,12 +8,14 @@ of tiers, slots or schedules.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from flexllmgen.attention import append, decode_attention, prompt_attention
-from flexllmgen.kv_cache import AnySegment
+from flexllmgen.kv_cache import AnySegment, Segment
+from flexllmgen.layer_inputs import InputSegment
 from flexllmgen.models.experts import grouped_experts
 from flexllmgen.models.linear import linear
 from flexllmgen.models.rope import angles, inverse_frequencies, rotate
@@ -44,6 +46,7 @@ class Span:
         bias_B11S: added to a decode step's scores: minus infinity on padding; None without padding.
         row: where a recorded decode step writes, known to the device only; `first` is then the last there
             is room for, and the bias hides what is not written yet.
+        all_cos, all_sin: rotations of all positions from the cache's first on, [B, S, 1, H / 2]; where keys are made anew.
     """
 
     first: int
@@ -54,6 +57,8 @@ class Span:
     keep_BT: torch.Tensor | None = None
     bias_B11S: torch.Tensor | None = None
     row: torch.Tensor | None = None
+    all_cos: torch.Tensor | None = None
+    all_sin: torch.Tensor | None = None
 
     def part(self, start: int, stop: int) -> "Span":
         """The same positions of sequences [start, stop)."""
@@ -70,7 +75,18 @@ class Span:
             keep_BT=cut(self.keep_BT),
             bias_B11S=cut(self.bias_B11S),
             row=self.row,
+            all_cos=cut(self.all_cos),
+            all_sin=cut(self.all_sin),
         )
+
+
+class Projected(NamedTuple):
+    """New positions on their way into attention: what enters the projections, and what comes out of them."""
+
+    x_BTD: torch.Tensor
+    q_BTNH: torch.Tensor
+    k_BTKH: torch.Tensor
+    v_BTKH: torch.Tensor
 
 
 class Decoder:
@@ -122,18 +138,17 @@ class Decoder:
 
         `offset` is the micro-batch's index of the first sequence of `x_BTD`.
         """
-        q_BTNH, k_BTKH, v_BTKH = self.project(w, x_BTD, span)
-        mixed = self.attend(layer, span, segments, q_BTNH, k_BTKH, v_BTKH, offset)
+        new = self.project(w, x_BTD, span)
+        mixed = self.attend(w, layer, span, segments, new, offset)
         if span.prompt:
-            attended = prompt_attention(q_BTNH, k_BTKH, v_BTKH, span.keep_BT, self.spec.sliding_window(layer))
+            window = self.spec.sliding_window(layer)
+            attended = prompt_attention(new.q_BTNH, new.k_BTKH, new.v_BTKH, span.keep_BT, window)
         else:
             attended = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
         self.finish_attention(w, x_BTD, attended)
 
-    def project(
-        self, w: Weights, x_BTD: torch.Tensor, span: Span
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values of the new positions: [B, T, N, H], and twice [B, T, K, H]."""
+    def project(self, w: Weights, x_BTD: torch.Tensor, span: Span) -> Projected:
+        """Queries, keys and values of the new positions."""
         spec = self.spec
         batch, tokens = x_BTD.shape[:2]
         heads, kv_heads, size = spec.num_heads, spec.num_kv_heads, spec.head_dim
@@ -148,26 +163,34 @@ class Decoder:
             qk = torch.cat((q, k), dim=2)
         if span.cos is not None and span.sin is not None:
             qk = rotate(qk, span.cos, span.sin)
-        return qk[:, :, :heads], qk[:, :, heads:], v_BTKH
+        return Projected(normed, qk[:, :, :heads], qk[:, :, heads:], v_BTKH)
 
     def attend(
         self,
+        w: Weights,
         layer: int,
         span: Span,
         segments: Sequence[AnySegment],
-        q_BTNH: torch.Tensor,
-        k_BTKH: torch.Tensor,
-        v_BTKH: torch.Tensor,
+        new: Projected,
         offset: int = 0,
     ) -> list[torch.Tensor]:
-        """Appends the new keys and values to `segments`; what a decode step's queries find there, [B, N, H] of each."""
+        """Appends the new positions to `segments`; what a decode step's queries find there, [B, N, H] of each."""
+        x_BTD, q_BTNH, k_BTKH, v_BTKH = new
         batch, window = len(q_BTNH), self.spec.sliding_window(layer)
-        mixed = []
+        mixed: list[torch.Tensor] = []
         for segment in segments:
             start, stop = max(segment.start - offset, 0), min(segment.stop - offset, batch)
             if start >= stop:
                 continue
             mine = _part_of(segment, offset + start, offset + stop)
+            if isinstance(mine, InputSegment):
+                mine.write(x_BTD[start:stop], span.first)
+                if not span.prompt:
+                    for piece in mine.pieces():
+                        first, last = piece.start - offset, piece.stop - offset
+                        q_BNH = q_BTNH[first:last, 0]
+                        mixed.append(self._attend_anew(w, span.part(first, last), piece, q_BNH, window))
+                continue
             append(
                 mine,
                 k_BTKH[start:stop],
@@ -182,6 +205,35 @@ class Decoder:
                 q_BNH, length = q_BTNH[start:stop, 0], span.first + 1
                 mixed.append(decode_attention(q_BNH, mine, length, bias, window, self._sparsity))
         return mixed
+
+    def _attend_anew(
+        self, w: Weights, span: Span, segment: InputSegment, q_BNH: torch.Tensor, window: int
+    ) -> torch.Tensor:
+        """What queries find in keys and values made of the layer's inputs; all of the segment's sequences."""
+        length = span.first + 1
+        first = max(0, length - window) if window else 0
+        bias = None if span.bias_B11S is None else span.bias_B11S[..., first:length]
+        if bias is not None and first:
+            bias = bias.clone()  # As for any window: kernels do not check where it starts.
+        made = self._keys_and_values(w, span, segment.x_SBD[first:length], first)
+        return decode_attention(q_BNH, Segment(segment.start, segment.stop, made), length - first, bias, 0)
+
+    def _keys_and_values(self, w: Weights, span: Span, x_SBD: torch.Tensor, first: int) -> torch.Tensor:
+        """Keys and values of the span's sequences at positions from `first` on: [S, 2, B, K, H]."""
+        spec = self.spec
+        query, bias = spec.query_size, w.get("qkv.bias")
+        kv = linear(x_SBD, w["qkv.weight"][query:], None if bias is None else bias[query:])
+        kv_SB2KH = kv.view(*x_SBD.shape[:2], 2, spec.num_kv_heads, spec.head_dim)
+        k_SBKH = projected = kv_SB2KH[:, :, 0]
+        if spec.traits.qk_norm:
+            k_SBKH = F.rms_norm(k_SBKH, (spec.head_dim,), w["k_norm.weight"], spec.norm_eps)
+        if span.all_cos is not None and span.all_sin is not None:
+            stop = first + len(x_SBD)
+            cos, sin = (each[:, first:stop].transpose(0, 1) for each in (span.all_cos, span.all_sin))
+            k_SBKH = rotate(k_SBKH, cos, sin)
+        if k_SBKH is not projected:
+            projected.copy_(k_SBKH)
+        return kv_SB2KH.transpose(1, 2)
 
     def finish_attention(self, w: Weights, x_BTD: torch.Tensor, attended: torch.Tensor) -> None:
         """The rest of the attention half of a layer, in place: `attended` [B, T or none, N, H] through the output product."""
