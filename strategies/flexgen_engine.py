@@ -15,11 +15,11 @@ import torch
 from flexllmgen.checkpoint import Checkpoint, RandomCheckpoint, SafetensorsCheckpoint
 from flexllmgen.engine import FlexEngine
 from flexllmgen.errors import OutOfMemory, UsageError
+from flexllmgen.loading import weight_pack
 from flexllmgen.placement import PlacementPlan
 from flexllmgen.policy import Placement, Policy
 from flexllmgen.sampling import Greedy
 from flexllmgen.spec import ModelSpec
-from flexllmgen.weights import weight_pack
 from profiling.cost_model import engine_cost
 from profiling.hardware import check_writable, free_disk_bytes
 from profiling.layer_times import LayerShape, nearest_table

@@ -29,6 +29,7 @@ from flexllmgen.executor import Executor
 from flexllmgen.fits import check_fits
 from flexllmgen.host_attention import HostAttention
 from flexllmgen.kv_cache import KVCache
+from flexllmgen.loading import weight_pack
 from flexllmgen.memory.arena import HostArena
 from flexllmgen.memory.disk import DiskPool
 from flexllmgen.memory.tiers import Lanes
@@ -39,7 +40,7 @@ from flexllmgen.policy import Policy
 from flexllmgen.sampling import Greedy, Sampling
 from flexllmgen.spec import ModelSpec
 from flexllmgen.units import GiB
-from flexllmgen.weights import WeightStore, weight_pack
+from flexllmgen.weights import WeightStore
 from flexllmgen.workload import Workload
 
 log = logging.getLogger(__name__)

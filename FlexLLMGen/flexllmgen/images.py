@@ -220,16 +220,21 @@ def _with_bytes(image: Image, gpu: int, cpu: int) -> Image:
     return replace(image, gpu_bytes=gpu, cpu_bytes=cpu)
 
 
-def streamed_from(image: Image, resident_bytes: int) -> int:
+def resident_bytes(image: Image, *, in_place: bool) -> int:
+    """Bytes of an image, its first ones, that the compute device reads where they lie."""
+    return image.gpu_bytes + (image.cpu_bytes if in_place else 0)
+
+
+def streamed_from(image: Image, resident: int) -> int:
     """Offset from which an image goes through a slot: the start of its first tensor not wholly resident."""
-    if resident_bytes >= image.num_bytes:
+    if resident >= image.num_bytes:
         return image.num_bytes
-    return min(tensor.offset for tensor in image.tensors.values() if tensor.end > resident_bytes)
+    return min(tensor.offset for tensor in image.tensors.values() if tensor.end > resident)
 
 
 def streamed_bytes(image: Image, *, in_place: bool, embedding: bool) -> int:
     """Bytes of a slot that an image needs, alignment of its disk part included."""
-    resident = image.gpu_bytes + (image.cpu_bytes if in_place else 0)
+    resident = resident_bytes(image, in_place=in_place)
     if resident >= image.num_bytes or (embedding and looked_up_on_host(image)):
         return 0
     return round_up(image.num_bytes - streamed_from(image, resident), PAGE) + 2 * PAGE
@@ -240,7 +245,7 @@ def streamed_parts(image: Image, *, in_place: bool, embedding: bool, first: int 
 
     Only those from offset `first` of the image on.
     """
-    resident = image.gpu_bytes + (image.cpu_bytes if in_place else 0)
+    resident = resident_bytes(image, in_place=in_place)
     if resident >= image.num_bytes or (embedding and looked_up_on_host(image)):
         return TierBytes()
     start, disk_from = max(first, streamed_from(image, resident)), image.gpu_bytes + image.cpu_bytes

@@ -10,56 +10,24 @@ are then brought to their usual places in the slot, and the places of the others
 import contextlib
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from concurrent.futures import Future, wait
 from pathlib import Path
-from typing import Literal
 
 import torch
 
-from flexllmgen.checkpoint import Checkpoint, RandomCheckpoint
+from flexllmgen.checkpoint import Checkpoint
 from flexllmgen.dequantising import Dequantiser
-from flexllmgen.filling import fill_by_windows, fill_on_host
-from flexllmgen.images import Image, expert_of, experts_from, looked_up_on_host, streamed_from
+from flexllmgen.images import resident_bytes
+from flexllmgen.loading import load_images
 from flexllmgen.memory.arena import HostArena, Region
-from flexllmgen.memory.disk import READ_BYTES, DirectFile, in_order
-from flexllmgen.memory.pack import Part, WeightPack, aligned_empty, pack_key, spread
+from flexllmgen.memory.disk import DirectFile, in_order
+from flexllmgen.memory.pack import Part
 from flexllmgen.memory.tiers import Lanes
-from flexllmgen.memory.transfer import PACKET_BYTES, Event, Lane
+from flexllmgen.memory.transfer import Event, Lane
 from flexllmgen.models.experts import expert_addresses
 from flexllmgen.placement import PlacementPlan
-from flexllmgen.quantised_cache import QuantisedCache, open_cache
 from flexllmgen.units import PAGE, round_up
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """One copy of a load: `num_bytes` of an image from offset `start` on, to `slot_offset`."""
-
-    source: Literal["resident", "host", "disk"]
-    image: int
-    start: int
-    slot_offset: int
-    num_bytes: int
-    staging_offset: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """The streamed bytes of an image: from offset `start` on, at `slot_offset` of the slot."""
-
-    image: int
-    start: int
-    slot_offset: int
-    staging_offset: int
-
-
-def weight_pack(
-    plan: PlacementPlan, checkpoint: Checkpoint, directory: Path, device: torch.device, dtype: torch.dtype
-) -> WeightPack:
-    """Where the disk parts of these weights are packed. Random numbers differ between kinds of device."""
-    kind = device.type if isinstance(checkpoint, RandomCheckpoint) else ""
-    return WeightPack(directory, pack_key(checkpoint.fingerprint + kind, dtype, plan.images))
+from flexllmgen.weight_pieces import Piece, expert_pieces, stage_pieces, streamed_runs
 
 
 class WeightStore:
@@ -84,9 +52,6 @@ class WeightStore:
     ) -> None:
         self._plan, self._device, self._dtype = plan, device, dtype
         self._arena, self._lanes, self._disk_lane, self._directory = arena, lanes, disk_lane, directory
-        self._resident_bytes = [
-            image.gpu_bytes + (image.cpu_bytes if plan.in_place else 0) for image in plan.images
-        ]
         pinned = plan.policy.pin_weight
         self._homes: list[Region] = []
         for image in plan.images:
@@ -109,10 +74,10 @@ class WeightStore:
         self._resident: list[torch.Tensor] = []
         self._files: dict[int, DirectFile] = {}
         stages = range(len(plan.stages))
-        self._pieces = [self._plan_pieces(stage) for stage in stages]
-        self._expert_pieces = [self._plan_experts(stage) for stage in stages]
+        self._pieces = [stage_pieces(plan, stage) for stage in stages]
+        self._expert_pieces = [expert_pieces(plan, stage) for stage in stages]
         self._but_experts = [
-            self._plan_pieces(stage, experts=False) if self._expert_pieces[stage] else self._pieces[stage]
+            stage_pieces(plan, stage, experts=False) if self._expert_pieces[stage] else self._pieces[stage]
             for stage in stages
         ]
         # Of the stage that is computed.
@@ -137,9 +102,7 @@ class WeightStore:
         return bool(self._pieces[stage])
 
     def fill(self, checkpoint: Checkpoint) -> None:
-        """Reads all weights from the checkpoint onto their tiers; packs disk parts unless they are there already.
-
-        Those that are compressed are kept in the directory, if there is one, and read from there the next time.
+        """Takes memory and loads all weights onto their tiers (loading.py).
 
         Raises:
             CheckpointError: if it does not fit the model; OffloadDirError: if the disk is full.
@@ -147,20 +110,7 @@ class WeightStore:
         plan = self._plan
         checkpoint.validate(plan.spec)
         self._take_resident_memory()
-        packed = [image for image in plan.images if image.disk_bytes]
-        with contextlib.ExitStack() as held:
-            pack, stale = None, set[str]()
-            if packed:
-                assert self._directory is not None, "a plan with disk shares needs a directory"
-                pack = weight_pack(plan, checkpoint, self._directory, self._device, self._dtype)
-                held.enter_context(pack.locked())
-                stale = pack.stale(packed)
-            cache = held.enter_context(open_cache(plan, checkpoint, self._directory, self._dtype))
-            self._fill_all(checkpoint, pack, stale, cache)
-        if pack is not None:
-            for index, image in enumerate(plan.images):
-                if image.disk_bytes:
-                    self._files[index] = DirectFile(pack.path(image))
+        self._files = load_images(plan, checkpoint, self._parts, self._directory, self._device, self._dtype)
         on_host = bool(self._slot_regions)
         self._slots = (
             [self._arena.view(region) for region in self._slot_regions]
@@ -195,7 +145,7 @@ class WeightStore:
             events.append(Event())
         return events[-1]
 
-    def _start(self, mine: Sequence[_Piece], slot: int) -> list[Event]:
+    def _start(self, mine: Sequence[Piece], slot: int) -> list[Event]:
         """Starts loading pieces into a slot."""
         link, inside = self._lanes.up[0], self._lanes.up[-1]
         within = [piece for piece in mine if piece.source == "resident" and inside is not link]
@@ -210,8 +160,8 @@ class WeightStore:
         self._loads[slot] += events
         return events
 
-    def _load_over(self, link: Lane, mine: Sequence[_Piece], slot: int) -> Event:
-        reads: list[tuple[_Piece, Future[None]]] = []
+    def _load_over(self, link: Lane, mine: Sequence[Piece], slot: int) -> Event:
+        reads: list[tuple[Piece, Future[None]]] = []
         from_disk = [piece for piece in mine if piece.source == "disk"]
         started: Event | None = None
         if from_disk:
@@ -307,86 +257,21 @@ class WeightStore:
         self._slots.clear()
         self._resident.clear()
 
-    # Layout
-
-    def _bases(self, stage: int) -> list[tuple[int, int, int]]:
-        """(image, where its streamed run starts in it, and in the slot) of each image that is streamed."""
-        bases, base = [], 0
-        for index in self._plan.stages[stage].images:
-            image = self._plan.images[index]
-            resident = self._resident_bytes[index]
-            embedding = self._plan.stages[stage].kind == "embed"
-            if resident >= image.num_bytes or (embedding and looked_up_on_host(image)):
-                continue
-            start = streamed_from(image, resident)
-            # The disk part must start at a page of the slot.
-            disk_from = image.gpu_bytes + image.cpu_bytes
-            at = base + (start - disk_from) % PAGE
-            bases.append((index, start, at))
-            base = round_up(at + image.num_bytes - start, PAGE)
-        return bases
-
-    def _runs(self, stage: int) -> list[_Run]:
-        runs, staging = [], 0
-        for index, start, at in self._bases(stage):
-            runs.append(_Run(index, start, at, staging))
-            staging += round_up(self._plan.images[index].disk_bytes, PAGE)
-        return runs
-
-    def _plan_pieces(self, stage: int, *, experts: bool = True) -> list[_Piece]:
-        pieces: list[_Piece] = []
-        for run in self._runs(stage):
-            image = self._plan.images[run.image]
-            pieces += self._cut(run, run.start, image.num_bytes if experts else experts_from(image))
-        return pieces
-
-    def _plan_experts(self, stage: int) -> list[list[_Piece]]:
-        """The pieces of each expert, none where it is resident; an empty list unless steps choose among experts."""
-        if not self._plan.policy.chosen_experts:
-            return []
-        runs = {run.image: run for run in self._runs(stage)}
-        spans: dict[int, tuple[int, int, int]] = {}
-        for index in self._plan.stages[stage].images:
-            for name, tensor in self._plan.images[index].tensors.items():
-                if (expert := expert_of(name)) is not None:
-                    _, first, stop = spans.get(expert, (index, tensor.offset, tensor.end))
-                    spans[expert] = (index, min(first, tensor.offset), max(stop, tensor.end))
-        return [
-            self._cut(runs[index], max(first, runs[index].start), stop) if index in runs else []
-            for _, (index, first, stop) in sorted(spans.items())
-        ]
-
-    def _cut(self, run: _Run, first: int, stop: int) -> list[_Piece]:
-        """The pieces of bytes [first, stop) of a run; on disk from the page on where they begin."""
-        image, resident = self._plan.images[run.image], self._resident_bytes[run.image]
-        disk_from, to_slot = image.gpu_bytes + image.cpu_bytes, run.slot_offset - run.start
-        pieces: list[_Piece] = []
-        if first < min(resident, stop):
-            pieces.append(_Piece("resident", run.image, first, first + to_slot, min(resident, stop) - first))
-        end = min(stop, disk_from)
-        pieces += [
-            _Piece("host", run.image, offset, offset + to_slot, min(PACKET_BYTES, end - offset))
-            for offset in range(max(resident, first), end, PACKET_BYTES)
-        ]
-        page = disk_from + max(0, first - disk_from) // PAGE * PAGE
-        for offset in range(page, stop, READ_BYTES):
-            size, staging = min(READ_BYTES, stop - offset), run.staging_offset + offset - disk_from
-            pieces.append(_Piece("disk", run.image, offset, offset + to_slot, size, staging))
-        return pieces
+    # Copies
 
     def _make_views(self, stage: int, slot: int) -> Mapping[str, torch.Tensor]:
         views: dict[str, torch.Tensor] = {}
         dequantiser = Dequantiser(self._dense, self._dtype)
-        streamed = {index: (start, at) for index, start, at in self._bases(stage)}
+        streamed = {run.image: run for run in streamed_runs(self._plan, stage)}
         embedding = self._plan.stages[stage].kind == "embed"
         for index in self._plan.stages[stage].images:
             image = self._plan.images[index]
             for name, tensor in image.tensors.items():
-                if tensor.end <= self._resident_bytes[index]:
+                if tensor.end <= resident_bytes(image, in_place=self._plan.in_place):
                     memory, offset = self._resident[index], tensor.offset
-                elif index in streamed and tensor.offset >= streamed[index][0]:
-                    start, at = streamed[index]
-                    memory, offset = self._slots[slot], at + tensor.offset - start
+                elif index in streamed and tensor.offset >= streamed[index].start:
+                    run = streamed[index]
+                    memory, offset = self._slots[slot], run.slot_offset + tensor.offset - run.start
                 else:
                     assert embedding, "only tables read by rows stay on the host"
                     memory, offset = self._arena.view(self._homes[index]), tensor.offset
@@ -400,9 +285,7 @@ class WeightStore:
         self._dequantisers[stage, slot] = dequantiser
         return views
 
-    # Copies
-
-    def _start_read(self, piece: _Piece, slot: int) -> list[tuple[_Piece, Future[None]]]:
+    def _start_read(self, piece: Piece, slot: int) -> list[tuple[Piece, Future[None]]]:
         image, size = self._plan.images[piece.image], round_up(piece.num_bytes, PAGE)
         if self._staging:
             start = piece.staging_offset
@@ -414,18 +297,18 @@ class WeightStore:
         assert len(reads) == 1, "a piece is one read"
         return [(piece, future) for _, _, future in reads]
 
-    def _copy_staged(self, piece: _Piece, slot: int) -> None:
+    def _copy_staged(self, piece: Piece, slot: int) -> None:
         offset = piece.staging_offset
         staging = self._arena.view(self._staging[slot], offset, offset + piece.num_bytes)
         target = self._slots[slot][piece.slot_offset : piece.slot_offset + piece.num_bytes]
         target.copy_(staging, non_blocking=True)
         self._lanes.traffic.add("h2d", piece.num_bytes)
 
-    def _copy_all(self, pieces: Sequence[_Piece], slot: int) -> None:
+    def _copy_all(self, pieces: Sequence[Piece], slot: int) -> None:
         for piece in pieces:
             self._copy(piece, slot)
 
-    def _copy(self, piece: _Piece, slot: int) -> None:
+    def _copy(self, piece: Piece, slot: int) -> None:
         target = self._slots[slot][piece.slot_offset : piece.slot_offset + piece.num_bytes]
         if piece.source == "resident":
             memory, offset = self._resident[piece.image], piece.start
@@ -434,8 +317,6 @@ class WeightStore:
             offset = piece.start - self._plan.images[piece.image].gpu_bytes
             self._lanes.traffic.add("h2d", piece.num_bytes)
         target.copy_(memory[offset : offset + piece.num_bytes], non_blocking=True)
-
-    # Filling
 
     def _take_resident_memory(self) -> None:
         plan = self._plan
@@ -448,72 +329,11 @@ class WeightStore:
             self._resident.append(memory[offset : offset + image.gpu_bytes])
             offset += image.gpu_bytes
 
-    def _fill_all(
-        self, checkpoint: Checkpoint, pack: WeightPack | None, stale: set[str], cache: QuantisedCache | None
-    ) -> None:
-        images = list(enumerate(self._plan.images))
-        needed = [
-            (index, image)
-            for index, image in images
-            if image.name in stale or image.gpu_bytes + image.cpu_bytes > 0
-        ]
-        # Files are read, and packs written, by several threads. Random numbers are made on the device, by one
-        # thread at a time: its memory has room for few images.
-        threads = min(4, max(1, torch.get_num_threads()))
-        with ThreadPoolExecutor(max_workers=threads) as pool:
-            futures = [
-                pool.submit(
-                    self._fill_one, checkpoint, index, image, pack if image.name in stale else None, cache
-                )
-                for index, image in needed
-            ]
-            try:
-                for future in futures:
-                    future.result()
-            except BaseException:
-                for future in futures:
-                    future.cancel()
-                raise
-
-    @torch.inference_mode()
-    def _fill_one(
-        self,
-        checkpoint: Checkpoint,
-        index: int,
-        image: Image,
-        pack: WeightPack | None,
-        cache: QuantisedCache | None,
-    ) -> None:
-        payload = aligned_empty(round_up(image.disk_bytes, PAGE)).zero_() if pack is not None else None
-        parts = self._parts(index, image, payload)
-        cache = cache if image.compressed and image.disk_bytes < image.num_bytes else None
-        if self._device.type != "cpu" and isinstance(checkpoint, RandomCheckpoint):
-            fill_by_windows(checkpoint, image, parts, device=self._device, dtype=self._dtype)
-        elif cache is None or not cache.read(image, parts):
-            whole = next((part for start, stop, part in parts if (start, stop) == (0, image.num_bytes)), None)
-            if cache is not None:
-                memory, whole = cache.memory(image), None
-            elif whole is not None:
-                memory = whole
-            else:
-                # Zeros, so that the gaps between tensors are the same in every pack of the same weights.
-                memory = torch.zeros(image.num_bytes, dtype=torch.uint8)
-            fill_on_host(checkpoint, self._plan.spec, image, memory, device=self._device, dtype=self._dtype)
-            if whole is None:
-                spread(memory, 0, parts)
-            if cache is not None:
-                cache.write(image, memory)
-        if pack is not None and payload is not None:
-            pack.write(image, payload)
-
-    def _parts(self, index: int, image: Image, payload: torch.Tensor | None) -> list[Part]:
-        """Where an image's bytes go: (start, stop, memory) of each part that is there to be filled."""
+    def _parts(self, index: int) -> list[Part]:
+        """Where an image's bytes in memory go: (start, stop, memory) of each part that there is."""
+        image = self._plan.images[index]
         host_from = 0 if self._plan.in_place else image.gpu_bytes
-        host_to = image.gpu_bytes + image.cpu_bytes
-        parts = [(host_from, host_to, self._arena.view(self._homes[index]))]
+        parts = [(host_from, image.gpu_bytes + image.cpu_bytes, self._arena.view(self._homes[index]))]
         if not self._plan.in_place:
-            resident = self._resident_bytes[index]
-            parts.append((0, resident, self._resident[index].zero_()))
-        if payload is not None:
-            parts.append((host_to, image.num_bytes, payload))
+            parts.append((0, image.gpu_bytes, self._resident[index].zero_()))
         return [part for part in parts if part[0] < part[1]]

@@ -298,7 +298,7 @@ def _quantised(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         made.append(image.name)
         inner(checkpoint, spec, image, *args, **named)
 
-    monkeypatch.setattr("flexllmgen.weights.fill_on_host", counted)
+    monkeypatch.setattr("flexllmgen.loading.fill_on_host", counted)
     return made
 
 
