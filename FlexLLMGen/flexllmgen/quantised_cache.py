@@ -1,7 +1,7 @@
 """QuantisedCache: the compressed layers of a checkpoint in the offload directory, so that a model is quantised once.
 
-A file per image with all its bytes, wherever a plan puts them: other shares find it again. It is a cache: where it
-cannot be written, weights are quantised anew at the next start.
+A file per image with all its bytes, wherever a plan puts them: other shares find it again. What an interrupted start has
+finished is found again too. It is a cache: where it cannot be written, weights are quantised anew at the next start.
 """
 
 import logging

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from flexllmgen.errors import OffloadDirError
+from flexllmgen.images import Image
 from flexllmgen.memory import pack as pack_module
-from flexllmgen.memory.pack import WeightPack
+from flexllmgen.memory.pack import WeightPack, aligned_empty
+from flexllmgen.units import PAGE
 
 
 def is_locked(pack: WeightPack) -> bool:
@@ -58,3 +61,21 @@ def test_who_is_interrupted_while_waiting_takes_nothing_away(
             with pytest.raises(KeyboardInterrupt), second.locked():
                 pass
         assert is_locked(first)
+
+
+@pytest.mark.parametrize("problem", [KeyboardInterrupt, OffloadDirError])
+def test_whole_files_stay_unless_the_disk_is_to_blame(tmp_path: Path, problem: type[BaseException]) -> None:
+    image = Image(name="layer-0", layer=0, tensors={}, num_bytes=PAGE, gpu_bytes=0, cpu_bytes=0)
+    pack = WeightPack(tmp_path, "key")
+
+    def packs() -> None:
+        with pack.locked():
+            pack.write(image, aligned_empty(PAGE).zero_())
+            raise problem
+
+    with pytest.raises(problem):
+        packs()
+    if problem is OffloadDirError:
+        assert not pack.folder.exists()
+    else:
+        assert pack.read(image)

@@ -18,7 +18,7 @@ from flexllmgen import dequantising, filling
 from flexllmgen.checkpoint import RandomCheckpoint
 from flexllmgen.compression import compressed_bytes, dequantise, quantise
 from flexllmgen.engine import FlexEngine
-from flexllmgen.errors import PolicyError
+from flexllmgen.errors import CheckpointError, PolicyError
 from flexllmgen.filling import fill_by_windows, fill_on_host
 from flexllmgen.images import Image, pack, streamed_parts
 from flexllmgen.models.published import published_config
@@ -340,6 +340,50 @@ def test_damaged_files_are_made_again(
     assert "is damaged" in caplog.text
     assert torch.equal(first[1], again[1])
     assert path.read_bytes() != bytes(data)
+
+
+@pytest.mark.parametrize("problem", [KeyboardInterrupt, CheckpointError])
+def test_an_interrupted_start_keeps_the_layers_that_are_whole(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: type[BaseException]
+) -> None:
+    model, policy = tiny("qwen2"), Policy(micro_batch_size=6, weight_bits=4, weights=ON_CPU)
+    want = _run(model, model.checkpoint, policy, None)
+    last = f"layer-{model.spec.num_layers - 1}"
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1)
+
+    def stops(checkpoint: Any, spec: ModelSpec, image: Image, *args: Any, **named: Any) -> None:
+        if image.name == last:
+            raise problem
+        fill_on_host(checkpoint, spec, image, *args, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("flexllmgen.loading.fill_on_host", stops)
+        with pytest.raises(problem):
+            _run(model, model.checkpoint, policy, tmp_path)
+    kept = {path.stem for path in tmp_path.glob("quantised-*/*.bin")}
+    assert kept == {f"layer-{index}" for index in range(model.spec.num_layers - 1)}
+    made = _quantised(monkeypatch)
+    got = _run(model, model.checkpoint, policy, tmp_path)
+    assert {name for name in made if name.startswith("layer")} == {last}
+    assert torch.equal(got[1], want[1])
+
+
+def test_a_half_written_layer_is_not_trusted(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start that is killed while it writes a file leaves it under another name; the next one makes that layer anew."""
+    model, policy = tiny("qwen2"), Policy(micro_batch_size=6, weight_bits=4, weights=ON_CPU)
+    want = _run(model, model.checkpoint, policy, tmp_path)
+    (path,) = tmp_path.glob("quantised-*/layer-1.bin")
+    half = path.with_name(".layer-1-12345.tmp")
+    half.write_bytes(path.read_bytes()[:5000])
+    path.unlink()
+    made = _quantised(monkeypatch)
+    got = _run(model, model.checkpoint, policy, tmp_path)
+    assert {name for name in made if name.startswith("layer")} == {"layer-1"}
+    assert torch.equal(got[1], want[1])
+    assert path.exists()
+    assert not half.exists()
 
 
 def test_whole_layers_on_disk_are_kept_once(tiny: Any, tmp_path: Path) -> None:

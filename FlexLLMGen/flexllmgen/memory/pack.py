@@ -76,13 +76,20 @@ class WeightPack:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the pack alone while checking and writing; undoes what was written if that fails."""
+        """Holds the pack alone while checking and writing.
+
+        If that is interrupted or fails, files that are whole stay for the next time; where the disk is full or cannot be used,
+        what was written is given back.
+        """
         descriptor = self._lock()
         try:
             self._sweep()
             yield
-        except BaseException:
-            self._undo()
+        except BaseException as error:
+            if isinstance(error, OffloadDirError):
+                for path in self._made:
+                    path.unlink(missing_ok=True)
+            self._remove_if_empty()
             raise
         finally:
             os.close(descriptor)
@@ -179,14 +186,11 @@ class WeightPack:
         for orphan in self.folder.glob(".*.tmp"):
             orphan.unlink(missing_ok=True)
 
-    def _undo(self) -> None:
-        for path in self._made:
-            path.unlink(missing_ok=True)
-        (self.folder / ".lock").unlink(missing_ok=True)
-        try:
-            self.folder.rmdir()
-        except OSError:
-            log.debug("%s is kept: it holds files of an earlier run", self.folder)
+    def _remove_if_empty(self) -> None:
+        if not any(self.folder.glob("*.bin")):
+            (self.folder / ".lock").unlink(missing_ok=True)
+            with suppress(OSError):
+                self.folder.rmdir()
 
 
 def _checksum(memory: torch.Tensor, start: int = 0) -> int:
