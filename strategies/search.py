@@ -40,7 +40,7 @@ _COUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
 _AT_ONCE = 24
 _MAX_SIMULATED = 3
 """Of so many cuts at once, so many are simulated at most."""
-_STEPS_UP, _WALKS = 4, 2
+_STEPS_UP, _WALKS, _FEWER = 4, 2, 2
 _REFINED = 2
 """Of the best so many are tried with deeper prefetch and with attention and MLP apart."""
 _CLOSE = 1.25
@@ -269,9 +269,15 @@ class _Search:
                 solved = [
                     each for each in (self.program.solve(cut, kind) for cut in beside) if each is not None
                 ]
-                slack = _QUERY_ODD * best.policy.num_micro_batches if best.policy.cpu_attention else 0.0
                 known = len(self.found)
-                self._simulate(sorted(solved, key=lambda each: each.bound_s), most=len(solved), slack=slack)
+                self._simulate(sorted(solved, key=lambda each: each.bound_s), most=len(solved))
+                if best.policy.cpu_attention:
+                    priced = {each.cut for each in self.found[known:]}
+                    fewer = [
+                        each for each in solved if each.cut.count < best.cut.count and each.cut not in priced
+                    ]
+                    slack = _QUERY_ODD * best.cut.count
+                    self._simulate(sorted(fewer, key=lambda each: each.cut.count), most=_FEWER, slack=slack)
                 reached = min([best, *self.found[known:]], key=_with_preference)
                 if reached is best:
                     break
