@@ -5,7 +5,6 @@ to unit.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 from flexllmgen.errors import PolicyError
 from flexllmgen.images import (
@@ -22,7 +21,16 @@ from flexllmgen.spec import ModelSpec
 from flexllmgen.splits import Split, keep_inputs, micro_batch_sizes, split_sequences
 from flexllmgen.units import PAGE, GiB, round_up
 from flexllmgen.workload import Workload
-from flexllmgen.workspace import CHUNK_TOKENS, kv_scratch, recompute_scratch, row_bytes, workspace_bytes
+from flexllmgen.workspace import (
+    CHUNK_TOKENS,
+    RECORDED_BYTES,
+    Recording,
+    kv_scratch,
+    recompute_scratch,
+    recorded_part,
+    row_bytes,
+    workspace_bytes,
+)
 
 SMALL_UNIT_BYTES = 64 << 20
 """KV of one layer and micro-batch that is small enough for a spare slot."""
@@ -42,6 +50,7 @@ class PlacementPlan:
             `kv_scratch_sequences` at once, and the centre of each sequence's keys.
         input_bytes: of the KV cache in host memory, the layers' inputs that are kept instead of keys and values.
         recomputed_sequences: of these, how many sequences' keys and values are made anew at once.
+        recording: what of a decode step a CUDA device replays from a graph.
         staging_bytes: host memory that disk data passes through on its way to the device.
         chunk_tokens: positions that prefill computes at once within a micro-batch.
     """
@@ -67,6 +76,7 @@ class PlacementPlan:
     hidden_slots: int
     hidden_slot_bytes: int
     workspace_bytes: int
+    recording: Recording
     staging_bytes: int
     chunk_tokens: int
     kv_scratch_sequences: int = 0
@@ -163,22 +173,6 @@ class PlacementPlan:
     def spare_kv_slots(self) -> int:
         """Slots for KV that is being stored while the next is computed and those after it are loaded."""
         return max(0, self.kv_slots - self.policy.overlap - 1)
-
-    @property
-    def recording(self) -> Literal["none", "layers", "step"]:
-        """What of a decode step a CUDA device replays from a graph: all of it, or each layer's work for a micro-batch.
-
-        Only work that attends to KV on the device. A graph cannot attend to a window that moves.
-        """
-        spec = self.spec
-        windowed = any(0 < window < self.max_context for window in spec.sliding_windows)
-        if windowed or spec.num_experts or self.in_place:
-            return "none"
-        if self.policy.kv_bits or self.policy.attn_sparsity < 1:
-            return "none"  # As many rows are turned back, or chosen, as the length says, which no graph can.
-        if self.kv_slots or self.hidden_slots:
-            return "none"  # The link sets the pace, and each graph starts and ends later than its kernels alone would.
-        return "layers" if self.weights.cpu + self.weights.disk else "step"
 
     def describe(self) -> str:
         """Achieved shares and bytes on one line, for the log."""
@@ -294,8 +288,14 @@ def plan_placement(
     staging += kv_slots * slot_kv_disk * (not in_place)
     staged_hidden = max((round_up(each.disk * hidden_row, PAGE) for each in hidden_splits), default=0)
     staging += hidden_slots * staged_hidden
-    # What is recorded has memory of its own; a layer's work takes less than a step of all layers.
-    recorded = 0 if kv_slots + hidden_slots else (96 << 20 if weight_slots else 256 << 20)
+    recording = recorded_part(
+        spec,
+        policy,
+        context,
+        accelerated=not in_place,
+        streamed_weights=weights.cpu + weights.disk > 0,
+        streamed_others=kv_slots + hidden_slots > 0,
+    )
     parts = [(each.gpu, each.cpu, each.disk) for row in kv_splits for each in row]
     scratch_sequences, scratch_bytes = kv_scratch(spec, policy, workload, dtype_bytes, max(map(max, parts)))
     recomputed, recompute_bytes = recompute_scratch(spec, policy, workload, dtype_bytes, most_inputs)
@@ -323,9 +323,10 @@ def plan_placement(
             hidden_slots=hidden_slots,
             hidden_slot_bytes=slot_hidden,
             workspace_bytes=workspace_bytes(spec, policy, workload, dtype_bytes, chunk_tokens, not in_place)
-            + (recorded if not in_place else 0)
+            + RECORDED_BYTES[recording]
             + scratch_bytes
             + recompute_bytes,
+            recording=recording,
             staging_bytes=staging,
             chunk_tokens=chunk_tokens,
             kv_scratch_sequences=scratch_sequences,

@@ -1,5 +1,8 @@
 """Bytes beside what is placed: a row of the KV cache as it is kept, and what computing takes. Pure: counted, not measured."""
 
+from collections.abc import Mapping
+from typing import Literal
+
 from flexllmgen.compressed_size import compressed_bytes
 from flexllmgen.policy import Policy
 from flexllmgen.spec import ModelSpec
@@ -10,6 +13,33 @@ CHUNK_TOKENS = (8192, 4096, 2048, 1024, 1)
 """Positions that prefill may compute at once: the first that fits is taken, whole sequences at the least."""
 KV_SCRATCH_BYTES = 128 << 20
 """Compressed KV is turned back for so many sequences at once as come to this, for one at the least."""
+
+Recording = Literal["none", "layers", "step"]
+"""What of a decode step is recorded: nothing, each layer's work for a micro-batch, or all of it."""
+RECORDED_BYTES: Mapping[Recording, int] = {"none": 0, "layers": 96 << 20, "step": 256 << 20}
+"""What is recorded has memory of its own; a layer's work takes less than a step of all layers."""
+
+
+def recorded_part(
+    spec: ModelSpec,
+    policy: Policy,
+    context: int,
+    *,
+    accelerated: bool,
+    streamed_weights: bool,
+    streamed_others: bool,
+) -> Recording:
+    """What of a decode step a CUDA device replays from a graph; `context` is the positions there is room for.
+
+    A graph cannot attend to a window that moves, nor to as many rows as a length says: where they are turned back or chosen.
+    With KV or hidden states on the link, that sets the pace, and each graph starts and ends later than its kernels alone would.
+    """
+    windowed = any(0 < window < context for window in spec.sliding_windows)
+    if not accelerated or streamed_others or windowed or spec.num_experts:
+        return "none"
+    if policy.kv_bits or policy.attn_sparsity < 1:
+        return "none"
+    return "layers" if streamed_weights else "step"
 
 
 def row_bytes(spec: ModelSpec, policy: Policy, sequences: int, dtype_bytes: int, *, disk: bool) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -153,3 +155,35 @@ def test_unsupported_models_are_named_with_the_way_out() -> None:
 def test_percentages_that_sum_to_100_but_for_rounding_leave_nothing_to_the_disk(gpu: float) -> None:
     assert Placement.from_percent(gpu, 100 - gpu).disk < 1e-9
     assert Placement.from_percent(gpu, 100 - gpu + 1e-14).disk < 1e-9
+
+
+MIXTRAL, WINDOWED = spec_of("Mixtral-8x7B-v0.1"), spec_of("Mistral-7B-v0.1")
+
+
+@pytest.mark.parametrize(
+    ("spec", "changes", "recording", "mib"),
+    [
+        (OPT_125M, {}, "step", 256),
+        (OPT_125M, {"weights": ON_CPU}, "layers", 96),
+        (OPT_125M, {"weights": ON_CPU, "weight_bits": 4}, "layers", 96),
+        (OPT_125M, {"kv_cache": ON_CPU}, "none", 0),
+        (OPT_125M, {"kv_cache": ON_CPU, "cpu_attention": True}, "none", 0),
+        (OPT_125M, {"activations": ON_CPU}, "none", 0),
+        (OPT_125M, {"attn_sparsity": 0.5}, "none", 0),
+        (OPT_125M, {"kv_bits": 8}, "none", 0),
+        (MIXTRAL, {"weights": ON_CPU}, "none", 0),
+        (WINDOWED, {}, "none", 0),
+    ],
+)
+def test_memory_of_recorded_steps_is_planned_where_they_are_recorded(
+    spec: ModelSpec, changes: dict[str, Any], recording: str, mib: int
+) -> None:
+    # Longer than the window.
+    workload = Workload(num_sequences=2, prompt_tokens=1900 if spec is OPT_125M else 4090, gen_tokens=8)
+    policy = Policy(micro_batch_size=2, **changes)
+    plan = plan_placement(spec, policy, workload, 2)
+    assert plan.recording == recording
+    computing = workspace_bytes(spec, policy, workload, 2, plan.chunk_tokens, accelerated=True)
+    assert plan.workspace_bytes - plan.kv_scratch_bytes - computing == mib << 20
+    without_device = plan_placement(spec, policy, workload, 2, in_place=True)
+    assert without_device.recording == "none"

@@ -39,7 +39,8 @@ bits = st.sampled_from([None, None, 8, 4])
 
 @st.composite
 def policies(draw: st.DrawFn) -> Policy:
-    on_host = draw(st.booleans())
+    on_host, lossless_kv = draw(st.booleans()), draw(st.booleans())
+    dense = on_host or lossless_kv
     return Policy(
         micro_batch_size=draw(st.integers(1, 8)),
         num_micro_batches=draw(st.integers(1, 4)),
@@ -51,9 +52,20 @@ def policies(draw: st.DrawFn) -> Policy:
         sep_layer=draw(st.booleans()),
         weight_bits=draw(bits),
         cpu_attention=on_host,
-        kv_bits=None if on_host else draw(bits),
-        attn_sparsity=1.0 if on_host else draw(st.sampled_from([1.0, 0.5, 0.1])),
+        kv_bits=None if dense else draw(bits),
+        attn_sparsity=1.0 if dense else draw(st.sampled_from([1.0, 0.5, 0.1])),
         chosen_experts=draw(st.booleans()),
+        recompute=draw(st.sampled_from([0.0, 0.5, 1.0])) if dense else 0.0,
+    )
+
+
+def for_model(policy: Policy, spec: ModelSpec) -> Policy:
+    """Without what this model, or another of its choices, rules out."""
+    recomputed = spec.num_heads == spec.num_kv_heads
+    return dataclasses.replace(
+        policy,
+        chosen_experts=policy.chosen_experts and spec.num_experts > 0,
+        recompute=policy.recompute if recomputed else 0.0,
     )
 
 
@@ -97,7 +109,7 @@ def test_no_policy_is_predicted_faster_than_its_limit(
 ) -> None:
     if device == "cpu":
         rates = {name: rate for name, rate in rates.items() if "2" not in name}
-    policy = dataclasses.replace(policy, chosen_experts=policy.chosen_experts and spec.num_experts > 0)
+    policy = for_model(policy, spec)
     plan = plan_placement(spec, policy, workload, 2, in_place=device == "cpu")
     profile = machine(spec, device, **rates)
     limit = physical_limit(spec, workload, traffic_of(plan), profile.best)
