@@ -4,23 +4,29 @@ The numbers themselves are compression.py's.
 """
 
 import math
+from typing import Literal
 
 from flexllmgen.errors import PolicyError
 
 BITS = (8, 4)
-GROUP_SIZES = (64, 128)
+GROUP_SIZES = {"weight": (64, 128), "kv": (32, 64, 128)}
 
 
-def check_bits(bits: int | None, group_size: int, name: str) -> None:
-    """Refuses bits and groups that there are no codes for; `name` is what the user calls them.
+def check_bits(bits: int | None, group_size: int, kind: Literal["weight", "kv"]) -> None:
+    """Refuses bits and groups that there are no codes for.
 
     Raises:
         PolicyError: naming the values that there are.
     """
     if bits is not None and bits not in BITS:
-        raise PolicyError(f"{name}_bits must be 8 or 4, not {bits}")
-    if group_size not in GROUP_SIZES:
-        raise PolicyError(f"{name}_group_size must be 64 or 128, not {group_size}")
+        raise PolicyError(f"{kind}_bits must be {_one_of(BITS)}, not {bits}")
+    if group_size not in GROUP_SIZES[kind]:
+        raise PolicyError(f"{kind}_group_size must be {_one_of(GROUP_SIZES[kind])}, not {group_size}")
+
+
+def _one_of(values: tuple[int, ...]) -> str:
+    *others, last = map(str, values)
+    return f"{', '.join(others)} or {last}"
 
 
 def num_groups(size: int, group_size: int) -> int:

@@ -73,11 +73,11 @@ def _write_rows_kernel(
     scale_step_b,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
-    BLOCK_GROUPS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     batch, token = row // tokens, row % tokens
-    group = tl.program_id(1) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)
+    group = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     known = group < groups
     x += batch * x_step_b + token * x_step_t
     codes += token * codes_step_s + batch * codes_step_b
@@ -139,12 +139,12 @@ def _write_blocks_kernel(
     scale_step_b,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
-    BLOCK_BYTES: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     unit = tl.program_id(0).to(tl.int64)
     batch, block = unit // blocks, unit % blocks
     PER_BYTE: tl.constexpr = 8 // BITS
-    byte = tl.program_id(1) * BLOCK_BYTES + tl.arange(0, BLOCK_BYTES)
+    byte = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     first = byte * PER_BYTE
     position = block * GROUP + tl.arange(0, GROUP).to(tl.int64)
     x_at = batch * x_step_b + position[:, None] * x_step_t
@@ -214,41 +214,45 @@ def write_rows(
     segment: "CompressedSegment", which: int, x_BTE: torch.Tensor, first: int, bits: int, group_size: int
 ) -> None:
     """Keys (0) or values (1) of positions from `first` on, with groups along a position's channels."""
-    batch, tokens, channels = x_BTE.shape
-    codes, scale, zero = _from(segment, which, first)
-    groups = scale.shape[-1]
-    block_groups = min(triton.next_power_of_2(groups), max(1, 2048 // group_size))
-    _write_rows_kernel[(batch * tokens, triton.cdiv(groups, block_groups))](
-        x_BTE,
-        codes,
-        scale,
-        zero,
-        tokens,
-        channels,
-        groups,
-        *_steps(x_BTE),
-        *_steps(codes),
-        *_steps(scale),
-        BITS=bits,
-        GROUP=group_size,
-        BLOCK_GROUPS=block_groups,
-    )
+    groups = segment.scale_SB2L.shape[-1]
+    block = min(triton.next_power_of_2(groups), max(1, 2048 // group_size))
+    rows = x_BTE.shape[1]
+    _write(_write_rows_kernel, segment, which, x_BTE, first, rows, (groups, block), bits, group_size)
 
 
 def write_blocks(
     segment: "CompressedSegment", x_BTE: torch.Tensor, first: int, bits: int, group_size: int
 ) -> None:
     """Keys of whole blocks from `first` on, with groups along a block's positions."""
-    batch, tokens, channels = x_BTE.shape
-    blocks = tokens // group_size
-    codes, scale, zero = _from(segment, 0, first)
-    block_bytes = min(triton.next_power_of_2(codes.shape[-1]), 32)
-    _write_blocks_kernel[(batch * blocks, triton.cdiv(codes.shape[-1], block_bytes))](
+    row_bytes = segment.codes_SB2C.shape[-1]
+    block = min(triton.next_power_of_2(row_bytes), 32)
+    blocks = x_BTE.shape[1] // group_size
+    _write(_write_blocks_kernel, segment, 0, x_BTE, first, blocks, (row_bytes, block), bits, group_size)
+
+
+def _write(
+    kernel: triton.JITFunction,
+    segment: "CompressedSegment",
+    which: int,
+    x_BTE: torch.Tensor,
+    first: int,
+    units: int,
+    cut: tuple[int, int],
+    bits: int,
+    group_size: int,
+) -> None:
+    """Runs a kernel for each of the sequences' `units`, and for `cut[1]` at a time of the `cut[0]` parts of one."""
+    parts = (segment.codes_SB2C, segment.scale_SB2L, segment.zero_SB2L)
+    assert parts[1].stride() == parts[2].stride()
+    codes, scale, zero = (part[first:, :, which] for part in parts)
+    batch, _, channels = x_BTE.shape
+    num_parts, block = cut
+    kernel[(batch * units, triton.cdiv(num_parts, block))](
         x_BTE,
         codes,
         scale,
         zero,
-        blocks,
+        units,
         channels,
         scale.shape[-1],
         *_steps(x_BTE),
@@ -256,7 +260,7 @@ def write_blocks(
         *_steps(scale),
         BITS=bits,
         GROUP=group_size,
-        BLOCK_BYTES=block_bytes,
+        BLOCK=block,
     )
 
 
@@ -297,16 +301,6 @@ def read_rows(
         BLOCK_POSITIONS=_POSITIONS,
         BLOCK_CHANNELS=block_channels,
     )
-
-
-def _from(
-    segment: "CompressedSegment", which: int, first: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes, scales and zeros of keys or values from a position on."""
-    parts = (segment.codes_SB2C, segment.scale_SB2L, segment.zero_SB2L)
-    assert parts[1].stride() == parts[2].stride()
-    codes, scale, zero = (part[first:, :, which] for part in parts)
-    return codes, scale, zero
 
 
 def _steps(tensor: torch.Tensor) -> tuple[int, int]:

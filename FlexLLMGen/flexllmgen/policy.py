@@ -109,15 +109,12 @@ class Policy:
         if not 0 <= self.overlap <= 8:
             raise PolicyError(f"overlap must be between 0 and 8, not {self.overlap}")
         check_bits(self.weight_bits, self.weight_group_size, "weight")
+        check_bits(self.kv_bits, self.kv_group_size, "kv")
         if self.cpu_attention and self.activations != ON_GPU:
             raise PolicyError(
                 "attention on the CPU needs all hidden states on the device; "
                 "give activations a gpu share of 100 % or turn cpu_attention off"
             )
-        if self.kv_bits not in (None, 8, 4):
-            raise PolicyError(f"kv_bits must be 8 or 4, not {self.kv_bits}")
-        if self.kv_group_size not in (32, 64, 128):
-            raise PolicyError(f"kv_group_size must be 32, 64 or 128, not {self.kv_group_size}")
         if not 0 < self.attn_sparsity <= 1:
             raise PolicyError(f"attn_sparsity must be above 0 and at most 1, not {self.attn_sparsity:g}")
         if self.cpu_attention and self.attn_sparsity < 1:

@@ -147,6 +147,9 @@ def test_without_a_kernel_torch_does_its_work(
 def test_other_bits_and_groups_are_refused(bits: int, group_size: int) -> None:
     with pytest.raises(PolicyError, match=r"weight_(bits must be 8 or 4|group_size must be 64 or 128)"):
         check_bits(bits, group_size, "weight")
+    with pytest.raises(PolicyError, match=r"kv_(bits must be 8 or 4|group_size must be 32, 64 or 128), not"):
+        check_bits(bits, group_size + 8, "kv")
+    check_bits(4, 32, "kv")
     assert num_groups(65, 64) == 2
 
 

@@ -6,12 +6,13 @@ import re
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from pydantic import ValidationError
 
+from flexllmgen.compressed_size import BITS, GROUP_SIZES
 from flexllmgen.errors import CheckpointError, PlanInfeasible, PolicyError, UnsupportedModelError, UsageError
 from flexllmgen.placement import plan_placement
 from flexllmgen.policy import Placement, Policy
@@ -113,6 +114,12 @@ def test_weights_are_compressed_where_a_key_says_so() -> None:
 def test_other_bits_are_refused(key: str, value: int) -> None:
     with pytest.raises(ValueError, match=key):
         config(compress_weight=True, **{key: value})
+
+
+def test_the_keys_offer_the_bits_and_groups_that_there_are() -> None:
+    for kind, key in (("weight", "weight"), ("kv", "cache")):
+        assert get_args(Config.model_fields[f"{key}_bits"].annotation) == BITS
+        assert get_args(Config.model_fields[f"{key}_group_size"].annotation) == GROUP_SIZES[kind]
 
 
 @pytest.mark.parametrize(
