@@ -32,6 +32,7 @@ from flexllmgen.placement import PlacementPlan
 from flexllmgen.policy import values_used
 from flexllmgen.splits import micro_batch_sizes
 from flexllmgen.workload import Workload
+from flexllmgen.workspace import exchange_row
 from profiling.cost_model import CostEstimate, Phase, Times, cost_of_blocks
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ def _steps(spec: "ModelSpec", workload: Workload, traffic: Traffic, rows: KVRows
         read_kv=_kv_bytes(spec, traffic, rows, lambda window: (scored[window] + mixed[window]) / 2 - 1),
         # Those of the last step are read by none.
         new_kv=_kv_bytes(spec, traffic, rows, lambda _: (steps - 1) / steps),
-        exchanged=on_host * spec.query_size * traffic.dtype_bytes,
+        exchanged=on_host * exchange_row(spec, traffic.dtype_bytes).query,
         early=traffic.slot_bytes,
     )
 

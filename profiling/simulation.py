@@ -20,7 +20,7 @@ from flexllmgen.memory.disk import READ_BYTES
 from flexllmgen.placement import PlacementPlan
 from flexllmgen.schedule import Action, Shape, Step, zigzag
 from flexllmgen.units import DISK_THREADS
-from flexllmgen.workspace import row_bytes
+from flexllmgen.workspace import exchange_row, row_bytes
 from profiling.layer_times import LayerTimes
 from profiling.profile import Rates
 
@@ -379,8 +379,7 @@ class _Simulation:
         rows = self._rows_on_host(layer, step.micro_batch)
         if not rows:
             return
-        spec, size = self.plan.spec, self.plan.dtype_bytes
-        down = rows * (spec.query_size + 2 * spec.kv_size) * size
+        down = rows * exchange_row(self.plan.spec, self.plan.dtype_bytes).down
         ready = max(
             self._down("exchange down", self.computed, down, step.token),
             self.stored.get((layer, step.micro_batch), 0.0),
@@ -404,7 +403,7 @@ class _Simulation:
         if not self._chooses(step):
             self.issued += issue
         if rows:
-            up = rows * self.plan.spec.query_size * self.plan.dtype_bytes
+            up = rows * exchange_row(self.plan.spec, self.plan.dtype_bytes).outcome
             ready += up / self._up_rate
             self.clocks.moved[step.token][H2D] += up
         seconds = self._compute_seconds(step)

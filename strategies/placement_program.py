@@ -20,7 +20,7 @@ from flexllmgen.policy import Policy
 from flexllmgen.spec import ModelSpec
 from flexllmgen.units import round_up
 from flexllmgen.workload import Workload
-from flexllmgen.workspace import kv_scratch, row_bytes, workspace_bytes
+from flexllmgen.workspace import exchange_row, kv_scratch, row_bytes, workspace_bytes
 from profiling.layer_times import LayerTimes
 from profiling.profile import HardwareProfile
 
@@ -322,7 +322,7 @@ class PlacementProgram:
         prompt = workload.prompt_tokens
         context = prompt + workload.gen_tokens / 2
         token_kv = block * self.kv_position
-        exchanged = block * spec.num_layers * spec.query_size * self.size
+        exchanged = block * spec.num_layers * exchange_row(spec, self.size).outcome
         on_host = self.variant.cpu_attention
         # KV that no step will read is not stored.
         kept = prompt if workload.gen_tokens > 1 else 0

@@ -25,6 +25,7 @@ from flexllmgen.workspace import (
     CHUNK_TOKENS,
     RECORDED_BYTES,
     Recording,
+    exchange_row,
     kv_scratch,
     recompute_scratch,
     recorded_part,
@@ -101,8 +102,7 @@ class PlacementPlan:
     @property
     def exchange_row_bytes(self) -> int:
         """Host bytes of a sequence that is attended to on the CPU: its query, key and value, and what comes back."""
-        spec = self.spec
-        return 2 * (spec.query_size + spec.kv_size) * self.dtype_bytes
+        return sum(exchange_row(self.spec, self.dtype_bytes))
 
     @property
     def exchange_bytes(self) -> int:

@@ -1,7 +1,7 @@
 """Bytes beside what is placed: a row of the KV cache as it is kept, and what computing takes. Pure: counted, not measured."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from flexllmgen.compressed_size import compressed_bytes
 from flexllmgen.policy import Policy
@@ -49,6 +49,29 @@ def row_bytes(spec: ModelSpec, policy: Policy, sequences: int, dtype_bytes: int,
     else:
         num_bytes = compressed_bytes((sequences, 2, spec.kv_size), policy.kv_bits, policy.kv_group_size)
     return round_up(num_bytes, PAGE) if disk else num_bytes
+
+
+class Exchange(NamedTuple):
+    """Bytes of a layer and sequence that is attended to on the CPU: its query, key and value go down, the outcome comes up."""
+
+    query: int
+    key_value: int
+    outcome: int
+
+    @property
+    def down(self) -> int:
+        return self.query + self.key_value
+
+
+def exchange_row(spec: ModelSpec, dtype_bytes: int) -> Exchange:
+    """What goes down and up for attention on the CPU.
+
+    >>> from flexllmgen.spec import OPT_125M
+    >>> exchange_row(OPT_125M, dtype_bytes=2)
+    Exchange(query=1536, key_value=3072, outcome=1536)
+    """
+    query = spec.query_size * dtype_bytes
+    return Exchange(query=query, key_value=2 * spec.kv_size * dtype_bytes, outcome=query)
 
 
 def kv_scratch(
