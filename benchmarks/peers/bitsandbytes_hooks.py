@@ -17,7 +17,7 @@ from torch import nn
 
 from peers.accelerate_hooks import parts
 from peers.case import DEVICE, Case, cap_device_memory
-from peers.prefetch_hooks import Prefetch, device_bytes
+from peers.prefetch_hooks import Prefetch
 from peers.random_model import (
     PackedLayers,
     build,
@@ -64,14 +64,7 @@ def run(case: Case) -> dict[str, Any]:
 
 def run_prefetched(case: Case) -> dict[str, Any]:
     """Figures of one generation with prefetching hooks."""
-    cap_device_memory(case.gpu_gib)
-    start = time.perf_counter()
-    model, packed = prepared(case)
-    load_s = time.perf_counter() - start
-    return timed(model, case, device_bytes(model, packed)) | {
-        "load_s": round(load_s, 1),
-        "policy": "NF4 weights in pinned host memory, KV on the device",
-    }
+    return run_prepared(case, prepared, "NF4 weights in pinned host memory, KV on the device")
 
 
 def prepared(case: Case) -> tuple[Any, PackedLayers]:

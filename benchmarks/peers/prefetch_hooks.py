@@ -94,11 +94,15 @@ def device_bytes(model: nn.Module, packed: PackedLayers) -> int:
 
 def run(case: Case) -> dict[str, Any]:
     """Figures of one generation."""
+    return run_prepared(case, prepared, "weights in pinned host memory, KV on the device")
+
+
+def run_prepared(
+    case: Case, prepare: Callable[[Case], tuple[Any, PackedLayers]], policy: str
+) -> dict[str, Any]:
+    """Figures of one generation of the model that `prepare` makes ready; `policy` says what lies where."""
     cap_device_memory(case.gpu_gib)
     start = time.perf_counter()
-    model, packed = prepared(case)
+    model, packed = prepare(case)
     load_s = time.perf_counter() - start
-    return timed(model, case, device_bytes(model, packed)) | {
-        "load_s": round(load_s, 1),
-        "policy": "weights in pinned host memory, KV on the device",
-    }
+    return timed(model, case, device_bytes(model, packed)) | {"load_s": round(load_s, 1), "policy": policy}

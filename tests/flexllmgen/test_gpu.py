@@ -71,20 +71,8 @@ def test_parity(
     model.model.to(DEVICE, torch.float32)
     ids, mask = prompts(SEQUENCES, PROMPT, padded=padded)
     policy = Policy(micro_batch_size=4, num_micro_batches=3, overlap=2, **PLACEMENTS[placement])
-    workload = Workload(num_sequences=SEQUENCES, prompt_tokens=PROMPT, gen_tokens=TOKENS)
-    recorder = Recorder()
     routes = Routes(model, SEQUENCES, PROMPT, monkeypatch)
-    with FlexEngine.load(
-        model.spec,
-        model.checkpoint,
-        policy,
-        workload=workload,
-        device=DEVICE,
-        dtype=dtype,
-        offload_dir=tmp_path,
-    ) as engine:
-        got = torch.stack(list(engine.generate(ids, mask, sampling=recorder)), dim=1)
-    mine = recorder.logits().float().cpu()
+    got, mine = generated(model, policy, ids, mask, dtype, tmp_path)
     if dtype == torch.float32:
         exact = logits_of(model, ids, mask, got)
         assert (mine - exact).abs().max() / exact.abs().max() < FP32_TOLERANCE
@@ -187,6 +175,30 @@ class Routes:
         if mask is not None:
             real[:, : mask.shape[1]] = mask.bool()
         return real.flatten()
+
+
+def generated(
+    model: TinyModel,
+    policy: Policy,
+    ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    dtype: torch.dtype,
+    folder: Path,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The engine's tokens, and their logits in float32 on the host."""
+    workload = Workload(num_sequences=SEQUENCES, prompt_tokens=PROMPT, gen_tokens=TOKENS)
+    recorder = Recorder()
+    with FlexEngine.load(
+        model.spec,
+        model.checkpoint,
+        policy,
+        workload=workload,
+        device=DEVICE,
+        dtype=dtype,
+        offload_dir=folder,
+    ) as engine:
+        tokens = torch.stack(list(engine.generate(ids, mask, sampling=recorder)), dim=1)
+    return tokens, recorder.logits().float().cpu()
 
 
 def logits_of(

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_gpu import DEVICE, FP32_TOLERANCE, PROMPT, SEQUENCES, TOKENS, logits_of
-from test_parity import MIXED, Recorder
+from test_gpu import DEVICE, FP32_TOLERANCE, PROMPT, SEQUENCES, generated, logits_of
+from test_parity import MIXED
 from tiny_models import TinyModel, make_tiny, prompts
 
 from flexllmgen.checkpoint import RandomCheckpoint
@@ -56,20 +56,9 @@ def test_parity(
     model.model.to(DEVICE, torch.float32)
     ids, mask = prompts(SEQUENCES, PROMPT, padded=padded)
     policy = Policy(micro_batch_size=4, num_micro_batches=3, overlap=2, **PLACEMENTS[placement])
-    workload = Workload(num_sequences=SEQUENCES, prompt_tokens=PROMPT, gen_tokens=TOKENS)
-    recorder = Recorder()
-    with FlexEngine.load(
-        model.spec,
-        model.checkpoint,
-        policy,
-        workload=workload,
-        device=DEVICE,
-        dtype=dtype,
-        offload_dir=tmp_path,
-    ) as engine:
-        got = torch.stack(list(engine.generate(ids, mask, sampling=recorder)), dim=1)
+    got, mine = generated(model, policy, ids, mask, dtype, tmp_path)
     exact = logits_of(model, ids, mask, got)
-    error = (recorder.logits().float().cpu() - exact).abs().max() / exact.abs().max()
+    error = (mine - exact).abs().max() / exact.abs().max()
     if dtype == torch.float32:
         assert error < FP32_TOLERANCE
         assert torch.equal(got, exact.argmax(-1))
