@@ -15,6 +15,7 @@ from flexllmgen.compression import dequantise, quantise
 from flexllmgen.cpu_attention.build import BuildFailedError, library_path
 from flexllmgen.cpu_attention.fallback import attend_with_torch
 from flexllmgen.cpu_attention.library import LEVELS, Kernel, Prepared
+from flexllmgen.errors import UsageError
 
 # B sequences  S positions  N query heads  K key heads  G groups of a row  H head dim
 
@@ -82,6 +83,59 @@ def attend(
     return out
 
 
+@pytest.fixture(scope="module")
+def emulated() -> Kernel:
+    """With loops for AMX, whether the processor has it or not; what is around them needs AVX-512 with its products."""
+    try:
+        kernel = Kernel(library_path("-O1", "-DFLEX_EMULATE_AMX"))
+    except BuildFailedError as error:
+        pytest.skip(str(error))
+    if kernel.level < LEVELS.index("amx"):
+        pytest.skip("no AVX-512 with products of bf16 and of bytes here")
+    return kernel
+
+
+AMX_SHAPES = [(2, 8, 1, 64), (1, 32, 4, 128), (2, 9, 3, 128), (1, 12, 2, 96), (1, 15, 1, 256), (1, 3, 3, 128)]
+
+
+@pytest.mark.parametrize(("sequences", "heads", "num_kv_heads", "size"), AMX_SHAPES)
+def test_amx_computes_attention(
+    emulated: Kernel, sequences: int, heads: int, num_kv_heads: int, size: int
+) -> None:
+    """Of bf16, and of codes; by tiles where they serve, and nearly as without them."""
+    torch.manual_seed(0)
+    levels = [LEVELS.index(name) for name in ("amx", "avx512_bf16")]
+    for first, length in SPANS:
+        kv = torch.randn(length, 2, sequences, num_kv_heads, size)
+        q, bias = torch.randn(sequences, heads, size), padding(sequences, first, length, length)
+        short, numbers = q.bfloat16(), kv.bfloat16()
+        right = expected(short, numbers, length, bias, first)
+        outs = [attend(emulated, level, short, numbers, length, bias, first=first) for level in levels]
+        assert error(outs[0], right) < BOUNDS[torch.bfloat16]
+        assert error(outs[0], outs[1].double()) < BOUNDS[torch.bfloat16]
+        for group_size in (64, 128):
+            codes, scale, zero = quantise(kv, 8, group_size)
+            parts = {"scale_S2BKG": scale, "zero_S2BKG": zero, "group_size": group_size, "first": first}
+            numbers = dequantise(codes, scale, zero, 8, group_size, torch.empty_like(kv))
+            for dtype in (torch.float16, torch.bfloat16):
+                short = q.to(dtype)
+                out = attend(emulated, levels[0], short, codes, length, bias, threads=2, **parts)
+                assert error(out, expected(short, numbers, length, bias, first)) < BOUNDS[dtype]
+
+
+def test_the_environment_names_the_best_instructions(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu_attention._kernel.cache_clear()
+    try:
+        monkeypatch.setenv(cpu_attention.VARIABLE, "generic")
+        assert cpu_attention.which() == "generic"
+        cpu_attention._kernel.cache_clear()
+        monkeypatch.setenv(cpu_attention.VARIABLE, "quick")
+        with pytest.raises(UsageError, match=r"FLEXLLMGEN_CPU_ATTENTION=quick: there is generic, .*amx"):
+            cpu_attention.which()
+    finally:
+        cpu_attention._kernel.cache_clear()
+
+
 @pytest.mark.parametrize("name", LEVELS)
 @pytest.mark.parametrize("dtype", BOUNDS)
 def test_every_instruction_set_computes_attention(kernel: Kernel, name: str, dtype: torch.dtype) -> None:
@@ -89,7 +143,7 @@ def test_every_instruction_set_computes_attention(kernel: Kernel, name: str, dty
         pytest.skip(f"no {name} here")
     torch.manual_seed(0)
     for sequences, heads, num_kv_heads, size in SHAPES:
-        if size % (4, 8, 16, 16)[level]:
+        if size % (4, 8, 16, 16, 16)[level]:
             continue
         for first, length in SPANS:
             kv = torch.randn(length + 3, 2, sequences, num_kv_heads, size).to(dtype)

@@ -9,6 +9,7 @@ Python's while it computes, so that the thread that issues work to an accelerato
 
 import functools
 import logging
+import os
 from collections.abc import Callable
 
 import torch
@@ -16,8 +17,12 @@ import torch
 from flexllmgen.cpu_attention.build import BuildFailedError, library_path
 from flexllmgen.cpu_attention.fallback import attend_with_torch
 from flexllmgen.cpu_attention.library import LEVELS, Kernel, Prepared
+from flexllmgen.errors import UsageError
 
 log = logging.getLogger(__name__)
+
+VARIABLE = "FLEXLLMGEN_CPU_ATTENTION"
+"""Of the environment: the best instructions (`which`) that the kernel may use; without it all that there are."""
 
 
 def prepare_attention(
@@ -104,16 +109,28 @@ def available(head_dim: int) -> bool:
 
 
 def which() -> str:
-    """What serves the calls: "avx512_bf16", "avx512", "avx2", "generic" (the kernel's instructions) or "torch"."""
+    """What serves the calls: "amx", "avx512_bf16", "avx512", "avx2", "generic" (the kernel's instructions) or "torch"."""
     kernel = _kernel()
     return "torch" if kernel is None else LEVELS[kernel.level]
 
 
 @functools.cache
 def _kernel() -> Kernel | None:
-    """The kernel, or none where it cannot be built or loaded, which is logged once."""
+    """The kernel, or none where it cannot be built or loaded, which is logged once.
+
+    Raises:
+        UsageError: the variable names no instructions.
+    """
     try:
-        return Kernel(library_path())
+        return Kernel(library_path(), _most())
     except (BuildFailedError, OSError) as error:
         log.warning("attention on the CPU goes through torch, which is slower: %s", error)
         return None
+
+
+def _most() -> str:
+    """The best instructions that may be used; the variable is for finding out whether one of them gives trouble."""
+    most = os.environ.get(VARIABLE) or LEVELS[-1]
+    if most not in LEVELS:
+        raise UsageError(f"{VARIABLE}={most}: there is {', '.join(LEVELS)}")
+    return most

@@ -138,6 +138,12 @@ inline void attend_piece(const Call& c, const Plan& plan, const Piece& piece, Be
             const int at = g0 * piece.heads;
 #ifdef BF16_DOTS
             if constexpr (std::is_same_v<T, BF16>) {
+#ifdef AMX
+                if constexpr (GT >= 4)
+                    if (by_matrix<GT>(c))
+                        return attend_matrix<GT>(c, piece.heads, block, g0, keys, bias, bench.q, bench.score, bench.alpha,
+                                                 to, values_now, keys_next);
+#endif
                 if (dots) {
                     scores_dots<GT>(c, bench.rows.data(), rows, g0, bench.score, values_now);
                     weigh<GT>(piece.heads, block, bias, bench.score, to.m + at, to.l + at, bench.alpha);
@@ -146,16 +152,17 @@ inline void attend_piece(const Call& c, const Plan& plan, const Piece& piece, Be
                 }
             }
             if constexpr (std::is_same_v<T, U8>) {
-                if (by_codes(c)) {
-                    attend_codes<GT>(c, piece.heads, block, g0, keys, bias, bench.q, bench.scale, bench.zero, bench.score,
-                                     bench.alpha, to, values_now, keys_next);
-                    return;
-                }
+                if (by_codes(c))
+                    return attend_codes<GT>(c, piece.heads, block, g0, keys, bias, bench.q, bench.scale, bench.zero,
+                                            bench.score, bench.alpha, to, values_now, keys_next);
             }
 #endif
-            scores<T, GT>(c, bench.rows.data(), rows, g0, bench.score, values_now);
-            weigh<GT>(piece.heads, block, bias, bench.score, to.m + at, to.l + at, bench.alpha);
-            values<T, GT>(c, bench.rows.data() + rows, piece.heads, block, g0, bench.score, bench.alpha, to.acc, keys_next);
+            if constexpr (!TILES) {
+                scores<T, GT>(c, bench.rows.data(), rows, g0, bench.score, values_now);
+                weigh<GT>(piece.heads, block, bias, bench.score, to.m + at, to.l + at, bench.alpha);
+                values<T, GT>(c, bench.rows.data() + rows, piece.heads, block, g0, bench.score, bench.alpha, to.acc,
+                              keys_next);
+            }
         });
     }
 }
@@ -229,6 +236,9 @@ inline void serve(const Call& c, const Plan& plan, Shared& shared) {
         else
 #endif
             pack_queries(Q{}, c, piece, bench.q);
+#ifdef AMX
+        turn_queries(c, piece.heads, bench.q);
+#endif
         attend_piece<T>(c, plan, piece, bench, shared.partial(c, plan, task));
         if (shared.left[unit].fetch_sub(int(count)) != count) continue;
         parts.clear();
@@ -237,14 +247,24 @@ inline void serve(const Call& c, const Plan& plan, Shared& shared) {
         shares.resize(parts.size());
         finish(Q{}, c, piece, parts.data(), int(parts.size()), shares.data());
     }
+#ifdef AMX
+    leave_tiles();
+#endif
 }
 
 inline void attend(const Call& c, const Plan& plan, Shared& shared) {
+#ifdef AMX
+    // Built for these alone: what tiles have no part in is left to the instructions without them.
+    if (by_codes(c)) return c.q_type == 1 ? serve<F16, U8>(c, plan, shared) : serve<BF16, U8>(c, plan, shared);
+    if (by_matrix<4>(c) && c.N / c.K >= 4) return serve<BF16, BF16>(c, plan, shared);
+    return avx512_bf16::attend(c, plan, shared);
+#else
     by_type(c.q_type, [&](auto q) {
         by_type(c.kv_type, [&](auto kv) {
             if constexpr (!std::is_same_v<decltype(q), U8>) serve<decltype(q), decltype(kv)>(c, plan, shared);
         });
     });
+#endif
 }
 
 // Reads memory, and adds up what it reads.

@@ -33,8 +33,8 @@ class BuildFailedError(Exception):
     """The library is not there and cannot be made; the message says why."""
 
 
-def library_path() -> Path:
-    """The library, built if it is not there yet. Processes that want it at once wait for the first of them.
+def library_path(*flags: str) -> Path:
+    """The library, built if it is not there yet, with `flags` more. Processes that want it at once wait for the first.
 
     Raises:
         BuildFailedError: no compiler, a compiler's error, or a folder that cannot be written.
@@ -42,7 +42,7 @@ def library_path() -> Path:
     compiler = _compiler()
     try:
         folder = _cache_dir() / "cpu_attention"
-        path = folder / f"{_key(compiler)}.so"
+        path = folder / f"{_key(compiler, flags)}.so"
         if path.exists():
             return path
         folder.mkdir(parents=True, exist_ok=True)
@@ -50,17 +50,17 @@ def library_path() -> Path:
         with path.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not path.exists():
-                _compile(compiler, path)
+                _compile(compiler, flags, path)
         return path
     except OSError as error:
         raise BuildFailedError(f"{error.strerror}: {error.filename}") from error
 
 
-def _compile(compiler: str, path: Path) -> None:
+def _compile(compiler: str, flags: tuple[str, ...], path: Path) -> None:
     """Compiles beside `path` and renames: what has the library's name is whole."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
-        command = [compiler, *_FLAGS, str(SOURCES / "kernel.cpp"), "-o", str(made)]
+        command = [compiler, *_FLAGS, *flags, str(SOURCES / "kernel.cpp"), "-o", str(made)]
         try:
             done = subprocess.run(
                 command,
@@ -89,9 +89,11 @@ def _compiler() -> str:
     raise BuildFailedError(f"no C++ compiler ({own or ', '.join(_COMPILERS)}); install g++ or set CXX")
 
 
-def _key(compiler: str) -> str:
+def _key(compiler: str, flags: tuple[str, ...]) -> str:
     """Changes with the sources, the flags, the compiler and the kind of machine."""
-    digest = hashlib.sha256(" ".join((platform.system(), platform.machine(), compiler, *_FLAGS)).encode())
+    digest = hashlib.sha256(
+        " ".join((platform.system(), platform.machine(), compiler, *_FLAGS, *flags)).encode()
+    )
     version = subprocess.run(
         [compiler, "--version"], capture_output=True, check=False, stdin=subprocess.DEVNULL
     )

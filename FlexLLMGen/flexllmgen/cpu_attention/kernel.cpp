@@ -13,7 +13,12 @@
 #include <vector>
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 #include "numbers.h"
@@ -172,13 +177,39 @@ namespace avx512_bf16 {
 #include "codes.h"
 #include "attend.h"
 }  // namespace avx512_bf16
+#define AMX
+namespace amx {
+#include "vectors_avx512.h"
+#include "tiles.h"
+#include "amx.h"
+#include "dots.h"
+#include "matrix.h"
+#include "codes.h"
+#include "attend.h"
+}  // namespace amx
+#undef AMX
 #undef BF16_DOTS
 #pragma GCC pop_options
 #endif
 
+// Whether there is AMX for bf16 and bytes, and the system lets this process use it: Linux wants to be asked.
+bool amx_allowed() {
+#ifdef FLEX_EMULATE_AMX
+    return true;
+#elif defined(__x86_64__) && defined(__linux__)
+    constexpr unsigned NEEDED = 1u << 22 | 1u << 24 | 1u << 25;  // bf16, tiles, bytes
+    constexpr int REQUEST = 0x1023, TILE_DATA = 18;
+    unsigned a, b, c, d = 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & NEEDED) != NEEDED) return false;
+    return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+#else
+    return false;
+#endif
+}
+
 extern "C" {
 
-// The best instruction set of this processor: 3 avx512 with products of bf16, 2 avx512, 1 avx2, 0 neither.
+// The best instruction set of this processor: 4 avx512 with AMX and the system's leave, 3 avx512 with products of bf16, 2 avx512, 1 avx2, 0 neither.
 int flex_level() {
 #if defined(__x86_64__)
     const bool fast = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
@@ -186,7 +217,8 @@ int flex_level() {
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
         {
         const bool products = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
-        return products && __builtin_cpu_supports("avx512vbmi") ? 3 : 2;
+        if (!products || !__builtin_cpu_supports("avx512vbmi")) return 2;
+        return amx_allowed() ? 4 : 3;
     }
     if (fast) return 1;
 #endif
@@ -204,6 +236,7 @@ void flex_attend(const Call* call) {
     Shared shared(c, plan, pool);
     pool.run(plan.threads, [&](int) {
 #if defined(__x86_64__)
+        if (c.level == 4) return amx::attend(c, plan, shared);
         if (c.level == 3) return avx512_bf16::attend(c, plan, shared);
         if (c.level == 2) return avx512::attend(c, plan, shared);
         if (c.level == 1) return avx2::attend(c, plan, shared);

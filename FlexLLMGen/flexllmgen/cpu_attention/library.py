@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-LEVELS = ("generic", "avx2", "avx512", "avx512_bf16")
-_WIDTHS = (4, 8, 16, 16)
+LEVELS = ("generic", "avx2", "avx512", "avx512_bf16", "amx")
+_WIDTHS = (4, 8, 16, 16, 16)
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
 _POINTERS = ("q", "kv", "scale", "zero", "bias", "out", "k_new", "v_new")
 _STRIDES = tuple(
@@ -59,18 +59,18 @@ class Prepared:
 
 
 class Kernel:
-    """The library at `path`.
+    """The library at `path`, with no better instructions than `most` of LEVELS.
 
     Raises:
         OSError: it cannot be loaded.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, most: str = LEVELS[-1]) -> None:
         self._library = ctypes.CDLL(str(path))
         self._library.flex_attend.restype = None
         self._library.flex_read.restype = ctypes.c_float
         self._library.flex_read.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
-        self.level: int = self._library.flex_level()
+        self.level: int = min(self._library.flex_level(), LEVELS.index(most))
 
     def level_for(self, head_dim: int) -> int | None:
         """The best instruction set whose vectors divide a head; none for odd sizes."""

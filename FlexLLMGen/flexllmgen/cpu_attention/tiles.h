@@ -5,6 +5,11 @@
 
 using V = Simd::V;
 constexpr int W = Simd::W, NR = Simd::NR;
+#ifdef AMX
+constexpr bool TILES = true;
+#else
+constexpr bool TILES = false;
+#endif
 
 // 2 to the power of x <= 0, nothing under 2^-126: the series to the sixth power, off by 1e-7 at most.
 inline V exp2(V x) {
@@ -56,6 +61,20 @@ inline void fetch(const char* p, int64_t bytes) {
     const char* end = p + bytes;
     for (p = (const char*)(uintptr_t(p) / 64 * 64); p < end; p += 64) __builtin_prefetch(p, 0, 2);
 }
+
+// Rows of one head, `step` bytes apart.
+struct Rows {
+    const char* data;
+    int64_t step;
+
+    // `count` of them, in `memory` followed by rows of zeros if they are less than a whole block.
+    Rows(const char* data, int64_t step, int count, int64_t bytes, char* memory) : data(data), step(step) {
+        if (count == LONG_BLOCK) return;
+        for (int p = 0; p < count; ++p) std::memcpy(memory + p * bytes, data + p * step, size_t(bytes));
+        std::memset(memory + count * bytes, 0, size_t((LONG_BLOCK - count) * bytes));
+        this->data = memory, this->step = bytes;
+    }
+};
 
 // Fetches what is read next while something else is computed, in the order in which it lies: that is what the
 // processor's own prefetching follows. `runs` runs of `run` bytes, `step` apart.
