@@ -17,7 +17,7 @@ from torch import nn
 
 from peers.accelerate_hooks import parts
 from peers.case import DEVICE, Case, cap_device_memory
-from peers.prefetch_hooks import Prefetch
+from peers.prefetch_hooks import Prefetch, run_prepared
 from peers.random_model import (
     PackedLayers,
     build,
