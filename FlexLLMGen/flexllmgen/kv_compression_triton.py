@@ -37,10 +37,11 @@ def _half_up(x):
 def _scale_and_zero(low, high, LEVELS: tl.constexpr):
     """Scale, zero, what to multiply by, and the greatest code that does not turn back to more than fp16 holds."""
     zero = -_half_up(-low)
-    scale = _half_up((high - zero) / LEVELS)
+    # Rounded as torch rounds: a plain division is off by a bit or two, and a scale then one number up.
+    scale = _half_up(tl.div_rn(high - zero, tl.full(high.shape, LEVELS, tl.float32)))
     safe = tl.where(scale > 0, scale, 1.0)
-    inverse = tl.where(scale > 0, 1.0 / safe, 0.0)
-    top = tl.where(scale > 0, tl.floor((_FP16_MAX - zero) / safe), 0.0)
+    inverse = tl.where(scale > 0, tl.div_rn(tl.full(safe.shape, 1.0, tl.float32), safe), 0.0)
+    top = tl.where(scale > 0, tl.floor(tl.div_rn(_FP16_MAX - zero, safe)), 0.0)
     return scale, zero, inverse, tl.minimum(top, LEVELS)
 
 
@@ -162,7 +163,8 @@ def _write_blocks_kernel(
     tl.store(codes + codes_at, code, mask=here)
 
 
-@triton.jit
+# Positions change from step to step: none of their values shall have a kernel of its own.
+@triton.jit(do_not_specialize=["first", "stop", "blocks_stop"])
 def _read_kernel(
     codes,
     scale,

@@ -51,13 +51,14 @@ def test_a_call_waits_for_what_came_before_and_holds_up_what_comes_after() -> No
         host.view(torch.int32)[1] = found[-1]
 
     stream, answers = torch.cuda.Stream(), torch.zeros(rounds, dtype=torch.int32, device=CUDA)
+    stream.wait_stream(torch.cuda.current_stream())
     address = ctypes.cast(look, ctypes.c_void_p).value
     assert address is not None
     with torch.cuda.stream(stream):
         for index in range(rounds):
-            seen[0] = index + 1
+            seen[:1].fill_(index + 1)
             call_in_order(stream, address, 0)
-            answers[index] = seen[1]
+            torch.mul(seen[1:2], 1, out=answers[index : index + 1])
     stream.synchronize()
     assert found == list(range(1, rounds + 1))
     assert answers.tolist() == found
