@@ -4,7 +4,7 @@
 
 For each number of sequences, one block of them with random weights and prompts, both ways under the same shares: as much of
 the weights on the device as fits beside the largest block, the rest in host memory. Measured and predicted tokens a second,
-steps and limits as in `policy_run.py`. Prints one JSON line per run.
+steps and limits as in `policy_run.py`. Prints one JSON line per run; the file is written after each.
 
 With `--alias-mib` host memory of equal size is shared by several layers, as in `planner_case.py`. Random routers send tokens
 to all experts about alike; a trained one's choices repeat more, which moves fewer bytes.
@@ -74,11 +74,11 @@ def main() -> None:
             row = {"sequences": run.workload.num_sequences, "chosen_experts": chosen, **outcome}
             rows.append(row)
             print(json.dumps(row), flush=True)
-    result = {"model": spec.name, "gpu_gib": args.gpu_gib, "workload": args.workload, "profile": noted}
-    result |= {"crossover": crossovers(rows), "rows": rows}
-    print(json.dumps(result["crossover"]), flush=True)
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+            if args.out:
+                result = {"model": spec.name, "gpu_gib": args.gpu_gib, "workload": args.workload}
+                result |= {"profile": noted, "crossover": crossovers(rows), "rows": rows}
+                args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(crossovers(rows)), flush=True)
 
 
 def policy_for(run: PolicyRun, weights: Placement, bits: int | None, *, chosen_experts: bool) -> Policy:

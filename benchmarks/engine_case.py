@@ -26,11 +26,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "FlexLLMGen"))
 
 from peers import accelerate_hooks, flexgen_original
 from peers.case import Case, figures
+from processes import end_with_parent
 
 GiB = 1 << 30
 
 
 def main() -> None:
+    end_with_parent()
     parser = argparse.ArgumentParser()
     parser.add_argument("engine", choices=["ours", "accelerate", "flexgen", "links"])
     parser.add_argument("--model", default="opt-30b")

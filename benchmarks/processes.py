@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -11,6 +13,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+_GONE_S = 10
+_PR_SET_PDEATHSIG = 1
 
 
 def measure(script: Path, arguments: Sequence[str], seconds: float) -> dict[str, Any]:
@@ -27,12 +32,29 @@ def measure(script: Path, arguments: Sequence[str], seconds: float) -> dict[str,
         stdout, stderr = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        # A child that left the group may hold the pipes open: it is not waited for.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=_GONE_S)
         return {"error": f"over {seconds:.0f} s"}
-    lines = [line for line in stdout.splitlines() if line.startswith("{")]
-    result: dict[str, Any] = json.loads(lines[-1]) if lines else {}
-    if not lines or (process.returncode and "error" not in result):
+    result = _last_json(stdout)
+    if not result or (process.returncode and "error" not in result):
         result["error"] = " | ".join(stderr.strip().splitlines()[-6:])[-1500:]
     if "error" in result:
         result["stderr"] = stderr[-3000:]
     return {**result, "wall_s": round(time.time() - start, 1)}
+
+
+def _last_json(text: str) -> dict[str, Any]:
+    """The last line that is a JSON object, whatever else was printed; empty if none is."""
+    for line in reversed(text.splitlines()):
+        if line.startswith("{"):
+            with contextlib.suppress(ValueError):
+                found: dict[str, Any] = json.loads(line)
+                return found
+    return {}
+
+
+def end_with_parent() -> None:
+    """This process, which has a session of its own, is killed when whoever started it ends: it would keep the device."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -295,12 +295,7 @@ def main() -> None:
     text, told = draw_text(folder, args.windows, args.length, args.scored, args.prompts, args.gen)
     first, *rest = settings()
     chosen = [first, *(row for row in rest if args.only in row.name)]
-    rows = run(
-        chosen, spec, folder, text, device=args.device, dtype=args.dtype,
-        rounded_once=not args.each_pass,
-        tell=lambda row: print(json.dumps(row), file=sys.stderr, flush=True),
-    )  # fmt: skip
-    result = {
+    facts = {
         "model": "SmolLM2-135M-Instruct (built in)",
         "device": args.device,
         "dtype": args.dtype,
@@ -308,11 +303,21 @@ def main() -> None:
         "machine": platform.machine(),
         **told,
         "generated": {"prompts": args.prompts, "tokens_each": args.gen},
-        "rows": rows,
     }
-    print(json.dumps(result))
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    rows: list[dict[str, Any]] = []
+
+    def tell(row: dict[str, Any]) -> None:
+        rows.append(row)
+        print(json.dumps(row), file=sys.stderr, flush=True)
+        if args.out:
+            args.out.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+    run(
+        chosen, spec, folder, text, device=args.device, dtype=args.dtype,
+        rounded_once=not args.each_pass,
+        tell=tell,
+    )  # fmt: skip
+    print(json.dumps({**facts, "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -24,10 +24,12 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("",
 
 from peers import PEERS
 from peers.case import DEVICE, Case
+from processes import end_with_parent
 from record_rows import ENGINE, ROWS
 
 
 def main() -> None:
+    end_with_parent()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import record_table
 from peers import PEERS
@@ -183,5 +187,38 @@ def test_a_measurement_that_fails_or_hangs_says_why(tmp_path: Path) -> None:
     )
     assert measure(script, ["0", "0"], 60)["error"] == "0"
     assert measure(script, ["30", ""], 1)["error"] == "over 1 s"
-    script.write_text("print('{\"tok_s\": 5}')")
+    script.write_text("print('{\"tok_s\": 5}'); print('{not ours')")
     assert measure(script, [], 60)["tok_s"] == 5
+
+
+def test_a_measurement_ends_with_whoever_started_it(tmp_path: Path) -> None:
+    script, parent, started = tmp_path / "case.py", tmp_path / "parent.py", tmp_path / "started"
+    folder = str(Path(processes.__file__).parent)
+    script.write_text(
+        f"import os, pathlib, sys, time; sys.path.append({folder!r}); import processes; processes.end_with_parent()\n"
+        f"pathlib.Path({str(started)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    )
+    parent.write_text(
+        f"import pathlib, sys; sys.path.append({folder!r}); import processes\n"
+        f"processes.measure(pathlib.Path({str(script)!r}), [], 60)"
+    )
+    with subprocess.Popen([sys.executable, str(parent)]) as process:
+        until(lambda: started.exists() and started.read_text() != "")
+        process.kill()
+    until(lambda: _ended(int(started.read_text())))
+
+
+def _ended(pid: int) -> bool:
+    """Whether a process is but a table's entry that nobody has asked for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def until(holds: Callable[[], bool]) -> None:
+    """Waits some seconds at most."""
+    end = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.02)
