@@ -113,7 +113,7 @@ ROWS = {
         asked_tok_s=250,
         measures={
             ENGINE: Measure(seconds=80, options={"steps": 8}),
-            "flexgen": Measure(seconds=60, options={"batch": 32, "batches": 4, "steps": 4}),
+            "flexgen": Measure(seconds=90, options={"batch": 32, "batches": 4, "steps": 4}),
             "prefetch": Measure(seconds=50, options={"steps": 6}),
             "diffusers": Measure(seconds=50, options={"steps": 4}),
             "deepspeed": Measure(seconds=60, options={"steps": 4}),

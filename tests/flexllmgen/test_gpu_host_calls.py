@@ -1,6 +1,7 @@
 """C functions in a stream's order, and page-locked memory as kernels see it."""
 
 import ctypes
+import time
 
 import pytest
 import torch
@@ -39,10 +40,11 @@ def test_kernels_read_and_write_the_hosts_memory(dtype: torch.dtype) -> None:
 
 def test_a_call_waits_for_what_came_before_and_holds_up_what_comes_after() -> None:
     arena, host = page_locked(4096)
-    seen, rounds = mapped(host, CUDA).view(torch.int32), 100
+    seen, rounds = mapped(host, CUDA).view(torch.int32), 40
     host.zero_()
 
-    # Only C may run there; a callback of Python's is C enough for a test, as this thread waits without its lock.
+    # Only C may run there; a callback of Python's is C enough for a test of so few calls that this thread, which may hold
+    # Python's lock, need not wait until the driver takes another.
     found: list[int] = []
 
     @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -64,3 +66,19 @@ def test_a_call_waits_for_what_came_before_and_holds_up_what_comes_after() -> No
     assert answers.tolist() == found
     del seen
     arena.close()
+
+
+def test_more_calls_than_the_driver_keeps_are_waited_for() -> None:
+    rounds, microseconds = 300, 500
+    address = ctypes.cast(ctypes.CDLL(None).usleep, ctypes.c_void_p).value
+    assert address is not None
+    stream, count = torch.cuda.Stream(), torch.zeros(1, dtype=torch.int32, device=CUDA)
+    stream.wait_stream(torch.cuda.current_stream())
+    started = time.perf_counter()
+    with torch.cuda.stream(stream):
+        for _ in range(rounds):
+            call_in_order(stream, address, microseconds)
+            count.add_(1)
+    stream.synchronize()
+    assert time.perf_counter() - started >= rounds * microseconds / 1e6
+    assert int(count) == rounds
