@@ -175,6 +175,7 @@ namespace avx512_bf16 {
 #include "tiles.h"
 #include "dots.h"
 #include "codes.h"
+#include "code_values.h"
 #include "attend.h"
 }  // namespace avx512_bf16
 #define AMX
@@ -185,6 +186,7 @@ namespace amx {
 #include "dots.h"
 #include "matrix.h"
 #include "codes.h"
+#include "code_values.h"
 #include "attend.h"
 }  // namespace amx
 #undef AMX

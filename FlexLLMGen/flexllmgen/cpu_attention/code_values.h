@@ -1,0 +1,210 @@
+// Weighted sums of codes of 8 bits, and a block of both; included after codes.h.
+//
+// A block's weights times the scale of their group become whole numbers of 16 bits, as queries do; four rows' codes are
+// interleaved, so that one instruction adds up four positions.
+
+// Whether the values of GT queries are added up by tiles, which want weights the other way around.
+template <int GT>
+constexpr bool IN_TILES = TILES && GT >= 4;
+
+// From where in packed bytes those of [4 positions][GT][4] come, or of [GT][4 positions][4].
+template <int GT>
+struct Places {
+    alignas(64) uint8_t at[CHUNK];
+    Places() {
+        for (int i = 0; i < CHUNK; ++i) {
+            const int word = i / 4, four = IN_TILES<GT> ? word % (W / GT) : word / GT;
+            const int from = (four * 4 + i % 4) * GT + (IN_TILES<GT> ? word / (W / GT) : word % GT);
+            at[i] = uint8_t(from % W / 4 * W + from / W * 4 + from % 4);
+        }
+    }
+};
+
+// A block's weights times the scales of one group, in two signed bytes: of each 64 [4 positions][GT][4].
+template <int GT>
+struct Weights {
+    static constexpr int COUNT = LONG_BLOCK * GT / W;  // vectors of fp32
+    alignas(64) uint32_t high[(COUNT + 3) / 4 * W], low[(COUNT + 3) / 4 * W];
+    alignas(64) float step[W], zeros[W];  // of each query: what one stands for, the sum of weighted zeros
+
+    // The same for each query: over its lanes.
+    template <class F>
+    static V fold(V x, F&& f) {
+        const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        for (int step = GT; step < W; step *= 2)
+            x = f(x, _mm512_permutexvar_ps(_mm512_add_epi32(lane, _mm512_set1_epi32(step)), x));
+        return x;
+    }
+
+    void set(const float* weight, int block, const float* scale, const float* zero) {
+        static const Places<GT> places;
+        const __m512i position = _mm512_setr_epi32(0, 1 / GT, 2 / GT, 3 / GT, 4 / GT, 5 / GT, 6 / GT, 7 / GT, 8 / GT,
+                                                   9 / GT, 10 / GT, 11 / GT, 12 / GT, 13 / GT, 14 / GT, 15 / GT);
+        V x[(COUNT + 3) / 4 * 4], top = Simd::set1(1e-30f), sum = Simd::zero();
+        for (V& each : x) each = Simd::zero();
+        for (int i = 0; i < COUNT; ++i) {
+            const int left = std::max(0, std::min(W, block * GT - i * W));
+            const V w = _mm512_maskz_loadu_ps(__mmask16((1u << left) - 1), weight + i * W);
+            const V s = _mm512_permutexvar_ps(position, Simd::load(scale + i * W / GT));
+            const V z = _mm512_permutexvar_ps(position, Simd::load(zero + i * W / GT));
+            x[i] = Simd::mul(w, s);
+            top = Simd::larger(_mm512_abs_ps(x[i]), top);
+            sum = Simd::fma(w, z, sum);
+        }
+        top = fold(top, [](V a, V b) { return Simd::larger(a, b); });
+        Simd::store(step, Simd::mul(top, Simd::set1(1 / MOST)));
+        Simd::store(zeros, fold(sum, [](V a, V b) { return _mm512_add_ps(a, b); }));
+        const V by = _mm512_div_ps(Simd::set1(MOST), top);
+        const Codes half = _mm512_set1_epi16(128), byte = _mm512_set1_epi16(255), order = load_codes(places.at);
+        for (int i = 0; i < COUNT; i += 4) {
+            Codes n[4];
+            for (int j = 0; j < 4; ++j) n[j] = _mm512_cvtps_epi32(Simd::mul(x[i + j], by));
+            const Codes a = _mm512_packs_epi32(n[0], n[1]), b = _mm512_packs_epi32(n[2], n[3]);
+            const Codes lower = _mm512_packus_epi16(_mm512_and_si512(a, byte), _mm512_and_si512(b, byte));
+            const Codes upper = _mm512_packs_epi16(_mm512_srai_epi16(_mm512_add_epi16(a, half), 8),
+                                                   _mm512_srai_epi16(_mm512_add_epi16(b, half), 8));
+            _mm512_store_si512(low + i / 4 * W, _mm512_permutexvar_epi8(order, lower));
+            _mm512_store_si512(high + i / 4 * W, _mm512_permutexvar_epi8(order, upper));
+        }
+    }
+};
+
+// Interleaves 64 codes of four rows: [column][4].
+inline void interleave(const char* v, int64_t step, Codes* to) {
+    const Codes x = load_codes(v), y = load_codes(v + step), z = load_codes(v + 2 * step), w = load_codes(v + 3 * step);
+    const Codes a = _mm512_unpacklo_epi8(x, y), b = _mm512_unpackhi_epi8(x, y);
+    const Codes c = _mm512_unpacklo_epi8(z, w), d = _mm512_unpackhi_epi8(z, w);
+    to[0] = _mm512_unpacklo_epi16(a, c), to[1] = _mm512_unpackhi_epi16(a, c);
+    to[2] = _mm512_unpacklo_epi16(b, d), to[3] = _mm512_unpackhi_epi16(b, d);
+}
+
+#ifdef AMX
+// The weights' tile: a query's high bytes a row, and then the low ones; of eight, even queries before odd ones.
+template <int GT>
+inline void load_weights(const Weights<GT>& bytes) {
+    const Codes first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+    const Codes second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    alignas(64) Codes rows[GT];
+    for (int half = 0; half < 2; ++half) {
+        const uint32_t* from = half ? bytes.low : bytes.high;
+        Codes x[4];
+        for (int i = 0; i < GT / 2; ++i) x[i] = load_codes(from + i * W);
+        if (GT == 8) {
+            const Codes a = _mm512_unpacklo_epi64(x[0], x[1]), b = _mm512_unpacklo_epi64(x[2], x[3]);
+            const Codes c = _mm512_unpackhi_epi64(x[0], x[1]), d = _mm512_unpackhi_epi64(x[2], x[3]);
+            x[0] = a, x[1] = b, x[2] = c, x[3] = d;
+        }
+        for (int i = 0; i < GT / 2; i += 2) {
+            rows[half * GT / 2 + i] = _mm512_permutex2var_epi64(x[i], first, x[i + 1]);
+            rows[half * GT / 2 + i + 1] = _mm512_permutex2var_epi64(x[i], second, x[i + 1]);
+        }
+    }
+    tile_load<WEIGHTS>(rows, LONG_BLOCK);
+}
+#endif
+
+// Adds weighted values of one head.
+template <int GT>
+inline void values_codes(const Call& c, const Rows& rows, int block, const float* weight, const float* alpha,
+                         const float* scale, const float* zero, float* acc, Fetcher& next) {
+    constexpr int CT = GT > 4 ? 16 / GT : 4, FOURS = LONG_BLOCK / 4;
+    const int chunks = int(c.H / CHUNK), width = int(c.group_size / CHUNK);
+    // Of all groups at once: none waits for another.
+    Weights<GT> all[MOST_GROUPS];
+    for (int i = 0; i < c.groups; ++i) all[i].set(weight, block, scale + i * LONG_BLOCK, zero + i * LONG_BLOCK);
+    for (int chunk = 0; chunk < chunks; ++chunk, acc += 4 * GT * W) {
+        const Weights<GT>& bytes = all[chunk / width];
+        const char* v = rows.data + chunk * CHUNK;
+        const auto add = [&](int i, int g, Codes sum) {
+            float* to = acc + (i * GT + g) * W;
+            const V before = Simd::fma(Simd::load(to), Simd::set1(alpha[g]), Simd::set1(bytes.zeros[g]));
+            Simd::store(to, Simd::fma(_mm512_cvtepi32_ps(sum), Simd::set1(bytes.step[g]), before));
+        };
+        if constexpr (GT == 1) {
+            Codes high[4], low[4];
+            for (int i = 0; i < 4; ++i) high[i] = low[i] = _mm512_setzero_si512();
+#pragma GCC unroll 1
+            for (int four = 0; four < FOURS; ++four) {
+                Codes x[4];
+                interleave(v + 4 * four * rows.step, rows.step, x);
+                const Codes u = _mm512_set1_epi32(int(bytes.high[four])), l = _mm512_set1_epi32(int(bytes.low[four]));
+                for (int i = 0; i < 4; ++i) high[i] = products(high[i], x[i], u), low[i] = products(low[i], x[i], l);
+                next.lines(4);
+            }
+            for (int i = 0; i < 4; ++i) add(i, 0, _mm512_add_epi32(times_256(high[i]), low[i]));
+            continue;
+        }
+        alignas(64) Codes x[4 * FOURS];
+        // Unrolled, these loops would want more registers than there are.
+#pragma GCC unroll 1
+        for (int four = 0; four < FOURS; ++four) {
+            interleave(v + 4 * four * rows.step, rows.step, x + 4 * four);
+            next.lines(4);
+        }
+#ifdef AMX
+        if constexpr (IN_TILES<GT>) {
+            alignas(64) Codes sum[4][2 * GT];
+            if (chunk % width == 0) load_weights(bytes);
+            for (int i = 0; i < 4; ++i) {
+                tile_zero<OUT>();
+                tile_load<VALUES>(x + i, 4 * CHUNK);
+                tile_signed_unsigned<OUT, WEIGHTS, VALUES>();
+                tile_store<OUT>(sum[i], 64);
+            }
+            for (int i = 0; i < 4; ++i) {
+                for (int g = 0; g < GT; ++g) {
+                    const int row = GT == 8 ? g % 2 * 4 + g / 2 : g;
+                    add(i, g, _mm512_add_epi32(times_256(sum[i][row]), sum[i][GT + row]));
+                }
+            }
+            continue;
+        }
+#endif
+        for (int i = 0; i < 4; i += CT) {
+            Codes sum[CT * GT];
+            for (Codes& each : sum) each = _mm512_setzero_si512();
+            const auto pass = [&](const uint32_t* weights) {
+#pragma GCC unroll 1
+                for (int four = 0; four < FOURS; ++four) {
+#pragma GCC unroll 8
+                    for (int g = 0; g < GT; ++g) {
+                        const Codes w = _mm512_set1_epi32(int(weights[four * GT + g]));
+                        for (int j = 0; j < CT; ++j)
+                            sum[j * GT + g] = products(sum[j * GT + g], x[4 * four + i + j], w);
+                    }
+                }
+            };
+            pass(bytes.high);
+            for (Codes& each : sum) each = times_256(each);
+            pass(bytes.low);
+            for (int j = 0; j < CT; ++j)
+                for (int g = 0; g < GT; ++g) add(i + j, g, sum[j * GT + g]);
+        }
+    }
+}
+
+// A block of a piece's heads for GT queries of each, from `g0` on. `data` is where its keys begin; scales and zeros lie
+// as turn_groups leaves them, keys' before values'.
+template <int GT>
+inline void attend_codes(const Call& c, int heads, int block, int g0, const char* data, const float* bias, const float* q,
+                         const float* scale, const float* zero, float* score, float* alpha, const Partial& to,
+                         Fetcher& values_now, Fetcher& keys_next) {
+    const int64_t groups = c.groups * LONG_BLOCK, queries = c.N / c.K;
+    alignas(64) char memory[LONG_BLOCK * MOST_GROUPS * CHUNK];
+#ifdef AMX
+    shape<1, GT>();
+#endif
+    for (int h = 0; h < heads; ++h) {
+        const Rows keys(data + h * c.H, c.position_bytes, block, c.H, memory);
+        const float* packed = q + h * packed_codes(c) + group_count(g0) * (c.H / CHUNK) * PACKED;
+        scores_codes<GT>(c, keys, block, packed, scale + h * groups, zero + h * groups, h + 1 == heads,
+                         score + h * block * GT, values_now);
+    }
+    weigh<GT>(heads, block, bias, score, to.m + g0 * heads, to.l + g0 * heads, alpha);
+    scale += heads * groups, zero += heads * groups, data += c.half_bytes;
+    for (int h = 0; h < heads; ++h) {
+        const Rows values(data + h * c.H, c.position_bytes, block, c.H, memory);
+        values_codes<GT>(c, values, block, score + h * block * GT, alpha + h * GT, scale + h * groups, zero + h * groups,
+                         to.acc + (h * queries + g0) * c.H, keys_next);
+    }
+}
