@@ -4,14 +4,12 @@ Everything a user can get wrong is found before the folder is made (prepare.py);
 happens, the folder says so. Knows nothing of MLflow and prints nothing: it sends events (job.py).
 """
 
-import json
 import logging
-import os
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,37 +21,32 @@ from harness.measure import (
     Batch,
     BatchTimes,
     Pass,
+    compare_with_plan,
     mean_itl_by_position,
     median_and_spread,
     metrics_of,
-    ratios_to_plan,
     run_pass,
 )
 from harness.prepare import Prepared, prepare
 from harness.prompts import PromptSet
-from harness.provenance import environment_freeze, git_diff, without_credentials
 from harness.quality.phase import Quality
 from harness.quality.words import loss_tags
 from harness.results import (
     UNWRITABLE,
     Repeat,
     RunError,
-    RunResult,
     RunStatus,
-    Scalar,
     Timeline,
     unwritable,
-    write_json,
-    write_jsonl,
-    write_text,
 )
+from harness.run_folder import RunFolder, request_rows
+from harness.run_settings import opening_result, policy_params
 from profiling.sampler import Sampler, device_peaks, energy_joules, peak_rss_bytes
 from strategies.base import CountsTraffic, Engine, Placed, Plan
 
 log = logging.getLogger(__name__)
 
 _PROGRESS_INTERVAL_S = 0.1
-_RESERVE_BYTES = 256 << 10  # a result of hundreds of repeats
 
 
 def run_experiment(job: Job, events: EventWriter, wait_for_go: Callable[[], None]) -> int:
@@ -101,7 +94,7 @@ class _Run:
     def __init__(self, job: Job, prepared: Prepared, folder: Path, events: EventWriter) -> None:
         self.job = job
         self.prepared = prepared
-        self.folder = folder
+        self.folder = RunFolder(folder, self._warn)
         self.events = events
         self.repeats: list[Repeat] = []
         self.passes: list[list[BatchTimes]] = []
@@ -113,22 +106,12 @@ class _Run:
         self.plan = prepared.plan
         self.sampler: Sampler | None = None
         self.quality: Quality | None = None
-        self.result = self._opening_result()
-        self.reserve = Reserve(folder / ".reserve")
+        self.result = opening_result(job, prepared)
 
     def write_plan(self) -> None:
         """Make the folder, with all that is known before a weight is loaded."""
-        self.folder.mkdir(parents=True)
-        self.reserve.take()
-        handler = logging.FileHandler(self.folder / "run.log", encoding="utf-8")
-        handler.setFormatter(logging.Formatter(LOG_FORMAT))
-        logging.getLogger().addHandler(handler)
-        write_json(self.folder / "plan.json", self.prepared.plan.as_dict())
-        write_json(self.folder / "hardware_profile.json", self.prepared.profile.as_dict())
-        write_text(self.folder / "environment.txt", environment_freeze())
-        if diff := git_diff(Path.cwd()):
-            write_text(self.folder / "git.diff", diff)
-        self.result.write(self.folder)
+        self.folder.open(self.prepared.plan.as_dict(), self.prepared.profile.as_dict())
+        self.result.write(self.folder.path)
 
     def execute(self, wait_for_go: Callable[[], None]) -> int:
         """Load, measure, write; returns the exit code."""
@@ -137,28 +120,8 @@ class _Run:
             self.sampler = sampler
             try:
                 self._measure(sampler, wait_for_go)
-            except KeyboardInterrupt:
-                status = RunStatus.KILLED
-                error = RunError(
-                    type="Interrupted",
-                    message="interrupted"
-                    + ("; what was measured until then is kept" if self.repeats else ""),
-                    exit_code=exit_codes.INTERRUPTED,
-                )
-            except OffloadError as problem:
-                status = RunStatus.FAILED
-                error = _run_error(problem, str(problem), problem.exit_code)
-            except MemoryError as problem:
-                status = RunStatus.FAILED
-                error = _run_error(
-                    problem, "host memory ran out; lower --batch-size or --cpu-mem", OutOfMemory.exit_code
-                )
-            except Exception as problem:
-                log.exception("the run failed")
-                status = RunStatus.FAILED
-                error = _run_error(
-                    problem, f"{type(problem).__name__}: {_first_line(problem)}", _exit_code(problem)
-                )
+            except (Exception, KeyboardInterrupt) as problem:  # noqa: BLE001 - the folder says what happened
+                status, error = self._failure(problem)
         try:
             try:
                 self._finish(sampler, status, error)
@@ -167,12 +130,38 @@ class _Run:
                 self._finish(sampler, status, error)
         except OSError as problem:
             log.exception("the result cannot be written")
-            error = RunError(type=UNWRITABLE, message=unwritable(self.folder, problem), exit_code=2)
+            error = RunError(type=UNWRITABLE, message=unwritable(self.folder.path, problem), exit_code=2)
         if error is not None:
             self.events.send("error", message=error.message, exit_code=error.exit_code, type=error.type)
             return error.exit_code
         self.events.send("done")
         return 0
+
+    def _failure(self, problem: BaseException) -> tuple[RunStatus, RunError]:
+        """How a run that was left by an exception ends."""
+        if isinstance(problem, KeyboardInterrupt):
+            kept = "; what was measured until then is kept" if self.repeats else ""
+            error = RunError(
+                type="Interrupted", message=f"interrupted{kept}", exit_code=exit_codes.INTERRUPTED
+            )
+            return RunStatus.KILLED, error
+        message, exit_code = str(problem), 1
+        if isinstance(problem, OffloadError):
+            exit_code = problem.exit_code
+        elif isinstance(problem, MemoryError):
+            message = "host memory ran out; lower --batch-size or --cpu-mem"
+            exit_code = OutOfMemory.exit_code
+        else:
+            log.error("the run failed", exc_info=problem)
+            # torch reports a failed host allocation as a plain RuntimeError.
+            exit_code = OutOfMemory.exit_code if "DefaultCPUAllocator" in message else 1
+            message = f"{type(problem).__name__}: {(message.splitlines() or [''])[0]}"
+        return RunStatus.FAILED, RunError(
+            type=type(problem).__name__,
+            message=message,
+            traceback="".join(traceback.format_exception(problem)),
+            exit_code=exit_code,
+        )
 
     def _measure(self, sampler: Sampler, wait_for_go: Callable[[], None]) -> None:
         config = self.job.common
@@ -244,8 +233,8 @@ class _Run:
         self.passes.append(measured.batches)
         self.output_ids = self.output_ids or measured.output_ids
         # Whoever kills this process cannot be caught; what is on the disk by then is what remains.
-        with self._unless_full("result.json"):
-            self.result.model_copy(update=self._figures()).write(self.folder)
+        with self.folder.unless_full("result.json"):
+            self.result.model_copy(update=self._figures()).write(self.folder.path)
 
     def _pass(self, name: str, engine: Engine, batches: Sequence[Batch], measured: Pass) -> None:
         gen_len = self.job.common.gen_len
@@ -309,64 +298,16 @@ class _Run:
         for tier, num_bytes in placed.weight_bytes.items():
             self.once[f"weight_bytes_{tier}"] = float(num_bytes)
 
-    def _opening_result(self) -> RunResult:
-        job, prepared = self.job, self.prepared
-        config, request = job.common, prepared.plan.request
-        record = prepared.prompts.record
-        return RunResult(
-            run_uuid=job.run_uuid,
-            status=RunStatus.RUNNING,
-            experiment=config.experiment,
-            run_name=config.run_name
-            or f"{config.strategy} {short_name(config.model)} b{prepared.plan.batch_size}",
-            strategy=config.strategy,
-            model=config.model,
-            started_at_ms=int(time.time() * 1000),
-            process=job.process,
-            params=self._params(),
-            param_sources=job.sources,
-            tags=config.tags(),
-            dataset=record,
-            provenance=job.provenance,
-            hardware_fingerprint=prepared.hardware.fingerprint,
-            workload_key=(
-                f"{short_name(config.model)}/{record.name}-{record.digest[:8]}/n{config.num_prompts}"
-                f"/in{config.input_len}/gen{config.gen_len}/{request.dtype}"
-            ),
-            plan=prepared.plan.as_dict(),
-            warnings=self.warnings,
-        )
-
-    def _params(self) -> dict[str, Scalar]:
-        """Every effective value. Where an option says auto, the value is what it came to."""
-        job, request = self.job, self.prepared.plan.request
-        params: dict[str, Scalar] = {}
-        for key, value in {**job.common.model_dump(mode="json"), **job.strategy_config}.items():
-            params[key] = (
-                value if isinstance(value, (str, int, float, bool)) or value is None else json.dumps(value)
-            )
-        params["tracking_uri"] = without_credentials(job.common.tracking_uri or "") or None
-        params["dtype"] = request.dtype
-        params["device"] = request.machine.device
-        params["batch_size"] = request.batch_size
-        params["model_path"] = None if request.model.path is None else str(request.model.path)
-        params["model_revision"] = request.model.revision
-        return params
-
     def _finish(self, sampler: Sampler, status: RunStatus, error: RunError | None) -> None:
         plan = {**self.result.plan, **self._read_back()}
-        timeline = Timeline.model_validate(asdict(sampler.samples()))
-        with self._unless_full("plan.json"):
-            write_json(self.folder / "plan.json", plan)
-        with self._unless_full("timeline.json"):
-            write_text(self.folder / "timeline.json", timeline.model_dump_json())
-        with self._unless_full("requests.jsonl"):
-            self._write_requests()
-        if error is not None and error.traceback:
-            with self._unless_full("error.txt"):
-                write_text(self.folder / "error.txt", error.traceback)
+        prepared = self.prepared
+        self.folder.end(
+            plan,
+            Timeline.model_validate(asdict(sampler.samples())),
+            request_rows(prepared.prompts, self.output_ids, prepared.tokenizer),
+            error.traceback if error is not None else None,
+        )
         # Last, since it says that the run has ended.
-        self.reserve.give_back()
         result = self.result.model_copy(
             update={
                 "status": status,
@@ -377,20 +318,7 @@ class _Run:
                 "error": error,
             }
         )
-        result.write(self.folder)
-
-    @contextmanager
-    def _unless_full(self, name: str) -> Iterator[None]:
-        """A file that cannot be written costs a warning, not the measurement."""
-        try:
-            yield
-        except OSError as problem:
-            log.exception("%s cannot be written", name)
-            # result.json is written again at the end.
-            if name != "result.json":
-                message = f"{name} could not be written: {problem.strerror or problem}"
-                self.warnings.append(message)
-                self.events.send("warning", message=message)
+        result.write(self.folder.path)
 
     def _figures(self) -> dict[str, Any]:
         """The fields of the result that hold what was measured so far."""
@@ -423,57 +351,6 @@ class _Run:
             **self.placed.details,
         }
 
-    def _write_requests(self) -> None:
-        tokenizer = self.prepared.tokenizer
-        rows = []
-        # After an interruption there may be fewer outputs than prompts.
-        outputs = [*self.output_ids, *[[]] * (len(self.prepared.prompts.prompts) - len(self.output_ids))]
-        for prompt, output_ids in zip(self.prepared.prompts.prompts, outputs, strict=True):
-            text = tokenizer.decode(output_ids, skip_special_tokens=True) if tokenizer is not None else None
-            rows.append(
-                {
-                    "prompt_id": prompt.prompt_id,
-                    "prompt": prompt.text,
-                    "truncated": prompt.truncated,
-                    "input_ids": list(prompt.token_ids),
-                    "output_ids": output_ids,
-                    "output_text": text,
-                }
-            )
-        write_jsonl(self.folder / "requests.jsonl", rows)
-
-
-class Reserve:
-    """Room set aside for the end of a run, so that it can be written on a disk that fills up meanwhile."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def take(self) -> None:
-        """Raises OSError where there is none left."""
-        with self.path.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, _RESERVE_BYTES)
-
-    def give_back(self) -> None:
-        """To be called right before the room is needed."""
-        self.path.unlink(missing_ok=True)
-
-
-LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
-
-
-def policy_params(plan: Plan) -> dict[str, Scalar]:
-    """The policy that a plan runs, by the keys of strategy flexgen; nothing for a strategy that has none."""
-    params: dict[str, Scalar] = {
-        f"policy_{name}": value for name, value in plan.details.get("policy", {}).items()
-    }
-    short = {"weights": "w", "kv_cache": "cache", "activations": "act"}
-    for kind, shares in plan.details.get("shares", {}).items():
-        for tier, percent in shares.items():
-            params[f"policy_{short[kind]}_{tier}_percent"] = percent
-    # Where it stands among the settings, runs with and without it are two setups.
-    return params if plan.lossless else {**params, "lossy": True}
-
 
 def make_batches(prompts: PromptSet, batch_size: int) -> list[Batch]:
     """Cut the rows into batches of `batch_size`; the last may be smaller."""
@@ -483,42 +360,3 @@ def make_batches(prompts: PromptSet, batch_size: int) -> list[Batch]:
         ids_BT, mask_BT = prompts.batch(start, min(start + batch_size, total))
         batches.append(Batch(ids_BT=ids_BT, mask_BT=mask_BT))
     return batches
-
-
-def compare_with_plan(plan: Plan, measured_tok_s: float | None) -> dict[str, float]:
-    """The three numbers side by side: predicted, measured, limit, and how they relate; and the peaks planned."""
-    metrics: dict[str, float] = {}
-    steps = plan.request.workload.gen_tokens - 1
-    batches = -(-plan.request.workload.num_sequences // plan.batch_size)
-    for name, estimate in (("predicted", plan.predicted), ("limit", plan.limit)):
-        if estimate is not None:
-            metrics[f"{name}_tok_s"] = estimate.generation_tok_s
-            metrics[f"{name}_ttft_s"] = estimate.prefill_s / batches
-            if steps:
-                metrics[f"{name}_tpot_s"] = estimate.decode_s / batches / steps
-    for tier, peak in plan.peak_bytes.items():
-        metrics[f"predicted_peak_{tier}_bytes"] = float(peak)
-    return metrics | ratios_to_plan({**metrics, "generation_tok_s": measured_tok_s or 0.0})
-
-
-def short_name(model: str) -> str:
-    """The last part of a model's name, as it reads in a run name."""
-    return model.rstrip("/").rsplit("/", 1)[-1]
-
-
-def _run_error(problem: BaseException, message: str, exit_code: int) -> RunError:
-    return RunError(
-        type=type(problem).__name__,
-        message=message,
-        traceback="".join(traceback.format_exception(problem)),
-        exit_code=exit_code,
-    )
-
-
-def _exit_code(problem: Exception) -> int:
-    """torch reports a failed host allocation as a plain RuntimeError."""
-    return OutOfMemory.exit_code if "DefaultCPUAllocator" in str(problem) else 1
-
-
-def _first_line(problem: BaseException) -> str:
-    return (str(problem).splitlines() or [""])[0]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from strategies.base import Engine
+from strategies.base import Engine, Plan
 
 if TYPE_CHECKING:
     import torch
@@ -209,6 +209,22 @@ def relative_spread(values: Sequence[float]) -> float | None:
     """
     middle = statistics.median(values) if values else 0.0
     return (max(values) - min(values)) / middle if len(values) > 1 and middle > 0 else None
+
+
+def compare_with_plan(plan: Plan, measured_tok_s: float | None) -> dict[str, float]:
+    """The three numbers side by side: predicted, measured, limit, and how they relate; and the peaks planned."""
+    metrics: dict[str, float] = {}
+    steps = plan.request.workload.gen_tokens - 1
+    batches = -(-plan.request.workload.num_sequences // plan.batch_size)
+    for name, estimate in (("predicted", plan.predicted), ("limit", plan.limit)):
+        if estimate is not None:
+            metrics[f"{name}_tok_s"] = estimate.generation_tok_s
+            metrics[f"{name}_ttft_s"] = estimate.prefill_s / batches
+            if steps:
+                metrics[f"{name}_tpot_s"] = estimate.decode_s / batches / steps
+    for tier, peak in plan.peak_bytes.items():
+        metrics[f"predicted_peak_{tier}_bytes"] = float(peak)
+    return metrics | ratios_to_plan({**metrics, "generation_tok_s": measured_tok_s or 0.0})
 
 
 def ratios_to_plan(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -262,9 +262,12 @@ def save_figure(figure: Figure, path: Path, *, grid: Literal["x", "y"] = "y") ->
     path.parent.mkdir(parents=True, exist_ok=True)
     # Written beside and renamed, so a viewer never meets half a picture.
     temporary = path.with_name(f".{path.name}.tmp")
-    with warnings.catch_warnings():
-        # Names in a script that the font lacks show as boxes.
-        warnings.filterwarnings("ignore", message="Glyph .* missing")
-        figure.savefig(temporary, format="png")
-    temporary.replace(path)
+    try:
+        with warnings.catch_warnings():
+            # Names in a script that the font lacks show as boxes.
+            warnings.filterwarnings("ignore", message="Glyph .* missing")
+            figure.savefig(temporary, format="png")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return path

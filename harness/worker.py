@@ -12,9 +12,10 @@ import threading
 from types import FrameType
 
 from harness import exit_codes
-from harness.experiment import LOG_FORMAT, run_experiment
+from harness.experiment import run_experiment
 from harness.job import EventWriter, Job
 from harness.quality.reference_run import run_reference
+from harness.run_folder import LOG_FORMAT
 
 
 def main() -> int:

@@ -1,5 +1,6 @@
 """Pictures: drawn from whatever a run left, of the right size, and with something on them."""
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -215,3 +216,14 @@ def test_the_plan_stands_beside_what_was_measured(tmp_path: Path, figures: list[
 def test_the_plan_of_a_broken_off_run(tmp_path: Path, changes: dict[str, Any]) -> None:
     result = planned_result().model_copy(update=changes)
     assert inked(draw_plan(result, tmp_path / "plan.png")) > 0.005
+
+
+def test_a_full_disk_leaves_no_half_of_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(figure: Figure, path: Path, **_: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", full)
+    with pytest.raises(OSError, match="No space left"):
+        draw_token_latency(make_result(), tmp_path / "token_latency.png")
+    assert not list(tmp_path.iterdir())
