@@ -12,12 +12,14 @@ or schedules.
 import contextlib
 import os
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
 from flexllmgen.cpu_attention import available, prepare_attention
 from flexllmgen.cpu_attention.library import Prepared
-from flexllmgen.kv_cache import KVCache
+from flexllmgen.kv_cache import KVCache, Segment
+from flexllmgen.kv_compression import CompressedSegment
 from flexllmgen.memory.arena import HostArena
 from flexllmgen.memory.host_calls import call_in_order, mapped
 from flexllmgen.memory.transfer import Event, Lane, Traffic, mark
@@ -28,6 +30,14 @@ def attention_threads() -> int:
     """Threads that attend: all cores but one for the thread that issues the device's work and one for copies."""
     cores = len(os.sched_getaffinity(0))
     return max(1, cores - (2 if cores > 4 else 1))
+
+
+class _Exchange(NamedTuple):
+    """What goes down and up for some sequences; `rest` is their new keys and values, as bytes."""
+
+    q_BNH: torch.Tensor
+    out_BNH: torch.Tensor
+    rest: torch.Tensor
 
 
 class HostAttention:
@@ -84,28 +94,31 @@ class HostAttention:
         if segment is None:
             return
         assert self._lane is not None
-        rows, mine = segment.stop - segment.start, slice(segment.start, segment.stop)
-        q_host, k_host, v_host, out_host = self._exchange(micro_batch, rows, seen=False)
-        q_seen, k_seen, v_seen, out_seen = self._exchange(micro_batch, rows, seen=True)
-        for target, source in ((q_seen, q_BNH[mine]), (k_seen, k_BKH[mine]), (v_seen, v_BKH[mine])):
-            _by_kernel(target, source)
-            self._traffic.add("d2h", target.nbytes)
+        mine = slice(segment.start, segment.stop)
+        host = self._exchange(micro_batch, segment.stop - segment.start, seen=False)
+        seen = self._exchange(micro_batch, segment.stop - segment.start, seen=True)
+        new = q_BNH[mine], k_BKH[mine], v_BKH[mine]
+        kv_S2BKH, more = (
+            self._give_codes(segment, host, seen, *new)
+            if isinstance(segment, CompressedSegment)
+            else self._give_numbers(segment, host, seen, *new)
+        )
+        self._traffic.add("d2h", host.q_BNH.nbytes + host.rest.nbytes)
         window, length = self._plan.spec.sliding_window(layer), position + 1
         attend = prepare_attention(
-            q_host,
-            segment.kv_S2BKH,
+            host.q_BNH,
+            kv_S2BKH,
             length,
             None if bias_BS is None else bias_BS[mine],
             first=max(0, length - window) if window else 0,
-            out_BNH=out_host,
+            out_BNH=host.out_BNH,
             threads=self._threads,
-            k_BKH=k_host,
-            v_BKH=v_host,
+            **more,
         )
         # Kept until the next step's takes its place: all of a step has run before another begins.
         self._calls[layer, micro_batch] = attend
         # Made now: the next use of its memory is issued after what this thread issues with it.
-        out_BNH = torch.empty_like(out_seen) if self._device.type == "cuda" else out_host
+        out_BNH = torch.empty_like(seen.out_BNH) if self._device.type == "cuda" else host.out_BNH
         computed = mark(self._device)
 
         def work() -> None:
@@ -119,8 +132,8 @@ class HostAttention:
                 if stream is not None:
                     stream.synchronize()
                 attend()
-            if out_BNH is not out_host:
-                _by_kernel(out_BNH, out_seen)
+            if out_BNH is not host.out_BNH:
+                _by_kernel(out_BNH, seen.out_BNH)
 
         self._under_way[micro_batch] = self._lane.submit(work, [computed, stored]), out_BNH
 
@@ -148,21 +161,47 @@ class HostAttention:
         if self._lane is not None:
             self._lane.close()
 
-    def _exchange(self, micro_batch: int, rows: int, *, seen: bool) -> tuple[torch.Tensor, ...]:
+    def _give_numbers(
+        self, segment: Segment, host: _Exchange, seen: _Exchange, q_BNH: torch.Tensor, *new: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Sends queries and new keys and values; the cache, and what else the call takes."""
+        shape = (2, *new[0].shape)
+        _by_kernel(seen.q_BNH, q_BNH)
+        for target, source in zip(seen.rest.view(self._dtype).view(shape), new, strict=True):
+            _by_kernel(target, source)
+        k_BKH, v_BKH = host.rest.view(self._dtype).view(shape)
+        return segment.kv_S2BKH, {"k_BKH": k_BKH, "v_BKH": v_BKH}
+
+    def _give_codes(
+        self,
+        segment: CompressedSegment,
+        host: _Exchange,
+        seen: _Exchange,
+        q_BNH: torch.Tensor,
+        *new: torch.Tensor,
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """The same of compressed KV: queries in the directions of the keys, and a row as it will lie in the cache."""
+        codec, sequences = segment.codec, segment.stop - segment.start
+        _by_kernel(seen.q_BNH, codec.turned(q_BNH))
+        _by_kernel(seen.rest, codec.step_row(segment, *new))
+        codes_S2BKH, scale, zero = segment.by_heads()
+        row = codec.row_parts(host.rest, sequences)
+        more = {"scale_S2BKG": scale, "zero_S2BKG": zero, "group_size": codec.group_size, "row": row}
+        return codes_S2BKH, more
+
+    def _exchange(self, micro_batch: int, rows: int, *, seen: bool) -> _Exchange:
         """Host memory of a micro-batch's queries, keys, values and outputs; or the same as it is `seen` by the device."""
         spec, region = self._plan.spec, self._arena.view(self._regions[micro_batch])
         if seen:
             if micro_batch not in self._seen:
                 self._seen[micro_batch] = mapped(region, self._device)
             region = self._seen[micro_batch]
-        sizes = [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads, spec.num_heads]
-        numbers = region.view(self._dtype)
-        parts, start = [], 0
-        for heads in sizes:
-            stop = start + rows * heads * spec.head_dim
-            parts.append(numbers[start:stop].view(rows, heads, spec.head_dim))
-            start = stop
-        return tuple(parts)
+        each = rows * spec.query_size * self._dtype.itemsize
+        q_BNH, out_BNH = (
+            region[start : start + each].view(self._dtype).view(rows, spec.num_heads, spec.head_dim)
+            for start in (0, each)
+        )
+        return _Exchange(q_BNH, out_BNH, region[2 * each : rows * self._plan.exchange_row_bytes])
 
 
 def _by_kernel(target: torch.Tensor, source: torch.Tensor) -> None:

@@ -97,7 +97,7 @@ class KVCache:
         self._codec: KVCodec | None = None
         self._centres: list[torch.Tensor] = []
         self._views: dict[tuple[int, int, bool], list[AnySegment]] = {}
-        self._host_views: dict[int, Segment] = {}
+        self._host_views: dict[int, StoredSegment] = {}
         self._loads: dict[int, list[Event]] = {}
 
     @property
@@ -158,15 +158,16 @@ class KVCache:
             self._views[unit, slot, host] = self._make_segments(unit, slot, host=host)
         return self._first_of(self._views[unit, slot, host], unit, count)
 
-    def host_segment(self, layer: int, micro_batch: int, count: int) -> tuple[Segment | None, Event | None]:
+    def host_segment(
+        self, layer: int, micro_batch: int, count: int
+    ) -> tuple[StoredSegment | None, Event | None]:
         """What of a unit's first `count` sequences lies in host memory, there; and what must have been stored before."""
         unit = self._unit(layer, micro_batch)
         split = self._splits[unit]
         if not split.cpu or count <= split.gpu:
             return None, None
         if unit not in self._host_views:
-            rows = self._as_rows(self._blocks.home(unit), split.cpu)
-            self._host_views[unit] = Segment(split.gpu, split.gpu + split.cpu, rows)
+            self._host_views[unit] = self._stored(unit, self._blocks.home(unit), split.gpu, split.cpu)
         mine = self._host_views[unit]
         return mine.part(mine.start, min(mine.stop, count)), self._blocks.stored(unit)
 
@@ -247,6 +248,7 @@ class KVCache:
             head_dim=spec.head_dim,
             scratch=scratch,
             sequences=plan.kv_scratch_sequences,
+            by_channel=not plan.attends_on_host,
         )
 
     def _make_segments(self, unit: int, slot: int, *, host: bool) -> list[AnySegment]:
@@ -269,14 +271,16 @@ class KVCache:
                 memory = self._blocks.cpu_part(unit, slot)
             else:
                 memory = None
-            if memory is not None and self._codec is None:
-                segments.append(Segment(start, start + count, self._as_rows(memory, count)))
-            elif memory is not None and self._codec is not None:
-                rows = memory.view(self._plan.max_context, -1)
-                centre = self._centres[unit][start : start + count]
-                segments.append(self._codec.segment(rows, start, centre))
+            if memory is not None:
+                segments.append(self._stored(unit, memory, start, count))
             start += count
         return segments
+
+    def _stored(self, unit: int, memory: torch.Tensor, start: int, count: int) -> StoredSegment:
+        if self._codec is None:
+            return Segment(start, start + count, self._as_rows(memory, count))
+        rows = memory.view(self._plan.max_context, -1)
+        return self._codec.segment(rows, start, self._centres[unit][start : start + count])
 
     def _make_input_segment(self, unit: int, slot: int, start: int) -> InputSegment:
         assert self._inputs is not None

@@ -5,6 +5,7 @@ A row is a position, as in a dense cache, so that everything that moves rows is 
 channels of a position. Keys of a prompt have them for each channel over `group_size` positions, as KIVI (Liu et al. 2024,
 arXiv 2402.02750) found to be better: a channel keeps its magnitude over positions, while neighbouring channels differ.
 A prompt is known at once, so its blocks are; what is left of it beyond whole blocks is written as generated tokens are.
+Where the CPU attends all keys are, since its kernel takes one scale for a group of a row.
 As many scales are needed either way, so that those of a block's channels lie where those of its rows would.
 
 Two steps make generated keys' groups alike. Each head is turned by a Hadamard matrix, queries too, which leaves scores as
@@ -30,6 +31,7 @@ from dataclasses import dataclass
 
 import torch
 
+from flexllmgen.compressed_size import compressed_bytes
 from flexllmgen.compression import quantise, split_compressed
 
 _NUMBERS_AT_ONCE = 1 << 22
@@ -78,6 +80,15 @@ class CompressedSegment:
             self.codec,
         )
 
+    def by_heads(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Codes of 8 bits [S, 2, B, K, H], their scales and their zeros [S, 2, B, K, groups of a head]: views."""
+        heads = len(self.centre_BKH[0])
+        codes, scale, zero = (
+            part.unflatten(-1, (heads, -1)).transpose(1, 2)
+            for part in (self.codes_SB2C, self.scale_SB2L, self.zero_SB2L)
+        )
+        return codes, scale, zero
+
 
 class KVCodec:
     """Writes and reads compressed rows.
@@ -87,6 +98,7 @@ class KVCodec:
         group_size: channels, or positions of a prompt, that share a scale and a zero.
         scratch: flat memory of the compute device in the model's dtype, for what is turned back.
         sequences: how many the scratch holds all positions of.
+        by_channel: a prompt's keys have groups along the positions of a block.
     """
 
     def __init__(
@@ -98,7 +110,9 @@ class KVCodec:
         head_dim: int,
         scratch: torch.Tensor,
         sequences: int,
+        by_channel: bool = True,
     ) -> None:
+        self._by_channel = by_channel
         self.bits, self.group_size, self.sequences = bits, group_size, sequences
         self._shape, self._scratch = (kv_heads, head_dim), scratch
         self._channels = kv_heads * head_dim
@@ -108,7 +122,8 @@ class KVCodec:
     def begin(self, first: int, stop: int) -> None:
         """A new block of requests, whose prompts take positions [first, stop)."""
         # A prompt that begins later was not computed before: what lies there counts as its blocks.
-        self._blocks_stop = (first or stop) // self.group_size * self.group_size
+        blocks = (first or stop) // self.group_size if self._by_channel else 0
+        self._blocks_stop = blocks * self.group_size
 
     def segment(self, rows: torch.Tensor, start: int, centre_BKH: torch.Tensor) -> CompressedSegment:
         """The segment whose rows are `rows`, uint8 [S, bytes]: of the sequences from `start` that have a centre."""
@@ -151,6 +166,20 @@ class KVCodec:
         keys = self.turned(k_BTKH) - segment.centre_BKH[:, None]
         self._write(segment, 0, keys.flatten(2), position)
         self._write(segment, 1, v_BTKH.flatten(2), position)
+
+    def step_row(self, segment: CompressedSegment, k_BKH: torch.Tensor, v_BKH: torch.Tensor) -> torch.Tensor:
+        """One position of the segment's sequences as it would be written, uint8 [bytes], on the compute device."""
+        shape = (segment.stop - segment.start, 2, self._channels)
+        num_bytes = compressed_bytes(shape, self.bits, self.group_size)
+        row = torch.empty(num_bytes, dtype=torch.uint8, device=k_BKH.device)
+        self.write_step(
+            self.segment(row[None], segment.start, segment.centre_BKH), k_BKH[:, None], v_BKH[:, None], 0
+        )
+        return row
+
+    def row_parts(self, row: torch.Tensor, sequences: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Codes, scales and zeros of a row of so many sequences."""
+        return split_compressed(row, (sequences, 2, self._channels), self.bits, self.group_size)
 
     def turned(self, x: torch.Tensor) -> torch.Tensor:
         """Heads [..., H] in the directions that keys are kept in: queries must be too."""

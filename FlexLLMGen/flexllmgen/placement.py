@@ -102,7 +102,7 @@ class PlacementPlan:
     @property
     def exchange_row_bytes(self) -> int:
         """Host bytes of a sequence that is attended to on the CPU: its query, key and value, and what comes back."""
-        return sum(exchange_row(self.spec, self.dtype_bytes))
+        return sum(exchange_row(self.spec, self.dtype_bytes, self.policy))
 
     @property
     def exchange_bytes(self) -> int:
@@ -223,6 +223,11 @@ def plan_placement(
         raise PolicyError(
             f"{spec.name or spec.family}: a layer's input has {spec.hidden_size} numbers a position, keys and values have "
             f"{2 * spec.kv_size}: nothing is saved by keeping it instead; turn recompute off (0)"
+        )
+    if policy.cpu_attention and policy.kv_bits is not None and spec.head_dim % policy.kv_group_size:
+        raise PolicyError(
+            f"{spec.name or spec.family}: the CPU attends to 8-bit keys and values whose groups of {policy.kv_group_size} divide "
+            f"a head, of {spec.head_dim} numbers; change kv_group_size, or turn cpu_attention off"
         )
     images, stages = pack(spec, policy, dtype_bytes)
     images = place_images(images, policy.weights)

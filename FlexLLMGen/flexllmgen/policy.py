@@ -57,6 +57,9 @@ ON_GPU = Placement(gpu=1.0)
 ON_CPU = Placement(cpu=1.0)
 ON_DISK = Placement(disk=1.0)
 
+_READ = ((8, 64), (8, 128))
+"""Bits and groups of the KV that the CPU's attention reads as they are kept."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
@@ -121,11 +124,15 @@ class Policy:
             raise PolicyError(
                 "attention on the CPU reads all values; turn off either cpu_attention or attn_sparsity (1)"
             )
-        if self.cpu_attention and self.kv_bits is not None:
+        if (
+            self.cpu_attention
+            and self.kv_bits is not None
+            and (self.kv_bits, self.kv_group_size) not in _READ
+        ):
             raise PolicyError(
-                "attention on the CPU reads keys and values as they are; turn off either cpu_attention or kv_bits"
+                "attention on the CPU reads keys and values as they are, or in 8 bits and groups of 64 or 128; "
+                "change kv_bits (8) and kv_group_size, or turn cpu_attention off"
             )
-
         if not 0 <= self.recompute <= 1:
             raise PolicyError(f"recompute must be between 0 and 1, not {self.recompute:g}")
         if self.recompute and (self.kv_bits is not None or self.attn_sparsity < 1):

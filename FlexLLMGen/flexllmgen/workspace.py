@@ -63,15 +63,18 @@ class Exchange(NamedTuple):
         return self.query + self.key_value
 
 
-def exchange_row(spec: ModelSpec, dtype_bytes: int) -> Exchange:
-    """What goes down and up for attention on the CPU.
+def exchange_row(spec: ModelSpec, dtype_bytes: int, policy: Policy | None = None) -> Exchange:
+    """What goes down and up for attention on the CPU; keys and values as the policy keeps them, without one as they are.
 
     >>> from flexllmgen.spec import OPT_125M
     >>> exchange_row(OPT_125M, dtype_bytes=2)
     Exchange(query=1536, key_value=3072, outcome=1536)
     """
     query = spec.query_size * dtype_bytes
-    return Exchange(query=query, key_value=2 * spec.kv_size * dtype_bytes, outcome=query)
+    kept = 2 * spec.kv_size * dtype_bytes
+    if policy is not None:
+        kept = row_bytes(spec, policy, 1, dtype_bytes, disk=False)
+    return Exchange(query=query, key_value=kept, outcome=query)
 
 
 def kv_scratch(

@@ -16,7 +16,7 @@ import torch
 
 from flexllmgen.cpu_attention.build import BuildFailedError, library_path
 from flexllmgen.cpu_attention.fallback import attend_with_torch
-from flexllmgen.cpu_attention.library import LEVELS, Kernel, Prepared
+from flexllmgen.cpu_attention.library import LEVELS, Kernel, Prepared, Row
 from flexllmgen.errors import UsageError
 
 log = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ def prepare_attention(
     group_size: int = 64,
     k_BKH: torch.Tensor | None = None,
     v_BKH: torch.Tensor | None = None,
+    row: Row | None = None,
 ) -> Prepared | Callable[[], None]:
     """A call that attends for one new token per sequence to the cached positions [first, length), its own included.
 
@@ -56,6 +57,7 @@ def prepare_attention(
         group_size: numbers of a group, a multiple of 64; the last group of a head may be shorter (compression.py).
         k_BKH: contiguous, of the KV's type, which is no codes: the token's keys, written at position length - 1 first.
         v_BKH: its values.
+        row: of codes, the token's keys and values: codes, scales and zeros, contiguous, as a position of them lies.
     """
     assert 0 <= first < length <= kv_S2BKH.shape[0], f"positions [{first}, {length}) of {kv_S2BKH.shape[0]}"
     assert q_BNH.is_contiguous()
@@ -79,6 +81,14 @@ def prepare_attention(
         assert k_BKH.dtype == v_BKH.dtype == kv_S2BKH.dtype != torch.uint8
         assert k_BKH.is_contiguous()
         assert v_BKH.is_contiguous()
+    if row is not None:
+        assert kv_S2BKH.dtype == torch.uint8
+        for part, target in zip(row, (kv_S2BKH, scale_S2BKG, zero_S2BKG), strict=True):
+            assert target is not None
+            assert part.is_contiguous()
+            assert part.dtype == target.dtype
+            assert part.numel() == target[0].numel()
+            assert target[0].transpose(0, 1).is_contiguous(), "a position's sequences are one run"
     kernel = _kernel()
     level = None if kernel is None else kernel.level_for(q_BNH.shape[2])
     prepare = (
@@ -99,6 +109,7 @@ def prepare_attention(
         group_size=group_size,
         k_BKH=k_BKH,
         v_BKH=v_BKH,
+        row=row,
     )
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from flexllmgen.compression import dequantise
+from flexllmgen.cpu_attention.library import Row
 
 
 def attend_with_torch(
@@ -25,11 +26,16 @@ def attend_with_torch(
     group_size: int,
     k_BKH: torch.Tensor | None = None,
     v_BKH: torch.Tensor | None = None,
+    row: Row | None = None,
 ) -> None:
     """The arguments of `prepare_attention`, already checked."""
     sequences, heads, size = q_BNH.shape
     if k_BKH is not None and v_BKH is not None:
         kv_S2BKH[length - 1, 0], kv_S2BKH[length - 1, 1] = k_BKH, v_BKH
+    for part, target in zip(row or (), (kv_S2BKH, scale_S2BKG, zero_S2BKG), strict=False):
+        assert target is not None
+        at = target[length - 1].transpose(0, 1)
+        at.copy_(part.view(at.shape))
     kv = kv_S2BKH[first:length]
     if scale_S2BKG is not None and zero_S2BKG is not None:
         numbers = torch.empty(kv.shape, dtype=q_BNH.dtype)

@@ -44,6 +44,7 @@ struct Call {
     const float* bias;
     char* out;
     const char *k_new, *v_new;  // [B, K, H], written at the last position before anything is read; or none
+    const char *codes_new, *scale_new, *zero_new;  // the same of codes: [B, 2, K, H], and [B, 2, K, groups] in fp16
     int64_t position_bytes, half_bytes, sequence_bytes;
     int64_t scale_position_bytes, scale_half_bytes, scale_sequence_bytes;
     int64_t zero_position_bytes, zero_half_bytes, zero_sequence_bytes;
@@ -144,6 +145,14 @@ inline void append(const Call& c, int64_t half_bytes, const char* rows) {
     for (int64_t b = 0; b < c.B; ++b) std::memcpy(to + b * c.sequence_bytes, rows + b * run, size_t(run));
 }
 
+// Of codes a position's sequences, keys and values follow one another.
+inline void append_codes(const Call& c) {
+    const int64_t last = c.length - 1, groups = c.B * 2 * c.K * c.groups * 2;
+    std::memcpy(c.kv + last * c.position_bytes, c.codes_new, size_t(c.B * 2 * c.K * c.H));
+    std::memcpy(const_cast<char*>(c.scale) + last * c.scale_position_bytes, c.scale_new, size_t(groups));
+    std::memcpy(const_cast<char*>(c.zero) + last * c.zero_position_bytes, c.zero_new, size_t(groups));
+}
+
 namespace generic {
 #include "vectors_generic.h"
 #include "tiles.h"
@@ -233,6 +242,7 @@ void flex_attend(const Call* call) {
     // By this thread, before any other reads: it is little.
     if (c.k_new) append(c, 0, c.k_new);
     if (c.v_new) append(c, c.half_bytes, c.v_new);
+    if (c.codes_new) append_codes(c);
     Pool& pool = Pool::of_process();
     const std::lock_guard<std::mutex> lock(pool.one_caller);
     Shared shared(c, plan, pool);

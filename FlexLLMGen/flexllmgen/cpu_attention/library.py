@@ -11,7 +11,19 @@ import torch
 LEVELS = ("generic", "avx2", "avx512", "avx512_bf16", "amx")
 _WIDTHS = (4, 8, 16, 16, 16)
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
-_POINTERS = ("q", "kv", "scale", "zero", "bias", "out", "k_new", "v_new")
+_POINTERS = (
+    "q",
+    "kv",
+    "scale",
+    "zero",
+    "bias",
+    "out",
+    "k_new",
+    "v_new",
+    "codes_new",
+    "scale_new",
+    "zero_new",
+)
 _STRIDES = tuple(
     f"{of}{axis}_bytes" for of in ("", "scale_", "zero_") for axis in ("position", "half", "sequence")
 )
@@ -31,6 +43,10 @@ _COUNTS = (
 )
 
 
+Row = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""A position of codes, before it is written: [B, 2, K * H], and its scales and zeros [B, 2, K * G]."""
+
+
 class _Call(ctypes.Structure):
     """The kernel's struct of the same name, field by field (kernel.cpp)."""
 
@@ -44,7 +60,7 @@ class _Call(ctypes.Structure):
 class Prepared:
     """A call of the kernel with all that it points to, which must be kept until it has run."""
 
-    def __init__(self, library: ctypes.CDLL, call: _Call, kept: tuple[torch.Tensor | None, ...]) -> None:
+    def __init__(self, library: ctypes.CDLL, call: _Call, kept: tuple[object, ...]) -> None:
         self._call, self._kept, self._attend = call, kept, library.flex_attend
 
     def __call__(self) -> None:
@@ -92,6 +108,7 @@ class Kernel:
         level: int,
         k_BKH: torch.Tensor | None = None,
         v_BKH: torch.Tensor | None = None,
+        row: Row | None = None,
     ) -> Prepared:
         """A call with the arguments of `prepare_attention`, already checked, for the instructions of `level`."""
         sequences, heads, head_dim = q_BNH.shape
@@ -113,6 +130,8 @@ class Kernel:
             threads=threads,
             factor=1 / math.sqrt(head_dim),
         )
+        if row is not None:
+            call.codes_new, call.scale_new, call.zero_new = (part.data_ptr() for part in row)
         _set_strides(call, "", kv_S2BKH)
         if scale_S2BKG is not None and zero_S2BKG is not None:
             call.groups, call.group_size = scale_S2BKG.shape[-1], group_size
@@ -122,7 +141,7 @@ class Kernel:
         bias = None if bias_BS is None else bias_BS.to(torch.float32).contiguous()
         if bias is not None:
             call.bias, call.bias_stride = bias.data_ptr(), bias.stride(0)
-        kept = (q_BNH, kv_S2BKH, out_BNH, scale_S2BKG, zero_S2BKG, bias, k_BKH, v_BKH)
+        kept = (q_BNH, kv_S2BKH, out_BNH, scale_S2BKG, zero_S2BKG, bias, k_BKH, v_BKH, row)
         return Prepared(self._library, call, kept)
 
     def read(self, data: torch.Tensor, threads: int) -> float:
