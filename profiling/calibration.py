@@ -149,8 +149,9 @@ def _slower_layers(table: LayerTimes, computes: float, issues: float) -> LayerTi
 
 
 def _attending(table: LayerTimes, factor: float) -> LayerTimes:
-    rate = table.cpu_attention_bytes_per_s
-    return table if rate is None else replace(table, cpu_attention_bytes_per_s=rate / factor)
+    names = ("cpu_attention_bytes_per_s", "cpu_attention_codes_bytes_per_s")
+    rates = {name: getattr(table, name) for name in names}
+    return replace(table, **{name: rate / factor for name, rate in rates.items() if rate is not None})
 
 
 def _within(factor: float) -> float:

@@ -88,6 +88,8 @@ class LayerTimes:
         step: points over sequences of a decode step.
         cpu_attention_bytes_per_s: bytes of KV of this model's heads that the CPU attends to where nothing else runs; None
             where that was not measured.
+        cpu_attention_codes_bytes_per_s: the same of KV that is kept in 8 bits, scales and zeros included; None where its groups
+            do not divide a head.
         spread: (largest - smallest) / median of a figure's trials, in the median over all figures.
     """
 
@@ -102,6 +104,7 @@ class LayerTimes:
     replay_s: float = 0.0
     recorded: tuple[Point, ...] = ()
     cpu_attention_bytes_per_s: float | None = None
+    cpu_attention_codes_bytes_per_s: float | None = None
     spread: float = 0.0
 
     def prompt_s(self, kind: str, rows: int, positions: int) -> float:

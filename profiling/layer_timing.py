@@ -28,7 +28,7 @@ from flexllmgen.units import round_up
 from flexllmgen.workload import Workload
 from profiling.compute import timed_runs
 from profiling.layer_times import HeadPoint, LayerShape, LayerTimes, Point
-from profiling.memory import host_attention
+from profiling.memory import CODES_GROUP, host_attention
 
 STEP_ROWS = (1, 2, 4, 8, 9, 16, 32, 64, 128, 256)
 PROMPT_ROWS = (64, 256, 1024, 4096, 8192)
@@ -61,7 +61,11 @@ def measure_layer_times(spec: ModelSpec, *, dtype: str, device: str) -> LayerTim
         torch.cuda.empty_cache()
     issue = _Issue.measured(spec, dtype, device)
     # Where the CPU computes everything, it does not attend beside anything.
-    attended = None if device == "cpu" else cpu_attention_bytes_per_s(spec, getattr(torch, dtype))
+    attended = codes = None
+    if device != "cpu":
+        attended = cpu_attention_bytes_per_s(spec, getattr(torch, dtype))
+        if spec.head_dim % CODES_GROUP == 0:
+            codes = cpu_attention_bytes_per_s(spec, getattr(torch, dtype), codes=True)
     return LayerTimes(
         shape=LayerShape.of(spec),
         issue_s=issue.step_s,
@@ -71,6 +75,7 @@ def measure_layer_times(spec: ModelSpec, *, dtype: str, device: str) -> LayerTim
         replay_s=issue.replay_s,
         recorded=recorded,
         cpu_attention_bytes_per_s=attended,
+        cpu_attention_codes_bytes_per_s=codes,
         prompt=prompt,
         step=step,
         head=head,
@@ -78,14 +83,18 @@ def measure_layer_times(spec: ModelSpec, *, dtype: str, device: str) -> LayerTim
     )
 
 
-def cpu_attention_bytes_per_s(spec: ModelSpec, dtype: torch.dtype) -> float:
-    """Bytes of KV a second that the CPU attends to with this model's heads and nothing beside it; well under a second."""
+def cpu_attention_bytes_per_s(spec: ModelSpec, dtype: torch.dtype, *, codes: bool = False) -> float:
+    """Bytes of KV a second that the CPU attends to with this model's heads and nothing beside it; well under a second.
+
+    With `codes` of KV in 8 bits.
+    """
     work = host_attention(
         dtype,
         num_heads=spec.num_heads,
         num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
         kv_bytes=_ATTENDED_BYTES,
+        codes=codes,
     )
     return work.measure().median
 

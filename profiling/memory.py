@@ -5,9 +5,12 @@ Sizes are larger than caches are. Copy rates count each byte once, though it is 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from flexllmgen.compressed_size import compressed_bytes
+from flexllmgen.compression import split_compressed
 from flexllmgen.cpu_attention import prepare_attention
 from flexllmgen.host_attention import attention_threads
 from flexllmgen.memory.arena import HostArena
@@ -19,6 +22,8 @@ READ_BYTES = 512 * MIB
 COPY_BYTES = 256 * MIB
 _KV_BYTES = 256 * MIB
 _POSITIONS = 512
+CODES_GROUP = 64
+"""Numbers of compressed KV that share a scale, unless told otherwise."""
 _TRIALS = 7
 _GPU_ROUNDS = 16
 
@@ -48,23 +53,35 @@ def host_attention(
     num_kv_heads: int = 32,
     head_dim: int = 128,
     kv_bytes: int | None = None,
+    codes: bool = False,
 ) -> HostWork:
     """A decode step's attention, by the engine's kernel, with its threads, on KV as its cache lays it out.
 
     Args:
         kv_bytes: about how much of it is read.
+        codes: of KV in 8 bits, in groups of CODES_GROUP.
     """
-    position_bytes = 2 * num_kv_heads * head_dim * dtype.itemsize
+    numbers = 2 * num_kv_heads * head_dim
+    position_bytes = (
+        compressed_bytes((2, numbers // 2), 8, CODES_GROUP) if codes else numbers * dtype.itemsize
+    )
     batch = max(1, (kv_bytes or _KV_BYTES) // (position_bytes * _POSITIONS))
-    num_bytes = batch * position_bytes * _POSITIONS
     arena = HostArena(register=False)
-    region = arena.reserve(num_bytes)
+    region = arena.reserve(batch * position_bytes * _POSITIONS)
     arena.commit()
-    kv_S2BKH = arena.view(region).view(dtype).view(_POSITIONS, 2, batch, num_kv_heads, head_dim).fill_(1)
+    # Small numbers as any type.
+    rows = arena.view(region).fill_(0x1C).view(_POSITIONS, -1)
+    more: dict[str, Any] = {}
+    if codes:
+        parts = split_compressed(rows, (batch, 2, numbers // 2), 8, CODES_GROUP)
+        kv_S2BKH, scale, zero = (part.unflatten(-1, (num_kv_heads, -1)).transpose(1, 2) for part in parts)
+        more = {"scale_S2BKG": scale, "zero_S2BKG": zero, "group_size": CODES_GROUP}
+    else:
+        kv_S2BKH = rows.view(dtype).view(_POSITIONS, 2, batch, num_kv_heads, head_dim)
     query = torch.ones(batch, num_heads, head_dim, dtype=dtype)
     out, threads = torch.empty_like(query), attention_threads()
-
-    return HostWork(prepare_attention(query, kv_S2BKH, _POSITIONS, out_BNH=out, threads=threads), num_bytes)
+    call = prepare_attention(query, kv_S2BKH, _POSITIONS, out_BNH=out, threads=threads, **more)
+    return HostWork(call, rows.nbytes)
 
 
 def measure_read(device: str) -> Measurement:

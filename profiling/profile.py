@@ -15,7 +15,7 @@ from flexllmgen.errors import UsageError
 from profiling.hardware import Disk, Gpu, Hardware
 from profiling.layer_times import LayerTimes
 
-SCHEMA_VERSION = 10
+SCHEMA_VERSION = 11
 NOISY = 0.15
 """Relative spread from which a measurement is flagged."""
 
@@ -103,13 +103,16 @@ class Rates:
         measured = self.dequantise_8bit_bytes_per_s if bits == 8 else self.dequantise_4bit_bytes_per_s
         return measured or self.device_copy_bytes_per_s or self.device_bytes_per_s / 2
 
-    def attention_bytes_per_s(self, times: LayerTimes) -> tuple[float, float]:
-        """Bytes of KV a second that the CPU attends to, alone and beside copies up.
+    def attention_bytes_per_s(self, times: LayerTimes, kv_bits: int | None = None) -> tuple[float, float]:
+        """Bytes of KV a second, as kept, that the CPU attends to, alone and beside copies up.
 
-        For a model whose own rate was measured; otherwise as of many heads; unmeasured, as memory is read.
+        For a model whose own rate was measured; otherwise as of many heads; unmeasured, as memory is read. Codes of
+        8 bits whose rate was not measured are taken to hold up as many numbers.
         """
         any_model = self.cpu_attention_bytes_per_s or self.host_bytes_per_s
         alone = times.cpu_attention_bytes_per_s or any_model
+        if kv_bits is not None:
+            alone = times.cpu_attention_codes_bytes_per_s or alone / 2
         beside = self.cpu_attention_under_copies_bytes_per_s or any_model
         # Beside copies in the proportion that was measured for many heads.
         return alone, alone * min(1.0, beside / any_model)

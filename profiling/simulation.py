@@ -379,12 +379,13 @@ class _Simulation:
         rows = self._rows_on_host(layer, step.micro_batch)
         if not rows:
             return
-        down = rows * exchange_row(self.plan.spec, self.plan.dtype_bytes).down
+        plan = self.plan
+        down = rows * exchange_row(plan.spec, plan.dtype_bytes, plan.policy).down
         ready = max(
             self._down("exchange down", self.computed, down, step.token),
             self.stored.get((layer, step.micro_batch), 0.0),
         )
-        cached = rows * self.plan.dense_kv_row_bytes * self._attended_positions(step)
+        cached = rows * self.plan.kv_row_bytes * self._attended_positions(step)
         self.attended[step.micro_batch] = self.clocks.run(
             CPU,
             "attention",
@@ -425,11 +426,11 @@ class _Simulation:
 
     def _attention_rate(self, stage: int) -> float:
         """Bytes of KV a second that the CPU attends to in a layer, part of the time beside the copies of weights."""
-        alone, beside = self.rates.attention_bytes_per_s(self.times)
+        alone, beside = self.rates.attention_bytes_per_s(self.times, self.plan.policy.kv_bits)
         layer = self.plan.stages[stage].layer
         positions = self.contexts[len(self.contexts) // 2]
         rows = sum(self._rows_on_host(layer, index) for index in range(len(self.batches)))
-        cached = positions * rows * self.plan.dense_kv_row_bytes
+        cached = positions * rows * self.plan.kv_row_bytes
         copying_s = sum(self.weight_bytes[stage][1:]) / self._up_rate
         beside_s = min(copying_s, cached / beside)
         rate: float = cached / (beside_s + (cached - beside_s * beside) / alone)
@@ -472,7 +473,10 @@ class _Simulation:
             # A prompt's rows are written in about the time that they could be read in.
             rows = self.contexts[step.token - 1] if step.token else self.prompt
             rows = min(rows, window) if window and step.token else rows
-            dense = rows * self.batches[step.micro_batch] * self.plan.dense_kv_row_bytes
+            here = self.batches[step.micro_batch]
+            if self._attends_on_host(step):
+                here -= self._rows_on_host(stage.layer, step.micro_batch)
+            dense = rows * here * self.plan.dense_kv_row_bytes
             seconds += dense / self.rates.dequantise_bytes_per_s(policy.kv_bits)
         return seconds
 

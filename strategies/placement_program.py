@@ -195,7 +195,7 @@ class PlacementProgram:
             sources.append((self.rates.h2d_bytes_per_s, limits.gpu_bytes, lifted))
         attended_s = 0.0
         if self.variant.cpu_attention:
-            alone, _ = self.rates.attention_bytes_per_s(self.times)
+            alone, _ = self.rates.attention_bytes_per_s(self.times, self.variant.kv_bits)
             # Layers with a window attend to less than lies there; what lies on disk is brought in beside that.
             alone /= self.spec.attended_share(context)
             beside = self.rates.disk_read_bytes_per_s if limits.disk_bytes else 0.0
@@ -386,7 +386,7 @@ class PlacementProgram:
     def _attended_on_host(self, variable: int, cached: float, share: float) -> tuple[np.ndarray, float]:
         """What the CPU attends to, at its full rate but while weights are copied beside it."""
         rates = self.rates
-        alone, beside = rates.attention_bytes_per_s(self.times)
+        alone, beside = rates.attention_bytes_per_s(self.times, self.variant.kv_bits)
         slowed = share * (1 - beside / alone) / (rates.h2d_bytes_per_s or rates.host_bytes_per_s)
         shares = {K[1]: cached / alone, W[1]: self.weights * slowed, W[2]: self.weights * slowed}
         return self._at_most(variable, shares, -self.rest * slowed)
@@ -394,7 +394,14 @@ class PlacementProgram:
     def _attention_s(self, block: int) -> float:
         """Seconds of a step in the middle in which the device attends to the KV of a whole block."""
         context = self.workload.prompt_tokens + self.workload.gen_tokens // 2
-        return self._layers_s(block, context) - self._layers_s(block, 0)
+        return self._layers_s(block, context) - self._layers_s(block, 0) + self._turned_back_s(block, context)
+
+    def _turned_back_s(self, block: int, context: int) -> float:
+        """Seconds of a step to turn back the compressed KV of a whole block that the device attends to."""
+        if self.variant.kv_bits is None:
+            return 0.0
+        rate = self.rates.dequantise_bytes_per_s(self.variant.kv_bits)
+        return block * self.spec.kv_bytes(context, self.size) / rate
 
     def _compute(self, cut: Cut, block: int) -> tuple[float, float]:
         """Seconds that the compute device needs for a block's prompts, and for a step in the middle.
@@ -405,10 +412,8 @@ class PlacementProgram:
         context = workload.prompt_tokens + workload.gen_tokens // 2
         prompt_s = step_s = self.dequantise_s
         step_s -= (1 - self.expert_share(block)) * self.dequantise_experts_s
-        if self.variant.kv_bits is not None:
-            # Each step turns back what it attends to.
-            rate = self.rates.dequantise_bytes_per_s(self.variant.kv_bits)
-            step_s += block * self.spec.kv_bytes(context, self.size) / rate
+        if not self.variant.cpu_attention:
+            step_s += self._turned_back_s(block, context)
         whole, rest = divmod(block, cut.size)
         for count, size in ((whole, cut.size), (1, rest)):
             if not count or not size:

@@ -18,7 +18,7 @@ from flexllmgen.units import gib
 from flexllmgen.workload import Workload
 from flexllmgen.workspace import CHUNK_TOKENS
 from profiling.cost_model import CostEstimate, engine_cost
-from profiling.layer_times import layer_times_for
+from profiling.layer_times import LayerTimes, layer_times_for
 from profiling.profile import HardwareProfile
 from strategies.placement_program import (
     KINDS,
@@ -141,7 +141,7 @@ def find_policy(
                 ),
                 found,
             )
-            for variant in _variants(spec, profile, least_bits if allow_lossy else None)
+            for variant in _variants(spec, profile, times, least_bits if allow_lossy else None)
         ]
         # What is found under one variant spares the next whatever cannot be better.
         for search in searches:
@@ -152,14 +152,16 @@ def find_policy(
     raise PlanInfeasible(searches[0].least_change(wanted))
 
 
-def _variants(spec: ModelSpec, profile: HardwareProfile, bits: int | None) -> Iterator[Variant]:
+def _variants(
+    spec: ModelSpec, profile: HardwareProfile, times: LayerTimes, bits: int | None
+) -> Iterator[Variant]:
     """What is searched; the ones that move least first, since what they come to rules out most of the others."""
     accelerated = profile.device != "cpu"
-    for weight_bits, kv_bits in (
-        ((bits, bits), (bits, None), (None, bits), (None, None)) if bits else ((None, None),)
-    ):
-        # Without an accelerator the CPU attends anyway; compressed KV is turned back on the device.
-        for cpu_attention in (True, False) if accelerated and kv_bits is None else (False,):
+    for weight_bits in (bits, None) if bits else (None,):
+        for kv_bits, cpu_attention in _kept_and_read(times, bits):
+            # Without an accelerator the CPU attends anyway.
+            if cpu_attention and not accelerated:
+                continue
             # Experts by choice are for small blocks, and whole layers bound more of those.
             for chosen_experts in (False, True) if accelerated and spec.num_experts else (False,):
                 yield Variant(
@@ -168,6 +170,16 @@ def _variants(spec: ModelSpec, profile: HardwareProfile, bits: int | None) -> It
                     kv_bits=kv_bits,
                     chosen_experts=chosen_experts,
                 )
+
+
+def _kept_and_read(times: LayerTimes, bits: int | None) -> Iterator[tuple[int | None, bool]]:
+    """Bits of the KV, and whether the CPU attends to what lies in host memory: as it is, or in 8 bits."""
+    if bits:
+        yield bits, False
+        if times.cpu_attention_codes_bytes_per_s:
+            yield 8, True
+    yield None, True
+    yield None, False
 
 
 def _best_of(searches: "Sequence[_Search]", found: list[Candidate], wanted: int | None) -> Found:

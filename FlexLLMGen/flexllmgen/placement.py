@@ -133,10 +133,14 @@ class PlacementPlan:
         return 2 * self.spec.kv_size * self.dtype_bytes
 
     @property
+    def kv_row_bytes(self) -> int:
+        """The same as they are kept."""
+        return row_bytes(self.spec, self.policy, 1, self.dtype_bytes, disk=False)
+
+    @property
     def kv_bytes_share(self) -> float:
         """Bytes of a position's keys and values as they are kept, of those that they have; 1 if not compressed."""
-        kept = row_bytes(self.spec, self.policy, 1, self.dtype_bytes, disk=False)
-        return kept / self.dense_kv_row_bytes
+        return self.kv_row_bytes / self.dense_kv_row_bytes
 
     @property
     def slot_bytes(self) -> int:

@@ -235,6 +235,30 @@ def test_the_tokens_own_row_is_written_before_it_is_read(monkeypatch: pytest.Mon
         assert error(out, right) < 2e-6
 
 
+def test_a_row_of_codes_is_written_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As compressed rows lie in the cache, [position, sequence, key or value]; of the first three of five sequences."""
+    torch.manual_seed(0)
+    numbers = torch.randn(60, 5, 2, 2 * 64)
+    rows = quantise(numbers, 8, 64)
+    new = quantise(torch.randn(3, 2, 2 * 64), 8, 64)
+    wanted = tuple(part.clone() for part in rows)
+    for part, row in zip(wanted, new, strict=True):
+        part[52, :3] = row
+    dense = (
+        dequantise(*wanted, 8, 64, torch.empty_like(numbers))[:, :3].unflatten(-1, (2, 64)).transpose(1, 2)
+    )
+    q = torch.randn(3, 4, 64)
+    for one in (cpu_attention._kernel(), None):
+        monkeypatch.setattr(cpu_attention, "_kernel", lambda one=one: one)
+        cache, out = tuple(part.clone() for part in rows), torch.empty_like(q)
+        codes, scale, zero = (part[:, :3].unflatten(-1, (2, -1)).transpose(1, 2) for part in cache)
+        cpu_attention.prepare_attention(
+            q, codes, 53, first=2, out_BNH=out, threads=2, scale_S2BKG=scale, zero_S2BKG=zero, row=new
+        )()
+        assert all(torch.equal(part, other) for part, other in zip(cache, wanted, strict=True))
+        assert error(out, expected(q, dense, 53, None, 2)) < 1e-4
+
+
 def test_calls_that_follow_at_once_find_their_threads(kernel: Kernel) -> None:
     """Of any number, awake or asleep; each writes its own output."""
     torch.manual_seed(0)

@@ -245,6 +245,24 @@ def test_compressed_kv_takes_fewer_bytes_and_some_compute() -> None:
     assert extra == pytest.approx(dense * (1 / 1e9 - 1 / 1.9e12), rel=0.02)
 
 
+def test_codes_that_the_cpu_attends_to_are_not_turned_back() -> None:
+    workload = Workload(num_sequences=96, prompt_tokens=512, gen_tokens=8)
+    policy = Policy(micro_batch_size=24, num_micro_batches=4, kv_cache=ON_CPU, cpu_attention=True)
+    plan = plan_placement(SPEC, dataclasses.replace(policy, kv_bits=8), workload, 2, in_place=False)
+    rates = {"cpu_attention_bytes_per_s": 9e10, "dequantise_8bit_bytes_per_s": 1e6}
+    profile = machine(SPEC, **rates)
+    known = [dataclasses.replace(table, cpu_attention_codes_bytes_per_s=9e10) for table in profile.layers]
+    codes = engine_cost(plan, dataclasses.replace(profile, layers=known))
+    unknown, numbers = engine_cost(plan, profile), cost(policy, workload, **rates)
+    assert codes is not None
+    assert unknown is not None
+    busy = "attention on the CPU"
+    # Eight bits and a scale and a zero for 64: 8.5 of 16.
+    assert codes.decode_busy_s[busy] == pytest.approx(numbers.decode_busy_s[busy] * 8.5 / 16, rel=0.02)
+    assert unknown.decode_busy_s[busy] == pytest.approx(2 * codes.decode_busy_s[busy], rel=0.02)
+    assert codes.decode_busy_s["compute"] == pytest.approx(numbers.decode_busy_s["compute"], rel=0.01)
+
+
 def test_the_cpu_attends_to_the_sequences_that_there_are() -> None:
     """In a ragged block fewer than there is room for; and single sequences lie here or there, layer by layer."""
     rates = {"cpu_attention_bytes_per_s": 1e9, "h2d_bytes_per_s": 1e12}

@@ -209,6 +209,37 @@ def test_only_what_is_allowed_is_compressed() -> None:
     assert lossy.seconds < careful.seconds < exact.seconds
 
 
+def test_the_cpu_attends_to_codes_where_it_knows_how_fast() -> None:
+    """Half the bytes of numbers; slow at codes, it is not asked."""
+    workload = Workload(num_sequences=192, prompt_tokens=512, gen_tokens=16)
+    profile = machine(OPT_30B, **CPU_ATTENTION)
+    known = tuple(
+        dataclasses.replace(
+            table, cpu_attention_bytes_per_s=9e10, cpu_attention_codes_bytes_per_s=9e10, exchange_s=1e-5
+        )
+        for table in profile.layers
+    )
+    limits = Limits(gpu_bytes=12 * GiB, cpu_bytes=130 * GiB, disk_bytes=0)
+    slow = tuple(dataclasses.replace(table, cpu_attention_codes_bytes_per_s=1e8) for table in known)
+    found = [
+        find_policy(
+            OPT_30B,
+            dataclasses.replace(profile, layers=layers),
+            workload,
+            limits,
+            dtype_bytes=2,
+            batch_size=8,
+            allow_lossy=True,
+            least_bits=8,
+        )
+        for layers in (known, slow)
+    ]
+    fast_policy, slow_policy = (each.best.policy for each in found)
+    assert (fast_policy.kv_bits, fast_policy.cpu_attention) == (8, True)
+    assert (slow_policy.kv_bits, slow_policy.cpu_attention) != (8, True)
+    assert found[0].best.seconds < 0.9 * found[1].best.seconds
+
+
 def test_nothing_is_compressed_for_nothing() -> None:
     """All on the device, compression would only cost."""
     found = find_policy(
