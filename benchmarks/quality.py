@@ -34,7 +34,7 @@ from flexllmgen.checkpoint import Checkpoint, SafetensorsCheckpoint
 from flexllmgen.compression import dequantise, quantise
 from flexllmgen.engine import FlexEngine
 from flexllmgen.models import decoder
-from flexllmgen.policy import Policy
+from flexllmgen.policy import ON_CPU, Policy
 from flexllmgen.spec import ModelSpec
 from flexllmgen.workload import Workload
 from harness.quality.figures import match_tokens, perplexity
@@ -174,7 +174,15 @@ def measure(
     with (
         tempfile.TemporaryDirectory() as scratch,
         FlexEngine.load(
-            spec, checkpoint, policy, workload=workload, device=device, dtype=dtype, offload_dir=scratch
+            spec,
+            checkpoint,
+            policy,
+            workload=workload,
+            device=device,
+            dtype=dtype,
+            offload_dir=scratch,
+            # Without a GPU the CPU attends anyway, unless told that it is not the device.
+            in_place=False if policy.cpu_attention else None,
         ) as engine,
     ):
         if setting.rule_kv_bits is not None:
@@ -195,7 +203,7 @@ def _loss(scores_BT: torch.Tensor, text: Text) -> float:
 def settings() -> list[Setting]:
     """The lossless model first, then ours and the rule at each number of bits."""
 
-    def ours(name: str, **policy: int) -> Setting:
+    def ours(name: str, **policy: Any) -> Setting:
         return Setting(name=name, policy=policy)
 
     def rule(name: str, weights: int | None = None, kv: int | None = None) -> Setting:
@@ -209,6 +217,7 @@ def settings() -> list[Setting]:
         rule("weights 4 bit", weights=4),
         ours("KV 8 bit", kv_bits=8),
         rule("KV 8 bit", kv=8),
+        ours("KV 8 bit, attended to on the CPU", kv_bits=8, cpu_attention=True, kv_cache=ON_CPU),
         ours("KV 4 bit", kv_bits=4),
         rule("KV 4 bit", kv=4),
         ours("weights and KV 8 bit", weight_bits=8, kv_bits=8),
