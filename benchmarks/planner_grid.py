@@ -25,7 +25,8 @@ from scipy.stats import kendalltau
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("", "FlexLLMGen")]
 
 from flexllmgen.checkpoint import RandomCheckpoint
-from flexllmgen.engine import FlexEngine, resolve_device, resolve_dtype
+from flexllmgen.devices import resolve_device, resolve_dtype
+from flexllmgen.engine import FlexEngine
 from flexllmgen.models.published import published_config
 from flexllmgen.placement import plan_placement
 from flexllmgen.policy import Placement, Policy

@@ -23,7 +23,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("",
 
 from peers.case import DEVICE, random_prompts
 
-import flexllmgen.engine
+import flexllmgen.parts
 from flexllmgen.checkpoint import RandomCheckpoint
 from flexllmgen.engine import FlexEngine
 from flexllmgen.errors import OffloadError
@@ -75,7 +75,7 @@ def share_layers(alias_mib: int) -> None:
     """From now on engines of this process share host memory among layers; 0 leaves every byte its own."""
     if alias_mib:
         AliasedArena.alias_bytes = alias_mib << 20
-        flexllmgen.engine.HostArena = AliasedArena  # type: ignore[misc]
+        flexllmgen.parts.HostArena = AliasedArena  # type: ignore[misc]
 
 
 def published_spec(model: str, layers: int = 0) -> ModelSpec:
@@ -211,7 +211,7 @@ class PolicyRun:
             times = [time.perf_counter()]
             times += [time.perf_counter() for _ in engine.generate(ids, max_new_tokens=1 + steps)]
             stats = engine.stats()
-            asked = getattr(engine._arena, "asked_bytes", stats.host_bytes)
+            asked = getattr(engine._parts.arena, "asked_bytes", stats.host_bytes)
             used = torch.cuda.mem_get_info() if DEVICE == "cuda" else (0, 0)
         prefill, gaps = times[1] - times[0], [b - a for a, b in itertools.pairwise(times[1:])]
         step = statistics.median(gaps[1:] or gaps)

@@ -22,32 +22,21 @@ from types import TracebackType
 
 import torch
 
-from flexllmgen.activations import ActivationStore
 from flexllmgen.checkpoint import Checkpoint
+from flexllmgen.devices import resolve_device, resolve_dtype
 from flexllmgen.errors import PolicyError, UsageError
-from flexllmgen.executor import Executor
 from flexllmgen.fits import check_fits
-from flexllmgen.host_attention import HostAttention
-from flexllmgen.kv_cache import KVCache
 from flexllmgen.loading import weight_pack
-from flexllmgen.memory.arena import HostArena
-from flexllmgen.memory.disk import DiskPool
-from flexllmgen.memory.tiers import Lanes
-from flexllmgen.memory.transfer import Lane, Traffic
-from flexllmgen.models.decoder import Decoder, Weights
+from flexllmgen.models.decoder import Weights
+from flexllmgen.parts import EngineParts
 from flexllmgen.placement import PlacementPlan, plan_placement
 from flexllmgen.policy import Policy
 from flexllmgen.sampling import Greedy, Sampling
+from flexllmgen.scoring import score_block
 from flexllmgen.spec import ModelSpec
-from flexllmgen.units import GiB
-from flexllmgen.weights import WeightStore
 from flexllmgen.workload import Workload
 
 log = logging.getLogger(__name__)
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_SCORE_ROWS = 256
-"""Rows whose logits are held at once while scoring."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,82 +83,8 @@ class FlexEngine:
         directory: Path | None,
     ) -> None:
         self.placement, self.device, self.dtype = plan, device, dtype
-        cuda = device.type == "cuda"
-        overlapped = plan.policy.overlap > 0
-        # Without a disk, the main loop itself fills an accelerator's streams: threads would only cost.
-        threaded = overlapped and (not cuda or plan.disk_bytes > 0)
-        self._traffic = Traffic()
-        disk = DiskPool(self._traffic, plan.policy.copy_threads)
-
-        self._lanes: list[Lane] = []
-
-        def lane(name: str, *, streamed: bool = True) -> Lane:
-            stream = None
-            if cuda and streamed:
-                stream = torch.cuda.Stream(device) if overlapped else torch.cuda.current_stream(device)
-            self._lanes.append(Lane(name, stream, threaded=threaded))
-            return self._lanes[-1]
-
-        def lanes(name: str, ups: int = 1) -> Lanes:
-            # Without an accelerator a lane is a thread, and nothing is gained by several.
-            up = tuple(lane(f"{name}-up-{index}") for index in range(max(1, ups if cuda else 1)))
-            return Lanes(up=up, down=lane(f"{name}-down"), disk=disk, traffic=self._traffic)
-
-        # None waits behind another: KV and hidden states are wanted sooner than the next layer's weights.
-        weight_lanes, kv_lanes, hidden_lanes = (
-            lanes("weights", 2),
-            lanes("kv", plan.kv_slots),
-            lanes("hidden"),
-        )
-        disk_lane, self._disk = lane("disk", streamed=False), disk
-        self._arena = HostArena(register=cuda)
         self._closed = False
-        try:
-            self._weights = WeightStore(
-                plan,
-                device=device,
-                dtype=dtype,
-                arena=self._arena,
-                lanes=weight_lanes,
-                disk_lane=disk_lane,
-                directory=directory,
-            )
-            self._kv = KVCache(
-                plan, device=device, dtype=dtype, arena=self._arena, lanes=kv_lanes, directory=directory
-            )
-            self._hidden = ActivationStore(
-                plan,
-                device=device,
-                dtype=dtype,
-                arena=self._arena,
-                lanes=hidden_lanes,
-                directory=directory,
-            )
-            self._host_attention = HostAttention(
-                plan, device=device, dtype=dtype, arena=self._arena, kv=self._kv, traffic=self._traffic
-            )
-            self._arena.commit()
-            self._weights.fill(checkpoint)
-            if cuda:
-                torch.cuda.empty_cache()
-            self._kv.allocate()
-            self._hidden.allocate()
-            self._decoder = Decoder(
-                plan.spec, device=device, dtype=dtype, attn_sparsity=plan.policy.attn_sparsity
-            )
-            self._executor = Executor(
-                plan,
-                decoder=self._decoder,
-                weights=self._weights,
-                kv=self._kv,
-                hidden=self._hidden,
-                host_attention=self._host_attention,
-                device=device,
-                dtype=dtype,
-            )
-        except BaseException:
-            self._close_parts()
-            raise
+        self._parts = EngineParts(plan, checkpoint, device=device, dtype=dtype, directory=directory)
 
     @staticmethod
     def load(
@@ -281,7 +196,11 @@ class FlexEngine:
         blocks = []
         for start in range(0, len(ids), self.block_size):
             stop = start + self.block_size
-            blocks.append(self._score(ids[start:stop], None if mask is None else mask[start:stop], prompt))
+            keep = None if mask is None else mask[start:stop]
+            parts = self._parts
+            blocks.append(
+                score_block(parts.executor, parts.decoder, self.device, ids[start:stop], keep, prompt)
+            )
         scores = torch.cat(blocks)
         if mask is not None:
             known = mask.bool().cpu()
@@ -298,7 +217,7 @@ class FlexEngine:
             steps: false where a step takes too long for a try.
         """
         with torch.inference_mode():
-            stage, load_s = self._executor.probe_load(trials)
+            stage, load_s = self._parts.executor.probe_load(trials)
         moments = []
         tokens, workload = trials + 2, self.placement.workload
         skipped = min(workload.prompt_tokens, self.placement.max_context - tokens) - 1
@@ -317,12 +236,12 @@ class FlexEngine:
 
     def stats(self) -> EngineStats:
         """What is held and was moved until now."""
-        moved = self._traffic.bytes
+        parts, moved = self._parts, self._parts.traffic.bytes
         cuda = self.device.type == "cuda"
         return EngineStats(
-            host_bytes=self._arena.num_bytes,
-            pinned_bytes=self._arena.pinned_bytes,
-            disk_bytes=self._weights.disk_bytes + self._kv.disk_bytes + self._hidden.disk_bytes,
+            host_bytes=parts.arena.num_bytes,
+            pinned_bytes=parts.arena.pinned_bytes,
+            disk_bytes=parts.weights.disk_bytes + parts.kv.disk_bytes + parts.hidden.disk_bytes,
             h2d_bytes=moved["h2d"],
             d2h_bytes=moved["d2h"],
             disk_read_bytes=moved["disk_read"],
@@ -333,7 +252,7 @@ class FlexEngine:
 
     def moved_bytes(self) -> dict[str, int]:
         """Bytes moved until now: h2d, d2h, disk_read, disk_write; cheap, and safe to ask from any thread."""
-        return dict(self._traffic.bytes)
+        return dict(self._parts.traffic.bytes)
 
     def close(self) -> None:
         """Ends threads and gives memory and scratch files back; packed weights stay for the next run."""
@@ -341,7 +260,7 @@ class FlexEngine:
             self._closed = True
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-            self._close_parts()
+            self._parts.close()
             if self.device.type == "cuda":
                 # Each stream that multiplied has a workspace of its own, which outlives it.
                 torch._C._cuda_clearCublasWorkspaces()
@@ -357,19 +276,6 @@ class FlexEngine:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-    def _close_parts(self) -> None:
-        for lane in self._lanes:
-            lane.close()
-        self._disk.close()
-        if hasattr(self, "_host_attention"):
-            self._host_attention.close()
-        if hasattr(self, "_executor"):
-            self._executor.forget()
-        for part in ("_weights", "_kv", "_hidden"):
-            if hasattr(self, part):
-                getattr(self, part).close()
-        self._arena.close()
 
     def _check(self, ids: torch.Tensor, mask: torch.Tensor | None, tokens: int) -> None:
         workload = self.placement.workload
@@ -405,66 +311,16 @@ class FlexEngine:
     ) -> Iterator[torch.Tensor]:
         def head(w: Weights, x_BTD: torch.Tensor, first: int, token: int) -> torch.Tensor:
             # Only the last position decides the next token.
-            return sampling.pick(self._decoder.logits(w, x_BTD[:, -1]), first, token)
+            return sampling.pick(self._parts.decoder.logits(w, x_BTD[:, -1]), first, token)
 
         stops = torch.tensor(sampling.stop_ids, dtype=torch.int64)
         ended = torch.zeros(len(ids), dtype=torch.bool)
-        for column in self._executor.run(ids, mask, tokens, head, skipped=skipped):
+        for column in self._parts.executor.run(ids, mask, tokens, head, skipped=skipped):
             shown = torch.where(ended, sampling.pad_id, column)
             ended = ended | torch.isin(column, stops)
             yield shown
             if len(stops) and bool(ended.all()):
                 return
-
-    def _score(self, ids: torch.Tensor, mask: torch.Tensor | None, prompt: int) -> torch.Tensor:
-        """Scores of one block, of which `prompt` positions are computed at once."""
-        targets = ids.to(self.device).long()
-        count, length = targets.shape
-
-        def head(w: Weights, x_BTD: torch.Tensor, first: int, token: int) -> torch.Tensor:
-            batch, columns, size = x_BTD.shape
-            begin = prompt + token - 1 if token else 0
-            end = min(begin + columns, length - 1)  # The last token predicts none that is known.
-            rows = x_BTD[:, : end - begin].reshape(-1, size)
-            wanted = targets[first : first + batch, begin + 1 : end + 1].reshape(-1)
-            found = torch.empty(len(rows), dtype=torch.float32, device=x_BTD.device)
-            for start in range(0, len(rows), _SCORE_ROWS):
-                stop = start + _SCORE_ROWS
-                likely = self._decoder.logits(w, rows[start:stop]).float().log_softmax(dim=-1)
-                found[start:stop] = likely.gather(1, wanted[start:stop, None])[:, 0]
-            scores[first : first + batch, begin:end] = found.view(batch, end - begin)
-            # What comes next is not chosen but given.
-            return targets[first : first + batch, end]
-
-        with torch.inference_mode():
-            scores = torch.empty(count, length - 1, dtype=torch.float32, device=self.device)
-            passes = max(1, length - prompt)
-            for _ in self._executor.run(
-                ids[:, :prompt], None if mask is None else mask[:, :prompt], passes, head
-            ):
-                pass
-            return scores.cpu()
-
-
-def resolve_device(device: str | torch.device) -> torch.device:
-    """The device that "auto" or a name means."""
-    if isinstance(device, torch.device):
-        return device
-    if device == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    resolved = torch.device(device)
-    return torch.device("cuda", resolved.index or 0) if resolved.type == "cuda" else resolved
-
-
-def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype that "auto" or a name means on this device."""
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype == "auto":
-        return torch.float32 if device.type == "cpu" else torch.float16
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r} is not supported (supported: {', '.join(DTYPES)})")
-    return DTYPES[dtype]
 
 
 def _free_bytes(directory: Path) -> int:
@@ -472,6 +328,3 @@ def _free_bytes(directory: Path) -> int:
     while not there.exists():
         there = there.parent
     return shutil.disk_usage(there).free
-
-
-__all__ = ["DTYPES", "EngineStats", "FlexEngine", "GiB", "Probe", "resolve_device", "resolve_dtype"]

@@ -184,7 +184,7 @@ def test_a_recordable_step_computes_the_same(
     model = tiny(name)
     policy = Policy(micro_batch_size=6 // micro_batches, num_micro_batches=micro_batches, weights=weights)
     with load(model, policy, tmp_path, in_place=False) as engine:
-        engine._executor._recording = engine.placement.recording
+        engine._parts.executor._recording = engine.placement.recording
         for count, length, padded in ((6, PROMPT, False), (6, 7, True), (5, PROMPT, True)):
             ids, mask = prompts(count, length, padded=padded, seed=length)
             want, _ = model.greedy(ids, mask, TOKENS)

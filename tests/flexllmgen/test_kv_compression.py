@@ -144,7 +144,7 @@ def test_what_is_planned_is_what_is_taken(
         offload_dir=tmp_path,
         in_place=in_place,
     ) as engine:
-        plan, cache = engine.placement, engine._kv
+        plan, cache = engine.placement, engine._parts.kv
         sequences = {
             tier: sum(getattr(each, tier) for row in plan.kv_splits for each in row) for tier in TIERS
         }
