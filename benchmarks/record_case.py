@@ -17,6 +17,7 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -24,7 +25,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("",
 
 from peers import PEERS
 from peers.case import DEVICE, Case
-from processes import end_with_parent
+from processes import SO_FAR, end_with_parent
 from record_rows import ENGINE, ROWS
 
 
@@ -41,15 +42,19 @@ def main() -> None:
     args = parser.parse_args()
     case = case_of(args.row, args.engine, args.set)
     began = time.time()
+    asked = {key: value for key, value in dataclasses.asdict(case).items() if value != _DEFAULTS.get(key)}
+
+    def tell(result: dict[str, Any]) -> None:
+        line = {"row": args.row, "engine": args.engine, "asked": asked, **result}
+        print(json.dumps(line | {"process_s": round(time.time() - began, 1)}), flush=True)
+
     try:
-        result = autoflex(case) if args.engine == ENGINE else peer(args.engine, case)
+        result = autoflex(case, tell) if args.engine == ENGINE else peer(args.engine, case)
     except Exception as error:  # noqa: BLE001 - whatever a peer raises is what its row says
         traceback.print_exc()
         last = str(error).strip().splitlines()
         result = {"error": f"{type(error).__name__}: {last[0] if last else ''}"[:300]}
-    asked = {key: value for key, value in dataclasses.asdict(case).items() if value != _DEFAULTS.get(key)}
-    line = {"row": args.row, "engine": args.engine, "asked": asked, **result}
-    print(json.dumps(line | {"process_s": round(time.time() - began, 1)}), flush=True)
+    tell(result)
     # A peer's threads may never end.
     os._exit(1 if "error" in result else 0)
 
@@ -83,8 +88,11 @@ def peer(name: str, case: Case) -> dict[str, Any]:
     return result
 
 
-def autoflex(case: Case) -> dict[str, Any]:
-    """The search's policy (or the case's own), planned, loaded and run."""
+def autoflex(case: Case, tell: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """The search's policy (or the case's own), planned, loaded and run.
+
+    Where it plans again, `tell` is given what was measured before, so that this is not lost with the time.
+    """
     import policy_run
 
     from flexllmgen.policy import Placement, Policy
@@ -116,22 +124,27 @@ def autoflex(case: Case) -> dict[str, Any]:
     else:
         policy = run.search(profile, batch_size=case.batch or 8, allow_lossy=case.lossy).best.policy
     searched_s = time.time() - began
+
+    def whole(result: dict[str, Any]) -> dict[str, Any]:
+        if result.get("error", "") is None:
+            del result["error"]
+        return result | {
+            "device": DEVICE,
+            "policy": dataclasses.asdict(policy),
+            "search_s": round(searched_s, 1),
+            "profile_s": noted["profile_s"],
+            "rates_1e9": noted["rates_1e9"],
+        }
+
     result = run.run(policy, probed=True)
     if not case.policy and (again := run.replanned(policy, result, allow_lossy=case.lossy)) is not None:
+        tell(whole(dict(result)) | {SO_FAR: True})
         before = {
             name: result[name] for name in ("cut", "shares", "tok_s", "prediction_error", "calibration")
         }
         run, policy = again
         result = run.run(policy, probed=True) | {"planned_before": before}
-    if result.get("error", "") is None:
-        del result["error"]
-    return result | {
-        "device": DEVICE,
-        "policy": dataclasses.asdict(policy),
-        "search_s": round(searched_s, 1),
-        "profile_s": noted["profile_s"],
-        "rates_1e9": noted["rates_1e9"],
-    }
+    return whole(result)
 
 
 if __name__ == "__main__":

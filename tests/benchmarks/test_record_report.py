@@ -187,6 +187,8 @@ def test_a_measurement_that_fails_or_hangs_says_why(tmp_path: Path) -> None:
     )
     assert measure(script, ["0", "0"], 60)["error"] == "0"
     assert measure(script, ["30", ""], 1)["error"] == "over 1 s"
+    script.write_text('import time; print(\'{"tok_s": 5, "so_far": true}\', flush=True); time.sleep(30)')
+    assert measure(script, [], 1) == {"tok_s": 5, "so_far": True, "over_s": 1}
     script.write_text("print('{\"tok_s\": 5}'); print('{not ours')")
     assert measure(script, [], 60)["tok_s"] == 5
 
