@@ -33,6 +33,7 @@ from policy_run import (
     share_layers,
 )
 
+from flexllmgen.models.published import published_config
 from flexllmgen.policy import Placement, Policy
 from flexllmgen.spec import ModelSpec
 from flexllmgen.workload import Workload
@@ -40,7 +41,6 @@ from profiling.profile import HardwareProfile
 
 AGAIN = "autoflex, planned again"
 """After the calibration of the first, where that says another policy is faster."""
-DTYPE = torch.float16 if DEVICE == "cuda" else torch.float32
 
 # FlexGen's percentages (weights on GPU, CPU; KV on GPU, CPU), micro-batch, number of micro-batches. The first three are
 # from its paper and scripts for these sizes; the others are what one would try by hand.
@@ -76,8 +76,10 @@ def main() -> None:
     share_layers(args.alias_mib)
     started = time.time()
     spec = published_spec(args.model, args.layers)
+    # As it is published, since users run it so; on a CPU in float32.
+    dtype = getattr(torch, published_config(args.model)["torch_dtype"]) if DEVICE == "cuda" else torch.float32
     profile, noted = measured_profile(
-        spec, dtype=DTYPE, offload_dir=Path(args.offload_dir), profiles=Path(args.profiles)
+        spec, dtype=dtype, offload_dir=Path(args.offload_dir), profiles=Path(args.profiles)
     )
     print(json.dumps(noted), flush=True)
     wanted = ["auto", "naive", "hand"] if args.policies == "all" else args.policies.split(",")
@@ -115,7 +117,7 @@ class Case:
             profile=profile,
             workload=Workload(num_sequences=args.sequences, prompt_tokens=prompt, gen_tokens=generated),
             limits=machine_limits(gpu_gib, args.cpu_gib, Path(args.offload_dir)),
-            dtype=DTYPE,
+            dtype=getattr(torch, profile.dtype),
             steps=args.steps,
             offload_dir=Path(args.offload_dir),
         )
