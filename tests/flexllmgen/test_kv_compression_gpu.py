@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_codes_on_cpu import KV, SIZES
 from test_kv_compression import KV_PLACEMENTS, PROMPT, SEQUENCES, TOKENS
 from test_parity import Recorder
 from tiny_models import TinyModel, make_tiny, prompts
@@ -122,3 +123,39 @@ def test_every_tier_gives_the_same(larger: Any, tmp_path: Path, name: str, bits:
             got, logits = run(Policy(**cut, kv_cache=KV_PLACEMENTS[tier]))
             assert torch.equal(got, whole), tier
             torch.testing.assert_close(logits, whole_logits, atol=5e-3, rtol=0)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize("kv", KV)
+@pytest.mark.parametrize("name", SIZES)
+def test_the_cpu_reads_what_it_would_without_a_gpu(tmp_path: Path, name: str, kv: str, padded: bool) -> None:
+    model, group = make_tiny(name, tmp_path / "model", **SIZES[name]), SIZES[name].get("head_dim", 64)
+    policy = Policy(
+        micro_batch_size=3,
+        num_micro_batches=2,
+        kv_cache=KV[kv],
+        kv_bits=8,
+        kv_group_size=group,
+        cpu_attention=True,
+    )
+    ids, mask = prompts(SEQUENCES, PROMPT, padded=padded)
+    workload = Workload(num_sequences=SEQUENCES, prompt_tokens=PROMPT, gen_tokens=TOKENS)
+    made = []
+    for device in ("cpu", "cuda"):
+        recorder = Recorder()
+        with FlexEngine.load(
+            model.spec,
+            model.checkpoint,
+            policy,
+            workload=workload,
+            device=device,
+            dtype="float32",
+            offload_dir=tmp_path,
+            in_place=False,
+        ) as engine:
+            tokens = torch.stack(list(engine.generate(ids, mask, sampling=recorder)), dim=1)
+        made.append((tokens, recorder.logits().cpu()))
+    (want, want_logits), (got, logits) = made
+    same = (got == want).cumprod(dim=1).bool()[:, :-1]
+    assert same.float().mean() > 0.6
+    assert (logits - want_logits)[:, 1:][same].abs().median() < 0.005 * want_logits.std()
