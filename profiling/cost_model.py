@@ -53,15 +53,15 @@ def engine_cost(plan: PlacementPlan, profile: "HardwareProfile") -> CostEstimate
 
     Of a block's decode steps the first, one in the middle and the last are simulated: the first finds loads done
     while the prompt was read, the last starts none, and those between grow as good as linearly with the
-    context. None where no layer of any model was timed on the machine.
+    context. Where few layers are brought in many ahead, more steps than one differ at either end. None where no layer of any
+    model was timed on the machine.
     """
     from profiling.simulation import simulate_block
 
     times = layer_times_for(plan.spec, profile.layers)
     if times is None:
         return None
-    steps = plan.workload.gen_tokens - 1
-    counts = [1, 1, steps - 2, 1] if steps > 2 else [1] * (1 + steps)
+    steps = _sampled_steps(plan)
 
     def phases(block: int) -> tuple[Phase, Phase]:
         passes = simulate_block(
@@ -69,15 +69,13 @@ def engine_cost(plan: PlacementPlan, profile: "HardwareProfile") -> CostEstimate
             times,
             profile.typical,
             micro_batches=micro_batch_sizes(block, plan.policy),
-            contexts=_sampled_contexts(plan.workload),
+            contexts=[plan.workload.prompt_tokens + step for step in steps],
         )
         prompts, *sampled = (
-            (count, Phase(seconds=seconds, busy=busy, moved=moved))
-            for count, seconds, busy, moved in zip(
-                counts, passes.seconds, passes.busy, passes.moved, strict=True
-            )
+            Phase(seconds=seconds, busy=busy, moved=moved)
+            for seconds, busy, moved in zip(passes.seconds, passes.busy, passes.moved, strict=True)
         )
-        return prompts[1], sum_phases(sampled)
+        return prompts, sum_phases(zip(steps.values(), sampled, strict=True))
 
     return cost_of_blocks(
         plan.workload,
@@ -87,13 +85,13 @@ def engine_cost(plan: PlacementPlan, profile: "HardwareProfile") -> CostEstimate
     )
 
 
-def _sampled_contexts(workload: Workload) -> tuple[int, ...]:
-    """Positions that the simulated decode steps attend to, their own included."""
-    steps = workload.gen_tokens - 1
-    return tuple(
-        workload.prompt_tokens + step
-        for step in ((1, (1 + steps) // 2, steps) if steps > 2 else range(1, steps + 1))
-    )
+def _sampled_steps(plan: PlacementPlan) -> dict[int, int]:
+    """The decode steps that are simulated, from 1 on, and how many each stands for."""
+    steps, ends = plan.workload.gen_tokens - 1, 1 + 4 * plan.policy.overlap // len(plan.stages)
+    if steps <= 2 * ends + 1:
+        return dict.fromkeys(range(1, steps + 1), 1)
+    first, last = range(1, ends + 1), range(steps - ends + 1, steps + 1)
+    return {**dict.fromkeys(first, 1), (1 + steps) // 2: steps - 2 * ends, **dict.fromkeys(last, 1)}
 
 
 def cost_of_blocks(

@@ -205,7 +205,8 @@ def _whole(traffic: Traffic) -> dict[str, float]:
 
 def _read(spec: "ModelSpec", traffic: Traffic) -> float:
     """Bytes of weights that a pass reads: of a mixture of experts it may be no more than the experts of one token."""
-    return sum(_whole(traffic).values()) * spec.active_parameters / spec.num_parameters
+    active = sum(traffic.weight_bytes.values()) * spec.active_parameters / spec.num_parameters
+    return max(0.0, active - sum(traffic.lookup_bytes.values()))
 
 
 def _kv_bytes(

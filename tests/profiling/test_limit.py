@@ -262,3 +262,16 @@ def test_host_memory_gives_no_less_than_the_links_were_seen_to_take() -> None:
     both = dataclasses.replace(fast, h2d_both_ways_bytes_per_s=3e11, d2h_both_ways_bytes_per_s=2e11)
     assert both.host_in_all_bytes_per_s == 5e11
     assert H200.host_in_all_bytes_per_s == 94e9
+
+
+def test_a_mixture_reads_what_one_token_needs_and_no_table_of_embeddings() -> None:
+    """Of the four experts of each of the four layers a token is sent to one: three matrices of 8 by 16 numbers each."""
+    shape = dataclasses.replace(PLAIN, num_experts=4, experts_per_token=1)
+    slow = dataclasses.replace(LINKED, device_bytes_per_s=1.0)
+    table = 2 * PLAIN.vocab_size * PLAIN.hidden_size
+    weights = shape.weight_bytes(2)
+    expert = 2 * 3 * PLAIN.hidden_size * PLAIN.intermediate_size
+    on_device = streamed(kv_shares={"gpu": 1.0}, weight_bytes={"gpu": weights}, lookup_bytes={"gpu": table})
+    read = physical_limit(shape, SHORT, on_device, slow).prefill_busy_s["device memory"]
+    # Beside the weights the prompts' KV is written.
+    assert read == pytest.approx(weights - table - 4 * 3 * expert + 3 * 64 * 6)

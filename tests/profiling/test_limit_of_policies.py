@@ -38,9 +38,15 @@ bits = st.sampled_from([None, None, 8, 4])
 
 
 @st.composite
-def policies(draw: st.DrawFn) -> Policy:
-    on_host, lossless_kv = draw(st.booleans()), draw(st.booleans())
-    dense = on_host or lossless_kv
+def policies(draw: st.DrawFn, spec: ModelSpec) -> Policy:
+    """Any that this model and its other choices do not rule out."""
+    on_host, sparsity = draw(st.booleans()), 1.0
+    kv_bits = draw(st.sampled_from([None, 8]) if on_host else bits)
+    if not on_host:
+        sparsity = draw(st.sampled_from([1.0, 0.5, 0.1]))
+    recompute = 0.0
+    if spec.num_heads == spec.num_kv_heads and kv_bits is None and sparsity == 1:
+        recompute = draw(st.sampled_from([0.0, 0.5, 1.0]))
     return Policy(
         micro_batch_size=draw(st.integers(1, 8)),
         num_micro_batches=draw(st.integers(1, 4)),
@@ -52,27 +58,16 @@ def policies(draw: st.DrawFn) -> Policy:
         sep_layer=draw(st.booleans()),
         weight_bits=draw(bits),
         cpu_attention=on_host,
-        kv_bits=None if dense else draw(bits),
-        attn_sparsity=1.0 if dense else draw(st.sampled_from([1.0, 0.5, 0.1])),
-        chosen_experts=draw(st.booleans()),
-        recompute=draw(st.sampled_from([0.0, 0.5, 1.0])) if dense else 0.0,
-    )
-
-
-def for_model(policy: Policy, spec: ModelSpec) -> Policy:
-    """Without what this model, or another of its choices, rules out."""
-    recomputed = spec.num_heads == spec.num_kv_heads
-    return dataclasses.replace(
-        policy,
-        chosen_experts=policy.chosen_experts and spec.num_experts > 0,
-        recompute=policy.recompute if recomputed else 0.0,
+        kv_bits=kv_bits,
+        attn_sparsity=sparsity,
+        chosen_experts=spec.num_experts > 0 and draw(st.booleans()),
+        recompute=recompute,
     )
 
 
 @settings(max_examples=150, deadline=None)
 @given(
-    spec=st.sampled_from(SPECS),
-    policy=policies(),
+    case=st.sampled_from(SPECS).flatmap(lambda spec: st.tuples(st.just(spec), policies(spec))),
     workload=st.builds(
         Workload,
         num_sequences=st.integers(1, 20),
@@ -91,25 +86,23 @@ def for_model(policy: Policy, spec: ModelSpec) -> Policy:
     ),
 )
 @example(  # The weights of the only step come in while the prompts are computed.
-    spec=SPECS[1],
-    policy=Policy(micro_batch_size=4, weights=Placement(gpu=0.2, cpu=0.8), overlap=3),
+    case=(SPECS[1], Policy(micro_batch_size=4, weights=Placement(gpu=0.2, cpu=0.8), overlap=3)),
     workload=Workload(num_sequences=4, prompt_tokens=20, gen_tokens=2),
     device="cuda",
     rates={"compute_flops_per_s": 1e12},
 )
 @example(  # Each step attends to a window, and uses a tenth of its values.
-    spec=SPECS[3],
-    policy=Policy(micro_batch_size=8, kv_cache=Placement(cpu=1.0), attn_sparsity=0.1),
+    case=(SPECS[3], Policy(micro_batch_size=8, kv_cache=Placement(cpu=1.0), attn_sparsity=0.1)),
     workload=Workload(num_sequences=8, prompt_tokens=300, gen_tokens=24),
     device="cuda",
     rates={},
 )
 def test_no_policy_is_predicted_faster_than_its_limit(
-    spec: ModelSpec, policy: Policy, workload: Workload, device: str, rates: dict[str, float]
+    case: tuple[ModelSpec, Policy], workload: Workload, device: str, rates: dict[str, float]
 ) -> None:
+    spec, policy = case
     if device == "cpu":
         rates = {name: rate for name, rate in rates.items() if "2" not in name}
-    policy = for_model(policy, spec)
     plan = plan_placement(spec, policy, workload, 2, in_place=device == "cpu")
     profile = machine(spec, device, **rates)
     limit = physical_limit(spec, workload, traffic_of(plan), profile.best)
