@@ -154,6 +154,7 @@ class _Simulation:
         self.attended: dict[int, float] = {}
         self.computed = 0.0
         self._compute_cache: dict[tuple[int, str, int], float] = {}
+        self._recompute_cache: dict[tuple[int, int], float] = {}
 
     def run(self) -> Passes:
         emitted: list[float] = []
@@ -486,9 +487,12 @@ class _Simulation:
         if not step.token or not stage.has_kv or not self.plan.input_bytes:
             return 0.0
         split, at_once = self.plan.kv_splits[stage.layer][step.micro_batch], self.plan.recomputed_sequences
-        whole, rest = divmod(split.first(self.batches[step.micro_batch]).inputs, at_once)
-        positions = self._attended_positions(step)
-        return whole * self.times.recompute_s(at_once * positions) + self.times.recompute_s(rest * positions)
+        key = split.first(self.batches[step.micro_batch]).inputs, self._attended_positions(step)
+        if key not in self._recompute_cache:
+            (whole, rest), positions = divmod(key[0], at_once), key[1]
+            whole_s, rest_s = (self.times.recompute_s(count * positions) for count in (at_once, rest))
+            self._recompute_cache[key] = whole * whole_s + rest_s
+        return self._recompute_cache[key]
 
     def _compute_seconds(self, step: Step) -> float:
         stage, sequences = self.plan.stages[step.stage], self.batches[step.micro_batch]

@@ -20,14 +20,14 @@ from flexllmgen.policy import Policy
 from flexllmgen.spec import ModelSpec
 from flexllmgen.units import round_up
 from flexllmgen.workload import Workload
-from flexllmgen.workspace import exchange_row, kv_scratch, row_bytes, workspace_bytes
+from flexllmgen.workspace import exchange_row, kv_scratch, recompute_scratch, row_bytes, workspace_bytes
 from profiling.layer_times import LayerTimes
 from profiling.profile import HardwareProfile
 
-# Where each share stands among the program's variables. Last come the seconds of a prompt's pass and of a step, of a full
-# block and of the ragged one at the end.
-W, K, A = (0, 1, 2), (3, 4, 5), (6, 7, 8)
-_FULL, _RAGGED, _SIZE = (9, 10), (11, 12), 13
+# Where each share stands among the program's variables; X is that of the KV that is kept as layer inputs. Last come the seconds
+# of a prompt's pass and of a step, of a full block and of the ragged one at the end.
+W, K, A, X = (0, 1, 2), (3, 4, 5), (6, 7, 8), 9
+_FULL, _RAGGED, _SIZE = (10, 11), (12, 13), 14
 _CRUMB = 1e-4
 """Relative price of a share off the device, so that of equal solutions the nearest to it is taken."""
 
@@ -148,6 +148,10 @@ class PlacementProgram:
         self.slot = max(
             images[index].num_bytes for stage in stages if stage.layer >= 0 for index in stage.images
         )
+        # What of a position's keys and values the layer's input has: less only where heads have keys of their own.
+        input_share = spec.num_layers * spec.hidden_bytes(1, dtype_bytes) / self.kv_position
+        self.recompute = not self.on_cpu and self.variant.kv_bits is None and input_share < 1
+        self.input_share = input_share if self.recompute else 1.0
         self._cheap: dict[Cut, float] = {}
 
     def policy(self, size: int, count: int) -> Policy:
@@ -188,18 +192,24 @@ class PlacementProgram:
         weights, share = self.weights - self.rest, self.expert_share(block)
         context = workload.prompt_tokens + (workload.gen_tokens - 1) // 2
         kv = block * context * self.kv_position
+        least_kv = kv * self.input_share
         held = limits.cpu_bytes + (0 if limits.shared else limits.gpu_bytes or 0)
-        sources = [(self.rates.disk_read_bytes_per_s, held, kv)]
-        if not self.on_cpu and self.rates.h2d_bytes_per_s and limits.gpu_bytes is not None:
-            lifted = 0 if self.variant.cpu_attention else kv
-            sources.append((self.rates.h2d_bytes_per_s, limits.gpu_bytes, lifted))
+        sources = [(self.rates.disk_read_bytes_per_s, held, least_kv)]
+        up, gpu_bytes = self.rates.h2d_bytes_per_s, limits.gpu_bytes
+        if not self.on_cpu and up and gpu_bytes is not None:
+            lifted = 0 if self.variant.cpu_attention else least_kv
+            sources.append((up, gpu_bytes, lifted))
         attended_s = 0.0
         if self.variant.cpu_attention:
             alone, _ = self.rates.attention_bytes_per_s(self.times, self.variant.kv_bits)
             # Layers with a window attend to less than lies there; what lies on disk is brought in beside that.
             alone /= self.spec.attended_share(context)
-            beside = self.rates.disk_read_bytes_per_s if limits.disk_bytes else 0.0
-            attended_s = (kv - (limits.gpu_bytes or 0)) / (alone + beside)
+            if not self.recompute:
+                beside = self.rates.disk_read_bytes_per_s if limits.disk_bytes else 0.0
+                attended_s = (kv - (gpu_bytes or 0)) / (alone + beside)
+            elif up and gpu_bytes is not None:
+                # What the CPU does not attend to is lifted beside the weights, as inputs at the least.
+                attended_s = (share * (weights - gpu_bytes) + least_kv) / (up + self.input_share * alone)
         return (
             max(0.0, *((weights - memory) / rate for rate, memory, _ in sources)),
             max(
@@ -216,8 +226,11 @@ class PlacementProgram:
         outside = max(0, self.weights - self.rest - self.limits.gpu_bytes)
         return self._awaited_s(self.expert_share(block)) * outside / self.weights
 
-    def solve(self, cut: Cut, kind: Kind) -> Solved | None:
-        """The best shares for a cut, as if nothing ever waited; None if it cannot fit."""
+    def solve(self, cut: Cut, kind: Kind, *, recompute: bool = True) -> Solved | None:
+        """The best shares for a cut, as if nothing ever waited; None if it cannot fit.
+
+        Without `recompute` no layer inputs are kept.
+        """
         rows, bounds = self._memory(cut)
         for row, bound in self._time(cut):
             rows.append(row)
@@ -229,15 +242,17 @@ class PlacementProgram:
         crumb = _CRUMB * self.cheap_bound(cut)
         for index in (W[1], K[1], A[1]):
             objective[index] = crumb
+        objective[X] = 1.5 * crumb
         for index in (W[2], K[2], A[2]):
             objective[index] = 2 * crumb
         equal = np.zeros((3, _SIZE))
         for index, variables in enumerate((W, K, A)):
             equal[index, list(variables)] = 1.0
+        equal[1, X] = 1.0
         matrix, limit = np.array(rows), np.array(bounds)
         # Bytes beside seconds would be badly scaled.
         scale = np.maximum(np.abs(matrix).max(axis=1), 1e-30)
-        most = [1.0] * 9
+        most = [1.0] * 9 + [float(self.recompute and recompute)]
         if not kind.disk:
             most[W[2]] = most[K[2]] = most[A[2]] = 0.0
         if not kind.hidden_elsewhere:
@@ -248,7 +263,7 @@ class PlacementProgram:
             b_ub=limit / scale,
             A_eq=equal,
             b_eq=np.ones(3),
-            bounds=[(0.0, each) for each in most] + [(0.0, None)] * (_SIZE - 9),
+            bounds=[(0.0, each) for each in most] + [(0.0, None)] * (_SIZE - len(most)),
             method="highs",
         )
         if result.status != 0:
@@ -256,7 +271,7 @@ class PlacementProgram:
         return Solved(
             cut=cut,
             bound_s=max(float(result.fun) - 6 * crumb, self.cheap_bound(cut)),
-            shares=tuple(float(share) for share in result.x[:9]),
+            shares=tuple(float(share) for share in result.x[: len(most)]),
         )
 
     # The program
@@ -288,6 +303,9 @@ class PlacementProgram:
             for tier in (1, 2):
                 gpu[W[tier]] += slots * self.slot
                 gpu[K[tier]] += kv_slots * kv_unit
+            gpu[X] = kv_slots * kv_unit * self.input_share
+            gpu[X] += recompute_scratch(self.spec, policy, workload, self.size, size)[1]
+            cpu[X] = kv * self.input_share
             cpu[W[2]] += slots * self.slot
             cpu[K[2]] += kv_slots * kv_unit
         if self.limits.gpu_bytes is not None:
@@ -329,9 +347,11 @@ class PlacementProgram:
         passes = ((0.0, kept, prompt), (context - 1, 1, 1))
         for variable, busy, (read, written, columns) in zip(variables, compute, passes, strict=True):
             hidden = 2 * (spec.num_layers + 1) * block * spec.hidden_bytes(columns, self.size)
-            attended = (
-                {K[0]: self._attention_s(block), K[2]: self._attention_s(block)} if on_host and read else {}
-            )
+            attended = {}
+            if read:
+                attention_s = self._attention_s(block) if on_host else 0.0
+                attended = dict.fromkeys((K[0], K[2]), attention_s)
+                attended[X] = attention_s + self._recompute_s(cut, block)
             # Of streamed experts a step brings in so many; a prompt brings in all.
             share = self.expert_share(block) if read else 1.0
             spared = (1 - share) * self.experts
@@ -352,6 +372,7 @@ class PlacementProgram:
                     lifted = min(exchanged, token_kv * read) if on_host and tier == 1 else token_kv * read
                     loads[K[tier]] = lifted * up if read else 0.0
                     loads[A[tier]] = hidden / 2 * up
+                loads[X] = self.input_share * token_kv * read * up
                 # What of the weights is never streamed takes host memory first.
                 yield self._at_most(variable, loads, -self.rest * up - spared * slowest)
                 if spared:
@@ -359,7 +380,7 @@ class PlacementProgram:
                     fewer = {**loads, **{tier: share * loads[tier] for tier in W[1:]}}
                     yield self._at_most(variable, fewer, -self.rest * up * share)
                 down = 1 / rates.d2h_bytes_per_s
-                stores = {}
+                stores = {X: self.input_share * token_kv * written * down}
                 for tier in (1, 2):
                     stores[K[tier]] = token_kv * written * down
                     stores[A[tier]] = hidden / 2 * down
@@ -402,6 +423,17 @@ class PlacementProgram:
             return 0.0
         rate = self.rates.dequantise_bytes_per_s(self.variant.kv_bits)
         return block * self.spec.kv_bytes(context, self.size) / rate
+
+    def _recompute_s(self, cut: Cut, block: int) -> float:
+        """Seconds of a step in the middle in which the device makes keys and values of a whole block's inputs."""
+        if not self.recompute:
+            return 0.0
+        workload, spec = self.workload, self.spec
+        policy, size = self.policy(cut.size, cut.count), min(cut.size, block)
+        at_once, _ = recompute_scratch(spec, policy, workload, self.size, size)
+        context = workload.prompt_tokens + workload.gen_tokens // 2
+        positions = at_once * context * spec.attended_share(context)
+        return spec.num_layers * block / at_once * self.times.recompute_s(round(positions))
 
     def _compute(self, cut: Cut, block: int) -> tuple[float, float]:
         """Seconds that the compute device needs for a block's prompts, and for a step in the middle.

@@ -31,6 +31,7 @@ from strategies.placement_program import (
     Solved,
     Variant,
     W,
+    X,
 )
 
 Objective = Literal["throughput", "latency"]
@@ -53,6 +54,7 @@ _QUERY_ODD = 0.003
 _LOSSY_ODD = 0.05
 _MOST_CHOSEN = 0.9
 """Share of the experts from which on it is not worth waiting for a step's choice."""
+_CRUMB = 5e-4
 _WORTH = 0.005
 """A relative gain that is not worth looking for."""
 _NARROWER = ((1, False), (1, True), (0, True))
@@ -275,15 +277,13 @@ class _Search:
             for _ in range(_STEPS_UP):
                 beside = [cut for cut in _beside(best.cut, cuts) if cut not in tried]
                 tried |= set(beside)
-                kind = Kind(
-                    disk=best.placement.disk_bytes > 0, hidden_elsewhere=best.placement.hidden_slots > 0
-                )
+                kind = _kind_of(best)
                 solved = [
                     each for each in (self.program.solve(cut, kind) for cut in beside) if each is not None
                 ]
                 known = len(self.found)
                 self._simulate(sorted(solved, key=lambda each: each.bound_s), most=len(solved))
-                if best.policy.cpu_attention:
+                if best.placement.attends_on_host:
                     priced = {each.cut for each in self.found[known:]}
                     fewer = [
                         each for each in solved if each.cut.count < best.cut.count and each.cut not in priced
@@ -305,8 +305,11 @@ class _Search:
         return starts[:_WALKS]
 
     def _refine(self) -> None:
-        """The best with deeper prefetch, and with attention and MLP apart."""
+        """The best with deeper prefetch, with attention and MLP apart, and without keeping layer inputs."""
         for near in sorted(self._mine(), key=lambda each: each.seconds)[:_REFINED]:
+            if near.policy.recompute:
+                solved = self.program.solve(near.cut, _kind_of(near), recompute=False)
+                self._simulate([solved] if solved else [], most=1, slack=_ODD)
             for policy in (replace(near.policy, overlap=2), replace(near.policy, sep_layer=True)):
                 placement = self._place(policy)
                 if policy != near.policy and self.program.limits.fits(placement):
@@ -316,11 +319,14 @@ class _Search:
         """The cut's shares as the engine would place them, moved down a tier until they fit."""
         cut, shares = solved.cut, list(solved.shares)
         for _ in range(_REPAIRS):
+            gpu, cpu, disk = (shares[index] for index in K)
+            inputs = shares[X] / (cpu + shares[X]) if shares[X] else 0.0
             policy = replace(
                 self.program.policy(cut.size, cut.count),
-                weights=_placement(shares, W),
-                kv_cache=_placement(shares, K),
-                activations=_placement(shares, A),
+                weights=_placement(*(shares[index] for index in W)),
+                kv_cache=_placement(gpu, cpu + shares[X], disk),
+                activations=_placement(*(shares[index] for index in A)),
+                recompute=_whole(inputs),
             )
             placement = self._place(policy)
             if self.program.limits.fits(placement):
@@ -361,6 +367,7 @@ class _Search:
         for kind, total in (
             (W, plan.weights.total),
             (K, plan.kv_cache.total),
+            ((K[0], X, K[2]), plan.kv_cache.total),
             (A, 0 if self.program.variant.cpu_attention else plan.activations.total),
         ):
             if total and shares[kind[source]] > 0:
@@ -427,6 +434,11 @@ class _Search:
         return any(each is not None and search._fit(each) for each in solved)
 
 
+def _kind_of(candidate: Candidate) -> Kind:
+    plan = candidate.placement
+    return Kind(disk=plan.disk_bytes > 0, hidden_elsewhere=plan.hidden_slots > 0)
+
+
 def _beside(cut: Cut, cuts: Sequence[Cut]) -> list[Cut]:
     """Cuts of about the same block in other micro-batches, and the same with another chunk."""
     block, near = cut.size * cut.count, []
@@ -466,9 +478,9 @@ def _with_preference(candidate: Candidate) -> float:
     Of policies that are as good as equal the plainest is taken.
     """
     policy, plan = candidate.policy, candidate.placement
-    odd = _ODD * ((plan.disk_bytes > 0) + policy.sep_layer + (policy.overlap > 1) + policy.cpu_attention)
-    odd += _ODD * policy.chosen_experts
-    odd += _QUERY_ODD * policy.num_micro_batches * policy.cpu_attention
+    odd = _ODD * ((plan.disk_bytes > 0) + policy.sep_layer + (policy.overlap > 1) + plan.attends_on_host)
+    odd += _ODD * (policy.chosen_experts + (policy.recompute > 0))
+    odd += _QUERY_ODD * policy.num_micro_batches * plan.attends_on_host
     # A loss of precision must be worth it.
     odd += _LOSSY_ODD * ((policy.weight_bits is not None) + (policy.kv_bits is not None))
     # Hidden states are small and wanted at once: behind the copies of weights they wait longer than predicted.
@@ -500,10 +512,16 @@ def _cuts(workload: Workload, wanted: int | None, *, capped: bool) -> Iterator[C
                 yield Cut(size=size, count=count, chunk=chunk)
 
 
-def _placement(shares: Sequence[float], kind: tuple[int, int, int]) -> Placement:
-    gpu, cpu, disk = (max(0.0, round(shares[index], 6)) for index in kind)
+def _whole(share: float) -> float:
+    """A share without the crumbs of the solver."""
+    share = round(share, 6)
+    return 0.0 if share < _CRUMB else 1.0 if share > 1 - _CRUMB else share
+
+
+def _placement(gpu: float, cpu: float, disk: float) -> Placement:
+    gpu, cpu, disk = (max(0.0, round(share, 6)) for share in (gpu, cpu, disk))
     # Crumbs of the solver are no placement.
-    gpu, cpu, disk = (0.0 if share < 5e-4 else share for share in (gpu, cpu, disk))
+    gpu, cpu, disk = (0.0 if share < _CRUMB else share for share in (gpu, cpu, disk))
     total = gpu + cpu + disk
     gpu, cpu = gpu / total, cpu / total
     if not disk:

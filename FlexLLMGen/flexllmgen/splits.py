@@ -1,6 +1,6 @@
 """How sequences are divided: a block into micro-batches, and the sequences of each over the tiers. Pure."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from flexllmgen.policy import Placement, Policy
 
@@ -55,7 +55,10 @@ def keep_inputs(splits: list[Split], share: float) -> list[Split]:
     if not share:
         return splits
     parts = split_sequences([split.cpu for split in splits], Placement(gpu=share, cpu=1 - share))
-    return [replace(split, cpu=part.cpu, inputs=part.gpu) for split, part in zip(splits, parts, strict=True)]
+    return [
+        Split(gpu=split.gpu, cpu=part.cpu, inputs=part.gpu, disk=split.disk)
+        for split, part in zip(splits, parts, strict=True)
+    ]
 
 
 def micro_batch_sizes(num_sequences: int, policy: Policy) -> tuple[int, ...]:
