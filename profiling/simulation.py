@@ -426,13 +426,15 @@ class _Simulation:
         return min(context, window) if window else context
 
     def _attention_rate(self, stage: int) -> float:
-        """Bytes of KV a second that the CPU attends to in a layer, part of the time beside the copies of weights."""
+        """Bytes of KV a second that the CPU attends to in a layer, part of the time beside copies up."""
         alone, beside = self.rates.attention_bytes_per_s(self.times, self.plan.policy.kv_bits)
         layer = self.plan.stages[stage].layer
         positions = self.contexts[len(self.contexts) // 2]
-        rows = sum(self._rows_on_host(layer, index) for index in range(len(self.batches)))
+        batches = range(len(self.batches))
+        rows = sum(self._rows_on_host(layer, index) for index in batches)
         cached = positions * rows * self.plan.kv_row_bytes
-        copying_s = sum(self.weight_bytes[stage][1:]) / self._up_rate
+        loaded = positions * sum(sum(self._kv_row(layer, index, loaded=True)) for index in batches)
+        copying_s = (sum(self.weight_bytes[stage][1:]) + loaded) / self._up_rate
         beside_s = min(copying_s, cached / beside)
         rate: float = cached / (beside_s + (cached - beside_s * beside) / alone)
         return rate

@@ -360,9 +360,7 @@ class PlacementProgram:
             rest_s = awaited * self.rest / self.weights
             yield self._at_most(variable, {**attended, **weights_s}, busy - rest_s)
             if on_host and read:
-                yield self._attended_on_host(
-                    variable, token_kv * read * spec.attended_share(int(read)), share
-                )
+                yield self._attended_on_host(variable, token_kv * read, spec.attended_share(int(read)), share)
             if not self.on_cpu and rates.h2d_bytes_per_s and rates.d2h_bytes_per_s:
                 up = 1 / rates.h2d_bytes_per_s
                 paged = not self.pin_weight and rates.h2d_pageable_bytes_per_s
@@ -404,13 +402,20 @@ class PlacementProgram:
             return 0.0
         return share * self.experts / self.rates.h2d_bytes_per_s
 
-    def _attended_on_host(self, variable: int, cached: float, share: float) -> tuple[np.ndarray, float]:
-        """What the CPU attends to, at its full rate but while weights are copied beside it."""
+    def _attended_on_host(
+        self, variable: int, cached: float, attended: float, share: float
+    ) -> tuple[np.ndarray, float]:
+        """What the CPU attends to, at its full rate but while weights and other KV are copied beside it.
+
+        Of `cached` bytes of KV in all a step attends to the share `attended`; of streamed experts it brings in `share`.
+        """
         rates = self.rates
         alone, beside = rates.attention_bytes_per_s(self.times, self.variant.kv_bits)
-        slowed = share * (1 - beside / alone) / (rates.h2d_bytes_per_s or rates.host_bytes_per_s)
-        shares = {K[1]: cached / alone, W[1]: self.weights * slowed, W[2]: self.weights * slowed}
-        return self._at_most(variable, shares, -self.rest * slowed)
+        slowed = (1 - beside / alone) / (rates.h2d_bytes_per_s or rates.host_bytes_per_s)
+        weights_s = self.weights * slowed * share
+        shares = {K[1]: cached * attended / alone, W[1]: weights_s, W[2]: weights_s}
+        shares |= {K[2]: cached * slowed, X: self.input_share * cached * slowed}
+        return self._at_most(variable, shares, -self.rest * slowed * share)
 
     def _attention_s(self, block: int) -> float:
         """Seconds of a step in the middle in which the device attends to the KV of a whole block."""

@@ -28,7 +28,9 @@ def profiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("profiles")
     opt_30b = ModelSpec.from_hf_config(published_config("opt-30b"), "opt-30b")
     opt_1b = ModelSpec.from_hf_config(published_config("opt-1.3b"), "opt-1.3b")
-    gpu = machine(opt_30b)
+    # The CPU attends to what host memory gives beside the link.
+    attends = {"cpu_attention_bytes_per_s": 9.4e10, "cpu_attention_under_copies_bytes_per_s": 3.9e10}
+    gpu = machine(opt_30b, **attends)
     little = dataclasses.replace(gpu.capacity, host_available_bytes=8 * GIB, disk_free_bytes=16 * GIB)
     for name, profile in {
         "gpu": gpu,
