@@ -143,6 +143,8 @@ def described(policy: Mapping[str, Any]) -> str:
             )
     if policy.get("cpu_attention"):
         parts.append("attention on the CPU")
+    if policy.get("recompute"):
+        parts.append(f"{policy['recompute']:.0%} of the KV in host memory made anew")
     if policy.get("chosen_experts"):
         parts.append("chosen experts only")
     if policy.get("attn_sparsity", 1.0) != 1.0:

@@ -309,6 +309,8 @@ def _policy_text(policy: Mapping[str, Any]) -> str:
         words.append("attention and MLP apart")
     if policy.get("chosen_experts"):
         words.append("experts by choice")
+    if policy.get("recompute"):
+        words.append(f"{policy['recompute']:.0%} of the KV in host memory made anew")
     return ", ".join(words)
 
 
