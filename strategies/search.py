@@ -320,7 +320,7 @@ class _Search:
         cut, shares = solved.cut, list(solved.shares)
         for _ in range(_REPAIRS):
             gpu, cpu, disk = (shares[index] for index in K)
-            inputs = shares[X] / (cpu + shares[X]) if shares[X] else 0.0
+            inputs = shares[X] / (cpu + shares[X]) if shares[X] > _CRUMB else 0.0
             policy = replace(
                 self.program.policy(cut.size, cut.count),
                 weights=_placement(*(shares[index] for index in W)),
