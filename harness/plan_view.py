@@ -12,6 +12,7 @@ from harness.quality.words import losses
 from profiling.cost_model import CostEstimate
 from profiling.profile import HardwareProfile
 from strategies.base import Plan
+from strategies.flexgen_config import SHORT, share_key
 
 _BAR = 24
 """Characters of a full bar; with what stands beside it, it fits a terminal of 80."""
@@ -27,7 +28,6 @@ _KINDS = {
     "activations": "activations",
     "workspace": "workspace, buffers",
 }
-_SHORT = {"w": "weights", "cache": "KV cache", "act": "activations"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -258,7 +258,7 @@ class PlanView:
             slower = each["slower_by"]
             how = f"{abs(slower):.1%} {'slower' if slower >= 0 else 'faster'}"
             yield f"  {each['generation_tok_s']:,.2f} tok/s, {how}: {each['why']}"
-            shares = (f"{title} {_mix(each, short)}" for short, title in _SHORT.items())
+            shares = (f"{_KINDS[kind]} {_mix(each, kind)}" for kind in SHORT)
             yield f"    {_policy_text(each)}; {', '.join(shares)}"
 
 
@@ -314,9 +314,9 @@ def _policy_text(policy: Mapping[str, Any]) -> str:
     return ", ".join(words)
 
 
-def _mix(policy: Mapping[str, Any], short: str) -> str:
+def _mix(policy: Mapping[str, Any], kind: str) -> str:
     """Percent on device, host and disk."""
-    return "/".join(f"{policy[f'{short}_{tier}_percent']:g}" for tier in ("gpu", "cpu", "disk"))
+    return "/".join(f"{policy[share_key(kind, tier)]:g}" for tier in ("gpu", "cpu", "disk"))
 
 
 def _seconds(seconds: float) -> str:

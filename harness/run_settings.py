@@ -8,6 +8,7 @@ from harness.prepare import Prepared
 from harness.provenance import without_credentials
 from harness.results import RunResult, RunStatus, Scalar
 from strategies.base import Plan
+from strategies.flexgen_config import share_key
 
 
 def opening_result(job: Job, prepared: Prepared) -> RunResult:
@@ -61,10 +62,9 @@ def policy_params(plan: Plan) -> dict[str, Scalar]:
     params: dict[str, Scalar] = {
         f"policy_{name}": value for name, value in plan.details.get("policy", {}).items()
     }
-    short = {"weights": "w", "kv_cache": "cache", "activations": "act"}
     for kind, shares in plan.details.get("shares", {}).items():
         for tier, percent in shares.items():
-            params[f"policy_{short[kind]}_{tier}_percent"] = percent
+            params[f"policy_{share_key(kind, tier)}"] = percent
     # Where it stands among the settings, runs with and without it are two setups.
     return params if plan.lossless else {**params, "lossy": True}
 

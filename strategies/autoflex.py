@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from typing import Any
 
 from flexllmgen.errors import PlanInfeasible
 from flexllmgen.memory.pack import packed_bytes
@@ -19,6 +20,7 @@ from profiling.hardware import free_disk_bytes
 from profiling.profile import HardwareProfile
 from strategies.autoflex_config import Config
 from strategies.base import Machine, Plan, PlanRequest
+from strategies.flexgen_config import SHORT, share_key
 from strategies.flexgen_engine import (
     FlexgenEngine,
     disk_room,
@@ -177,12 +179,8 @@ def _step_s(plan: Plan) -> float:
 def policy_of(plan: Plan) -> Policy:
     """The policy that a plan's details describe."""
     shares = plan.details["search"]["shares"]
-    return Policy(
-        weights=Placement(**shares["weights"]),
-        kv_cache=Placement(**shares["kv_cache"]),
-        activations=Placement(**shares["activations"]),
-        **plan.details["policy"],
-    )
+    placed: dict[str, Any] = {kind: Placement(**shares[kind]) for kind in SHORT}
+    return Policy(**placed, **plan.details["policy"])
 
 
 def limits_of(machine: Machine, disk_bytes: int) -> Limits:
@@ -199,9 +197,7 @@ def search_details(found: Found) -> dict[str, object]:
     """How the policy was found, for plan.json: exact shares, certificate, runners-up and why they lost."""
     best = found.best
     return {
-        "shares": {
-            name: asdict(getattr(best.policy, name)) for name in ("weights", "kv_cache", "activations")
-        },
+        "shares": {kind: asdict(getattr(best.policy, kind)) for kind in SHORT},
         "cuts": found.cuts,
         "simulated": found.simulated,
         "bound_s": found.bound_s,
@@ -212,8 +208,8 @@ def search_details(found: Found) -> dict[str, object]:
 
 def _runner_up(other: Candidate, best: Candidate) -> dict[str, object]:
     shares = {
-        f"{short}_{tier}_percent": round(100 * getattr(getattr(other.policy, name), tier), 1)
-        for short, name in (("w", "weights"), ("cache", "kv_cache"), ("act", "activations"))
+        share_key(kind, tier): round(100 * getattr(getattr(other.policy, kind), tier), 1)
+        for kind in SHORT
         for tier in ("gpu", "cpu", "disk")
     }
     return {

@@ -10,7 +10,7 @@ from flexllmgen.errors import PolicyError
 from flexllmgen.placement import plan_placement
 from flexllmgen.policy import ON_GPU, Placement, Policy
 from strategies.base import Plan, PlanRequest
-from strategies.flexgen_config import Config
+from strategies.flexgen_config import Config, share_key
 from strategies.flexgen_engine import (
     FlexgenEngine,
     disk_room,
@@ -79,7 +79,7 @@ def make_policy(config: Config, batch_size: int) -> Policy:
     Raises:
         PolicyError: shares of one kind sum to more than 100 %, or keys rule each other out.
     """
-    activations = _shares(config, "act")
+    activations = _shares(config, "activations")
     if config.cpu_cache_compute:
         # What the engine would refuse in its own words.
         others = {
@@ -95,8 +95,8 @@ def make_policy(config: Config, batch_size: int) -> Policy:
     return Policy(
         micro_batch_size=config.micro_batch_size or batch_size,
         num_micro_batches=config.num_micro_batches,
-        weights=_shares(config, "w"),
-        kv_cache=_shares(config, "cache"),
+        weights=_shares(config, "weights"),
+        kv_cache=_shares(config, "kv_cache"),
         activations=activations,
         pin_weight=config.pin_weight,
         overlap=config.overlap,
@@ -120,5 +120,5 @@ def _refuse_beside(key: str, reason: str, others: dict[str, bool], *, off: str) 
 
 
 def _shares(config: Config, kind: str) -> Placement:
-    on_gpu, on_cpu = f"{kind}_gpu_percent", f"{kind}_cpu_percent"
+    on_gpu, on_cpu = share_key(kind, "gpu"), share_key(kind, "cpu")
     return Placement.from_percent(getattr(config, on_gpu), getattr(config, on_cpu), f"{on_gpu}, {on_cpu}")

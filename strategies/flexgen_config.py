@@ -6,6 +6,18 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Percent = Annotated[float, Field(ge=0, le=100)]
 
+SHORT = {"weights": "w", "kv_cache": "cache", "activations": "act"}
+"""What a policy has shares of, and what the keys call it."""
+
+
+def share_key(kind: str, tier: str) -> str:
+    """The key of a share, in percent.
+
+    >>> share_key("kv_cache", "gpu")
+    'cache_gpu_percent'
+    """
+    return f"{SHORT[kind]}_{tier}_percent"
+
 
 class Config(BaseModel):
     """What only `flexgen` has."""

@@ -10,9 +10,8 @@ from flexllmgen.fits import Shortage, find_shortages
 from flexllmgen.placement import PlacementPlan
 from flexllmgen.units import gib
 from strategies.base import Machine
-from strategies.flexgen_config import Config
+from strategies.flexgen_config import SHORT, Config, share_key
 
-_KEYS = {"weights": "w", "kv_cache": "cache", "activations": "act"}
 _NOTABLE = 0.05
 """Share of the need up to which a part is not worth naming: lowering it is no way out."""
 
@@ -96,8 +95,8 @@ def _to_lower(shortage: Shortage, machine: Machine, config: Config) -> list[str]
     batch = "--set micro_batch_size" if config.micro_batch_size else "--batch-size"
     names: list[str] = []
     for part in _notable(shortage):
-        if part in _KEYS:
-            keys = (f"{_KEYS[part]}_{tier}_percent" for tier in tiers)
+        if part in SHORT:
+            keys = (share_key(part, tier) for tier in tiers)
             names += [f"--set {key}" for key in keys if getattr(config, key)]
         many = "--set num_micro_batches"
         if part in ("kv_cache", "activations") and config.num_micro_batches > 1 and many not in names:
