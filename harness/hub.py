@@ -25,8 +25,8 @@ def probe_hub() -> Callable[[], bool]:
     Any answer counts but a proxy's complaint. Nothing is asked in the libraries' offline mode. Runs in a
     thread, beside the import of a library, and because a name server that keeps silent knows no timeout.
 
-    >>> reachable = probe_hub()
-    >>> online = reachable()
+        reachable = probe_hub()
+        online = reachable()
     """
     if any(os.environ.get(name, "").upper() in {"1", "ON", "YES", "TRUE"} for name in OFFLINE_VARIABLES):
         return lambda: False
@@ -60,8 +60,8 @@ def _ask(endpoint: str) -> bool:
 def quiet_datasets(*, online: bool) -> Iterator[Any]:
     """The module `datasets` without progress bars and chatter, and, unless `online`, without any request.
 
-    >>> with quiet_datasets(online=False) as datasets:
-    ...     table = datasets.load_dataset("json", data_files="questions.jsonl", split="train")
+    with quiet_datasets(online=False) as datasets:
+        table = datasets.load_dataset("json", data_files="questions.jsonl", split="train")
     """
     import datasets
 

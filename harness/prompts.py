@@ -62,9 +62,7 @@ class PromptSet:
     def batch(self, start: int, stop: int) -> "tuple[torch.Tensor, torch.Tensor]":
         """Rows `start` to `stop` as (ids_BT, mask_BT), int64, padded on the left to T = input_len.
 
-        >>> ids_BT, mask_BT = prompts.batch(0, 4)
-        >>> ids_BT.shape
-        torch.Size([4, 128])
+        ids_BT, mask_BT = prompts.batch(0, 4)  # both of shape (4, 128) where the input length is 128
         """
         assert 0 <= start < stop <= len(self.prompts), (start, stop, len(self.prompts))
         rows = [prompt.token_ids for prompt in self.prompts[start:stop]]
@@ -111,12 +109,11 @@ def load_prompts(
         UsageError: what `load_rows` refuses; a template that does not fit the columns; a chat template
             that the tokenizer lacks, the mode excludes or `input_len` cannot hold; no usable prompt.
 
-    >>> prompts = load_prompts(
-    ...     dataset="humaneval", num_prompts=8, input_len=128, prompt_mode="pad", prompt_template=None,
-    ...     chat_template="auto", tokenizer=tokenizer, seed=0,
-    ... )
-    >>> prompts.prompts[0].prompt_id
-    'HumanEval/138'
+        prompts = load_prompts(
+            dataset="humaneval", num_prompts=8, input_len=128, prompt_mode="pad", prompt_template=None,
+            chat_template="auto", tokenizer=tokenizer, seed=0,
+        )
+        prompts.prompts[0].prompt_id  # 'HumanEval/138'
     """
     for option, value in (("--num-prompts", num_prompts), ("--input-len", input_len)):
         if value < 1:
