@@ -70,7 +70,7 @@ class HostAttention:
             self._lane = Lane("cpu-attention", stream, threaded=not self._queued)
         self._under_way: dict[int, tuple[Event, torch.Tensor]] = {}
         self._calls: dict[tuple[int, int], Callable[[], None]] = {}
-        self._seen: dict[int, torch.Tensor] = {}
+        self._exchanges: dict[tuple[int, int], tuple[_Exchange, _Exchange]] = {}
         self._threads = attention_threads()
 
     def submit(
@@ -95,8 +95,7 @@ class HostAttention:
             return
         assert self._lane is not None
         mine = slice(segment.start, segment.stop)
-        host = self._exchange(micro_batch, segment.stop - segment.start, seen=False)
-        seen = self._exchange(micro_batch, segment.stop - segment.start, seen=True)
+        host, seen = self._exchange(micro_batch, segment.stop - segment.start)
         new = q_BNH[mine], k_BKH[mine], v_BKH[mine]
         kv_S2BKH, more = (
             self._give_codes(segment, host, seen, *new)
@@ -157,7 +156,7 @@ class HostAttention:
         self._calls.clear()
 
     def close(self) -> None:
-        self._seen.clear()
+        self._exchanges.clear()
         if self._lane is not None:
             self._lane.close()
 
@@ -189,13 +188,16 @@ class HostAttention:
         more = {"scale_S2BKG": scale, "zero_S2BKG": zero, "group_size": codec.group_size, "row": row}
         return codes_S2BKH, more
 
-    def _exchange(self, micro_batch: int, rows: int, *, seen: bool) -> _Exchange:
-        """Host memory of a micro-batch's queries, keys, values and outputs; or the same as it is `seen` by the device."""
-        spec, region = self._plan.spec, self._arena.view(self._regions[micro_batch])
-        if seen:
-            if micro_batch not in self._seen:
-                self._seen[micro_batch] = mapped(region, self._device)
-            region = self._seen[micro_batch]
+    def _exchange(self, micro_batch: int, rows: int) -> tuple[_Exchange, _Exchange]:
+        """Host memory of a micro-batch's queries, keys, values and outputs; and the same as the device sees it."""
+        if (micro_batch, rows) not in self._exchanges:
+            region = self._arena.view(self._regions[micro_batch])
+            both = self._parts_of(region, rows), self._parts_of(mapped(region, self._device), rows)
+            self._exchanges[micro_batch, rows] = both
+        return self._exchanges[micro_batch, rows]
+
+    def _parts_of(self, region: torch.Tensor, rows: int) -> _Exchange:
+        spec = self._plan.spec
         each = rows * spec.query_size * self._dtype.itemsize
         q_BNH, out_BNH = (
             region[start : start + each].view(self._dtype).view(rows, spec.num_heads, spec.head_dim)
