@@ -16,6 +16,7 @@ from flexllmgen.images import (
     stage_dequantised_bytes,
     streamed_parts,
 )
+from flexllmgen.layer_inputs import made_positions
 from flexllmgen.memory.disk import READ_BYTES
 from flexllmgen.placement import PlacementPlan
 from flexllmgen.schedule import Action, Shape, Step, zigzag
@@ -489,9 +490,10 @@ class _Simulation:
         if not step.token or not stage.has_kv or not self.plan.input_bytes:
             return 0.0
         split, at_once = self.plan.kv_splits[stage.layer][step.micro_batch], self.plan.recomputed_sequences
-        key = split.first(self.batches[step.micro_batch]).inputs, self._attended_positions(step)
+        positions = made_positions(self._attended_positions(step), self.plan.max_context)
+        key = split.first(self.batches[step.micro_batch]).inputs, positions
         if key not in self._recompute_cache:
-            (whole, rest), positions = divmod(key[0], at_once), key[1]
+            whole, rest = divmod(key[0], at_once)
             whole_s, rest_s = (self.times.recompute_s(count * positions) for count in (at_once, rest))
             self._recompute_cache[key] = whole * whole_s + rest_s
         return self._recompute_cache[key]

@@ -12,6 +12,19 @@ from dataclasses import dataclass
 
 import torch
 
+from flexllmgen.units import round_up
+
+
+def made_positions(positions: int, room: int) -> int:
+    """Positions whose keys and values are made where so many are attended to, of those there is room for.
+
+    Some more: the memory of steps that follow each other is then of one size, which the allocator gives again.
+
+    >>> made_positions(513, room=544), made_positions(530, room=536)
+    (544, 536)
+    """
+    return min(round_up(positions, 32), room)
+
 
 @dataclass(frozen=True, slots=True)
 class InputSegment:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from flexllmgen.attention import append, decode_attention, prompt_attention
 from flexllmgen.kv_cache import AnySegment, Segment
-from flexllmgen.layer_inputs import InputSegment
+from flexllmgen.layer_inputs import InputSegment, made_positions
 from flexllmgen.models.experts import grouped_experts
 from flexllmgen.models.linear import linear
 from flexllmgen.models.rope import angles, inverse_frequencies, rotate
@@ -215,14 +215,17 @@ class Decoder:
         bias = None if span.bias_B11S is None else span.bias_B11S[..., first:length]
         if bias is not None and first:
             bias = bias.clone()  # As for any window: kernels do not check where it starts.
-        made = self._keys_and_values(w, span, segment.x_SBD[first:length], first)
+        stop = first + made_positions(length - first, len(segment.x_SBD) - first)
+        made = self._keys_and_values(w, span, segment.x_SBD[first:stop], first)
         return decode_attention(q_BNH, Segment(segment.start, segment.stop, made), length - first, bias, 0)
 
     def _keys_and_values(self, w: Weights, span: Span, x_SBD: torch.Tensor, first: int) -> torch.Tensor:
         """Keys and values of the span's sequences at positions from `first` on: [S, 2, B, K, H]."""
         spec = self.spec
         query, bias = spec.query_size, w.get("qkv.bias")
-        kv = linear(x_SBD, w["qkv.weight"][query:], None if bias is None else bias[query:])
+        # As rows: of a part of the sequences they are copied together.
+        x_RD = x_SBD.flatten(0, 1)
+        kv = linear(x_RD, w["qkv.weight"][query:], None if bias is None else bias[query:])
         kv_SB2KH = kv.view(*x_SBD.shape[:2], 2, spec.num_kv_heads, spec.head_dim)
         k_SBKH = projected = kv_SB2KH[:, :, 0]
         if spec.traits.qk_norm:
