@@ -85,7 +85,7 @@ class Bench:
     def kernel_rows(self, threads: int) -> Iterator[dict[str, Any]]:
         from flexllmgen.cpu_attention import _kernel, prepare_attention
 
-        kernel = _kernel()
+        kernel = _kernel(128)
         assert kernel is not None
         for shape in SHAPES:
             for name in DTYPES:

@@ -81,7 +81,7 @@ def make_plan(
             profile, profile_warnings = local_profile(
                 request,
                 read_hardware(machine.offload_dir),
-                lambda: report.phase("profile the machine (once a week)", None),
+                lambda phase: report.phase(phase, None),
             )
         finally:
             report.end_progress()

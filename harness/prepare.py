@@ -86,7 +86,7 @@ def prepare(job: Job, events: EventWriter) -> Prepared:
     request = make_request(config, source, machine)
     hardware = read_hardware(config.offload_dir)
     profile, profile_warnings = local_profile(
-        request, hardware, lambda: events.send("phase", name="profile the machine (once a week)")
+        request, hardware, lambda phase: events.send("phase", name=phase)
     )
     events.send("phase", name="plan")
     started = time.perf_counter()
@@ -271,18 +271,19 @@ def known_spec(source: ModelSource) -> ModelSpec | None:
 
 
 def local_profile(
-    request: PlanRequest, hardware: Hardware, tell: Callable[[], None]
+    request: PlanRequest, hardware: Hardware, tell: Callable[[str], None]
 ) -> "tuple[HardwareProfile, list[str]]":
-    """This machine's profile, measured where none is kept, and warnings; `tell` is called before it is measured."""
-    from profiling.profiler import forced, take_profile
+    """This machine's profile, measured where none is kept, and warnings; `tell` is called with what takes time then."""
+    from profiling.profiler import BUILDING, forced, take_profile
 
-    told = False
+    told = ""
 
-    def on_progress(*_: object) -> None:
+    def on_progress(part: str, *_: object) -> None:
         nonlocal told
-        if not told:
-            tell()
-            told = True
+        phase = part if part == BUILDING else "profile the machine (once a week)"
+        if phase != told:
+            tell(phase)
+            told = phase
 
     profile, warnings = take_profile(
         hardware,

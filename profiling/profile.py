@@ -143,7 +143,7 @@ class HardwareProfile:
     Args:
         fingerprint: of all that the figures depend on; a profile with another one is never used silently.
         measurements: by the names of Rates.
-        cpu_attention: what attended on the CPU where that was measured: the kernel's instructions, or torch.
+        cpu_attention: what attended on the CPU where that was measured, beside a GPU: the kernel's instructions, or torch.
         layers: how long a decoder layer takes, one table for each shape of model that was measured.
     """
 

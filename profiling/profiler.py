@@ -31,6 +31,8 @@ MAX_AGE_S = 7 * 24 * 3600
 MAX_AGE_BUSY_S = 600
 """What was measured while others used the machine is measured again when they may have gone."""
 FORCE_VARIABLE = "FORCE_RERUN_PROFILER"
+BUILDING = "build the kernel of attention on the CPU (once)"
+"""What a caller is told while the compiler runs, which takes about as long as the rates."""
 _ROOM = 4
 """A model's layers are timed where one takes no more than this part of the device's free memory."""
 
@@ -107,9 +109,7 @@ class _Taker:
 
     def measure(self, fingerprint: str) -> HardwareProfile:
         """Everything but layer times."""
-        attends = (
-            cpu_attention.which()
-        )  # Which builds the kernel where that was not yet done; no part of measuring.
+        attends = self.cpu_attends()  # First: building the kernel is no part of measuring.
         started = time.perf_counter()
         context_bytes = _start_gpu() if self.device == "cuda" else 0
         capacity = self._capacity(context_bytes, 0)
@@ -135,8 +135,19 @@ class _Taker:
             cpu_attention=attends,
         )
 
+    def cpu_attends(self) -> str:
+        """What attends on the CPU; "" where the CPU is the device, whose attention is torch's. Builds it if need be."""
+        if self.device == "cpu":
+            return ""
+        if not cpu_attention.is_ready():
+            self.tell(BUILDING, 0, 0)
+        return cpu_attention.which()
+
     def brought_up_to_date(self, kept: HardwareProfile) -> HardwareProfile:
         """A kept profile with the memory and disk that are free now."""
+        if kept.cpu_attention != "torch":
+            # After an update there may be none: then it is built now, and not in silence while a model is loaded.
+            self.cpu_attends()
         old = kept.capacity
         capacity = self._capacity(old.gpu_context_bytes, old.gpu_allocator_bytes)
         return replace(kept, hardware=self.hardware, capacity=capacity)

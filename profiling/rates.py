@@ -38,7 +38,7 @@ def measure_rates(
     parts = [*_common(device, kind), *_disk(offload_dir)]
     if device != "cuda":
         return _run(parts, on_progress)
-    parts += _on_gpu()
+    parts += _beside_gpu(kind)
     with open_links() as links:
         return _run([*parts, *_links(links, kind)], on_progress)
 
@@ -70,7 +70,6 @@ def _common(device: str, dtype: torch.dtype) -> Iterator[Part]:
             f"dequantise_{bits}bit_bytes_per_s": measure_dequantise(device, dtype, bits) for bits in BITS
         },
     )
-    yield "attention on the CPU", lambda: {"cpu_attention_bytes_per_s": host_attention(dtype).measure()}
 
 
 def _disk(folder: Path) -> Iterator[Part]:
@@ -81,7 +80,9 @@ def _disk(folder: Path) -> Iterator[Part]:
     yield "page cache", lambda: {"cached_file_bytes_per_s": measure_cached_file(folder)}
 
 
-def _on_gpu() -> Iterator[Part]:
+def _beside_gpu(dtype: torch.dtype) -> Iterator[Part]:
+    # Where the CPU computes everything, it does not attend beside anything.
+    yield "attention on the CPU", lambda: {"cpu_attention_bytes_per_s": host_attention(dtype).measure()}
     yield (
         "device memory",
         lambda: {

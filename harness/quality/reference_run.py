@@ -71,7 +71,7 @@ def _plan(job: Job, events: EventWriter) -> tuple[Strategy, Plan]:
         ),
     )
     profile, _ = local_profile(
-        request, read_hardware(config.offload_dir), lambda: events.send("phase", name="profile the machine")
+        request, read_hardware(config.offload_dir), lambda phase: events.send("phase", name=phase)
     )
     entry = find_strategy(config.strategy)
     config_type, _ = entry.load_config()

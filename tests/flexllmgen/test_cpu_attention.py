@@ -1,10 +1,12 @@
 """Decode attention on the CPU against the formula in double precision, and how its kernel is built and kept."""
 
 import ctypes
+import functools
 import multiprocessing
 import os
 import stat
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,9 @@ import torch
 
 from flexllmgen import cpu_attention
 from flexllmgen.compression import dequantise, quantise
-from flexllmgen.cpu_attention.build import BuildFailedError, library_path
+from flexllmgen.cpu_attention.build import PROCESSOR, BuildFailedError, is_built, library_path
 from flexllmgen.cpu_attention.fallback import attend_with_torch
-from flexllmgen.cpu_attention.library import LEVELS, Kernel, Prepared
+from flexllmgen.cpu_attention.library import LEVELS, Kernel, Prepared, best_level, compiled, level_for
 from flexllmgen.errors import UsageError
 
 # B sequences  S positions  N query heads  K key heads  G groups of a row  H head dim
@@ -33,13 +35,32 @@ SHAPES = [
 SPANS = [(0, 1), (0, 37), (5, 203), (0, 300)]
 
 
-@pytest.fixture(scope="module")
-def kernel() -> Kernel:
-    """Built once and kept in the user's cache, as for any run."""
+def built(level: str) -> Kernel:
+    """Built once and kept in the user's cache, as for any run; the test is skipped where there are no such instructions."""
     try:
-        return Kernel(library_path())
+        if LEVELS.index(level) > LEVELS.index(best_level(library_path(source=PROCESSOR))):
+            pytest.skip(f"no {level} here")
+        return Kernel(library_path(*compiled(level)))
     except BuildFailedError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def kernel() -> Kernel:
+    """Of the best level."""
+    one = cpu_attention._kernel(128)
+    return built("generic") if one is None else one
+
+
+@pytest.fixture
+def afresh() -> Iterator[None]:
+    """What is known of processor and libraries is forgotten, before and after."""
+    caches = cpu_attention._best, cpu_attention._built
+    for each in caches:
+        each.cache_clear()
+    yield
+    for each in caches:
+        each.cache_clear()
 
 
 def expected(
@@ -69,30 +90,19 @@ def padding(sequences: int, first: int, length: int, positions: int) -> torch.Te
 
 
 def attend(
-    kernel: Kernel,
-    level: int,
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    length: int,
-    bias: torch.Tensor | None,
-    **more: object,
+    kernel: Kernel, q: torch.Tensor, kv: torch.Tensor, length: int, bias: torch.Tensor | None, **more: object
 ) -> torch.Tensor:
     out = torch.full_like(q, torch.nan)
     arguments = {"first": 0, "threads": 1, "scale_S2BKG": None, "zero_S2BKG": None, "group_size": 64} | more
-    kernel.prepare(q, kv, length, bias, out_BNH=out, level=level, **arguments)()  # type: ignore[arg-type]
+    kernel.prepare(q, kv, length, bias, out_BNH=out, **arguments)()  # type: ignore[arg-type]
     return out
 
 
 @pytest.fixture(scope="module")
-def emulated() -> Kernel:
-    """With loops for AMX, whether the processor has it or not; what is around them needs AVX-512 with its products."""
-    try:
-        kernel = Kernel(library_path("-O1", "-DFLEX_EMULATE_AMX"))
-    except BuildFailedError as error:
-        pytest.skip(str(error))
-    if kernel.level < LEVELS.index("amx"):
-        pytest.skip("no AVX-512 with products of bf16 and of bytes here")
-    return kernel
+def with_and_without() -> tuple[Kernel, Kernel]:
+    """Loops for AMX, whether the processor has it or not, and none; what is around needs AVX-512 with its products."""
+    without = built("avx512_bf16")
+    return Kernel(library_path(*compiled("amx"), "-O1", "-DFLEX_EMULATE_AMX")), without
 
 
 AMX_SHAPES = [(2, 8, 1, 64), (1, 32, 4, 128), (2, 9, 3, 128), (1, 12, 2, 96), (1, 15, 1, 256), (1, 3, 3, 128)]
@@ -100,17 +110,16 @@ AMX_SHAPES = [(2, 8, 1, 64), (1, 32, 4, 128), (2, 9, 3, 128), (1, 12, 2, 96), (1
 
 @pytest.mark.parametrize(("sequences", "heads", "num_kv_heads", "size"), AMX_SHAPES)
 def test_amx_computes_attention(
-    emulated: Kernel, sequences: int, heads: int, num_kv_heads: int, size: int
+    with_and_without: tuple[Kernel, Kernel], sequences: int, heads: int, num_kv_heads: int, size: int
 ) -> None:
     """Of bf16, and of codes; by tiles where they serve, and nearly as without them."""
     torch.manual_seed(0)
-    levels = [LEVELS.index(name) for name in ("amx", "avx512_bf16")]
     for first, length in SPANS:
         kv = torch.randn(length, 2, sequences, num_kv_heads, size)
         q, bias = torch.randn(sequences, heads, size), padding(sequences, first, length, length)
         short, numbers = q.bfloat16(), kv.bfloat16()
         right = expected(short, numbers, length, bias, first)
-        outs = [attend(emulated, level, short, numbers, length, bias, first=first) for level in levels]
+        outs = [attend(each, short, numbers, length, bias, first=first) for each in with_and_without]
         assert error(outs[0], right) < BOUNDS[torch.bfloat16]
         assert error(outs[0], outs[1].double()) < BOUNDS[torch.bfloat16]
         for group_size in (64, 128):
@@ -119,38 +128,34 @@ def test_amx_computes_attention(
             numbers = dequantise(codes, scale, zero, 8, group_size, torch.empty_like(kv))
             for dtype in (torch.float16, torch.bfloat16):
                 short = q.to(dtype)
-                out = attend(emulated, levels[0], short, codes, length, bias, threads=2, **parts)
+                out = attend(with_and_without[0], short, codes, length, bias, threads=2, **parts)
                 assert error(out, expected(short, numbers, length, bias, first)) < BOUNDS[dtype]
 
 
-def test_the_environment_names_the_best_instructions(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu_attention._kernel.cache_clear()
-    try:
-        monkeypatch.setenv(cpu_attention.VARIABLE, "generic")
-        assert cpu_attention.which() == "generic"
-        cpu_attention._kernel.cache_clear()
-        monkeypatch.setenv(cpu_attention.VARIABLE, "quick")
-        with pytest.raises(UsageError, match=r"FLEXLLMGEN_CPU_ATTENTION=quick: there is generic, .*amx"):
-            cpu_attention.which()
-    finally:
-        cpu_attention._kernel.cache_clear()
+@pytest.mark.usefixtures("afresh")
+def test_the_environment_names_the_best_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(cpu_attention.VARIABLE, "generic")
+    assert cpu_attention.which() == ("generic" if cpu_attention.available(128) else "torch")
+    cpu_attention._best.cache_clear()
+    monkeypatch.setenv(cpu_attention.VARIABLE, "quick")
+    with pytest.raises(UsageError, match=r"FLEXLLMGEN_CPU_ATTENTION=quick: there is generic, .*amx"):
+        cpu_attention.which()
 
 
 @pytest.mark.parametrize("name", LEVELS)
 @pytest.mark.parametrize("dtype", BOUNDS)
-def test_every_instruction_set_computes_attention(kernel: Kernel, name: str, dtype: torch.dtype) -> None:
-    if (level := LEVELS.index(name)) > kernel.level:
-        pytest.skip(f"no {name} here")
+def test_every_instruction_set_computes_attention(name: str, dtype: torch.dtype) -> None:
+    kernel = built(name)
     torch.manual_seed(0)
     for sequences, heads, num_kv_heads, size in SHAPES:
-        if size % (4, 8, 16, 16, 16)[level]:
+        if level_for(size, name) != name:
             continue
         for first, length in SPANS:
             kv = torch.randn(length + 3, 2, sequences, num_kv_heads, size).to(dtype)
             q = torch.randn(sequences, heads, size).to(dtype)
             bias = padding(sequences, first, length, length + 5)
             for threads in (1, 3):
-                out = attend(kernel, level, q, kv, length, bias, first=first, threads=threads)
+                out = attend(kernel, q, kv, length, bias, first=first, threads=threads)
                 assert error(out, expected(q, kv, length, bias, first)) < BOUNDS[dtype], (
                     q.shape,
                     first,
@@ -161,11 +166,8 @@ def test_every_instruction_set_computes_attention(kernel: Kernel, name: str, dty
 @pytest.mark.parametrize("name", LEVELS)
 @pytest.mark.parametrize("size", [64, 80, 128, 256])
 @pytest.mark.parametrize("group_size", [64, 128])
-def test_codes_are_turned_back_while_they_are_read(
-    kernel: Kernel, name: str, size: int, group_size: int
-) -> None:
-    if (level := LEVELS.index(name)) > kernel.level:
-        pytest.skip(f"no {name} here")
+def test_codes_are_turned_back_while_they_are_read(name: str, size: int, group_size: int) -> None:
+    kernel = built(name)
     torch.manual_seed(0)
     for sequences, heads, num_kv_heads, length in (
         (2, 4, 4, 150),
@@ -179,13 +181,13 @@ def test_codes_are_turned_back_while_they_are_read(
         q = torch.randn(sequences, heads, size)
         for first in (0, 11):
             parts = {"scale_S2BKG": scale, "zero_S2BKG": zero, "group_size": group_size}
-            out = attend(kernel, level, q, codes, length, None, first=first, threads=2, **parts)
+            out = attend(kernel, q, codes, length, None, first=first, threads=2, **parts)
             assert error(out, expected(q, numbers, length, None, first)) < 2e-6
             # Of queries in 16 bits too, and with padding.
             bias = padding(sequences, first, length, length)
             for dtype in (torch.bfloat16, torch.float16):
                 short = q.to(dtype)
-                out = attend(kernel, level, short, codes, length, bias, first=first, threads=2, **parts)
+                out = attend(kernel, short, codes, length, bias, first=first, threads=2, **parts)
                 assert error(out, expected(short, numbers, length, bias, first)) < BOUNDS[dtype]
 
 
@@ -195,8 +197,8 @@ def test_codes_through_the_public_call(monkeypatch: pytest.MonkeyPatch) -> None:
     codes, scale, zero = quantise(torch.randn(70, 2, 3, 2, 80), 8, 64)
     q = torch.randn(3, 6, 80).bfloat16()
     outs = []
-    for one in (cpu_attention._kernel(), None):
-        monkeypatch.setattr(cpu_attention, "_kernel", lambda one=one: one)
+    for one in (cpu_attention._kernel(64), None):
+        monkeypatch.setattr(cpu_attention, "_kernel", lambda _, one=one: one)
         outs.append(torch.empty_like(q))
         cpu_attention.prepare_attention(
             q, codes, 61, None, first=2, out_BNH=outs[-1], threads=2, scale_S2BKG=scale, zero_S2BKG=zero
@@ -225,8 +227,8 @@ def test_the_tokens_own_row_is_written_before_it_is_read(monkeypatch: pytest.Mon
     wanted = rows.clone()
     wanted[52, 0, 1:4], wanted[52, 1, 1:4] = k, v
     right = expected(q, wanted[:, :, 1:4], 53, None, 2)
-    for one in (cpu_attention._kernel(), None):
-        monkeypatch.setattr(cpu_attention, "_kernel", lambda one=one: one)
+    for one in (cpu_attention._kernel(64), None):
+        monkeypatch.setattr(cpu_attention, "_kernel", lambda _, one=one: one)
         cache, out = rows.clone(), torch.empty_like(q)
         cpu_attention.prepare_attention(
             q, cache[:, :, 1:4], 53, first=2, out_BNH=out, threads=2, k_BKH=k, v_BKH=v
@@ -248,8 +250,8 @@ def test_a_row_of_codes_is_written_before_it_is_read(monkeypatch: pytest.MonkeyP
         dequantise(*wanted, 8, 64, torch.empty_like(numbers))[:, :3].unflatten(-1, (2, 64)).transpose(1, 2)
     )
     q = torch.randn(3, 4, 64)
-    for one in (cpu_attention._kernel(), None):
-        monkeypatch.setattr(cpu_attention, "_kernel", lambda one=one: one)
+    for one in (cpu_attention._kernel(64), None):
+        monkeypatch.setattr(cpu_attention, "_kernel", lambda _, one=one: one)
         cache, out = tuple(part.clone() for part in rows), torch.empty_like(q)
         codes, scale, zero = (part[:, :3].unflatten(-1, (2, -1)).transpose(1, 2) for part in cache)
         cpu_attention.prepare_attention(
@@ -267,7 +269,7 @@ def test_calls_that_follow_at_once_find_their_threads(kernel: Kernel) -> None:
     for index in range(200):
         if index % 50 == 0:
             time.sleep(0.001)
-        out = attend(kernel, kernel.level, q, kv, 700, None, threads=(2, 5, 1, 3)[index % 4])
+        out = attend(kernel, q, kv, 700, None, threads=(2, 5, 1, 3)[index % 4])
         assert error(out, right) < 2e-6
 
 
@@ -277,7 +279,7 @@ def test_few_sequences_use_all_threads_to_the_same_effect(kernel: Kernel) -> Non
     kv, q = torch.randn(1500, 2, 1, 2, 64), 4 * torch.randn(1, 4, 64)
     bias = torch.zeros(1, 1500)
     bias[:, :400] = -torch.inf
-    outs = [attend(kernel, kernel.level, q, kv, 1500, bias, threads=threads) for threads in (1, 2, 4, 7)]
+    outs = [attend(kernel, q, kv, 1500, bias, threads=threads) for threads in (1, 2, 4, 7)]
     right = expected(q, kv, 1500, bias, 0)
     assert all(error(out, right) < 2e-6 for out in outs)
 
@@ -285,7 +287,7 @@ def test_few_sequences_use_all_threads_to_the_same_effect(kernel: Kernel) -> Non
 def test_scores_far_apart_neither_overflow_nor_vanish(kernel: Kernel) -> None:
     kv, q = torch.randn(200, 2, 1, 1, 64), torch.randn(1, 2, 64)
     kv[:, 0] *= 300
-    out = attend(kernel, kernel.level, q, kv, 200, None)
+    out = attend(kernel, q, kv, 200, None)
     assert error(out, expected(q, kv, 200, None, 0)) < 1e-4
 
 
@@ -314,13 +316,12 @@ def test_a_forked_process_has_threads_of_its_own(kernel: Kernel) -> None:
     """The parent's are not in it: it would wait for them for ever."""
     torch.manual_seed(0)
     kv, q = torch.randn(900, 2, 2, 2, 64), torch.randn(2, 4, 64)
-    attend(kernel, kernel.level, q, kv, 900, None, threads=3)
+    attend(kernel, q, kv, 900, None, threads=3)
     out = torch.empty_like(q).share_memory_()
 
     def child() -> None:
         kernel.prepare(
             q, kv, 900, None, first=0, out_BNH=out, threads=3, scale_S2BKG=None, zero_S2BKG=None, group_size=64,
-            level=kernel.level,
         )()  # fmt: skip
 
     process = multiprocessing.get_context("fork").Process(target=child)
@@ -337,25 +338,53 @@ def test_reading_reads_all(kernel: Kernel) -> None:
     assert kernel.read(data, 2) == data.numel()
 
 
+@pytest.mark.usefixtures("afresh")
 def test_without_a_compiler_torch_serves_and_one_line_says_why(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    cpu_attention._kernel.cache_clear()
-    try:
-        torch.manual_seed(0)
-        kv, q = torch.randn(40, 2, 3, 2, 32).half(), torch.randn(3, 4, 32).half()
-        bias = padding(3, 3, 37, 40)
-        for _ in range(2):
-            out = torch.empty_like(q)
-            cpu_attention.prepare_attention(q, kv, 37, bias, first=3, out_BNH=out, threads=1)()
-            assert error(out, expected(q, kv, 37, bias, 3)) < 2e-3
-        assert not cpu_attention.available(16)
-        assert cpu_attention.which() == "torch"
-        (line,) = [record.getMessage() for record in caplog.records if "through torch" in record.getMessage()]
-        assert "no C++ compiler (no-such-compiler); install g++ or set CXX" in line
-    finally:
-        cpu_attention._kernel.cache_clear()
+    torch.manual_seed(0)
+    kv, q = torch.randn(40, 2, 3, 2, 32).half(), torch.randn(3, 4, 32).half()
+    bias = padding(3, 3, 37, 40)
+    for _ in range(2):
+        out = torch.empty_like(q)
+        cpu_attention.prepare_attention(q, kv, 37, bias, first=3, out_BNH=out, threads=1)()
+        assert error(out, expected(q, kv, 37, bias, 3)) < 2e-3
+    assert not cpu_attention.available(16)
+    assert cpu_attention.is_ready()
+    assert cpu_attention.which() == "torch"
+    (line,) = [record.getMessage() for record in caplog.records if "through torch" in record.getMessage()]
+    assert "no C++ compiler (no-such-compiler); install g++ or set CXX" in line
+
+
+def test_only_what_serves_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best level up to the processor's whose vectors divide the head; nothing else is asked for, and that once."""
+    asked: list[tuple[str, ...]] = []
+
+    def library(*flags: str, source: str = "") -> str:
+        asked.append(flags)
+        return source
+
+    cached = {name: functools.cache(getattr(cpu_attention, name).__wrapped__) for name in ("_best", "_built")}
+    for name, each in cached.items():
+        monkeypatch.setattr(cpu_attention, name, each)
+    monkeypatch.setattr(cpu_attention, "library_path", library)
+    monkeypatch.setattr(cpu_attention, "is_built", lambda *flags: flags in asked)
+    monkeypatch.setattr(cpu_attention, "best_level", lambda path: "avx512")
+    monkeypatch.setattr(cpu_attention, "Kernel", lambda path: object())
+    monkeypatch.delenv(cpu_attention.VARIABLE, raising=False)
+    assert not cpu_attention.is_ready(64)
+    for size, level in ((64, "avx512"), (128, "avx512"), (24, "avx2"), (20, "generic")):
+        assert cpu_attention.which(size) == level
+        assert cpu_attention.available(size)
+        assert cpu_attention.is_ready(size)
+    assert cpu_attention.which(6) == "torch"
+    assert cpu_attention.is_ready(6)
+    assert asked == [(), compiled("avx512"), compiled("avx2"), compiled("generic")]
+    # A level above the processor's is not served, whatever is allowed.
+    cached["_best"].cache_clear()
+    monkeypatch.setenv(cpu_attention.VARIABLE, "amx")
+    assert cpu_attention.which() == "avx512"
 
 
 def test_the_fallback_leaves_torchs_threads_as_they_were() -> None:
@@ -388,10 +417,19 @@ def builds(folder: Path) -> int:
 
 
 def test_what_was_built_is_not_built_again(compiler: Path) -> None:
+    assert not is_built()
     path = library_path()
     assert path.read_text() == "half\nwhole\n"
+    assert is_built()
     assert library_path() == path
     assert builds(compiler) == 1
+
+
+def test_instructions_are_part_of_a_librarys_name(compiler: Path) -> None:
+    """Machines of other processors that share the folder find none of these."""
+    assert len({library_path(*compiled(level)) for level in LEVELS}) == len(LEVELS)
+    assert not is_built()
+    assert all(is_built(*compiled(level)) for level in LEVELS)
 
 
 def test_another_source_or_compiler_is_another_library(

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from flexllmgen.cpu_attention.library import LEVELS
 from harness.cli import app
 from profiling import profiler
 from profiling.layer_times import LayerShape
@@ -136,6 +135,6 @@ def test_the_machine_is_profiled_within_half_a_minute(harness: Any, tmp_path: Pa
     profile = HardwareProfile.from_dict(json.loads(done.stdout))
     assert profile.took_s < 30
     assert profile.typical.disk_read_bytes_per_s > 0
-    assert profile.cpu_attention in (*LEVELS, "torch")
+    assert profile.cpu_attention == ""
     assert len(profile.layers) == 1
     assert list((tmp_path / "profiles").iterdir())

@@ -83,6 +83,29 @@ def test_a_profile_is_measured_once_and_kept(
     assert again.capacity.host_available_bytes > 0
 
 
+def test_without_a_gpu_nothing_asks_for_the_kernel(
+    take: Callable[..., Taken], measured: Measured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("is_ready", "which"):
+        monkeypatch.setattr(profiler.cpu_attention, name, lambda: pytest.fail("would build it"))
+    assert take()[0].cpu_attention == ""
+    assert take()[0].cpu_attention == ""
+
+
+@pytest.mark.parametrize("ready", [False, True])
+def test_beside_a_gpu_it_is_told_when_the_kernel_is_built(
+    measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ready: bool
+) -> None:
+    told: list[tuple[str, int, int]] = []
+    monkeypatch.setattr(profiler.cpu_attention, "is_ready", lambda: ready)
+    monkeypatch.setattr(profiler.cpu_attention, "which", lambda: "avx2")
+    taker = profiler._Taker(
+        read_hardware(tmp_path), "cuda", "float16", tmp_path, lambda *part: told.append(part)
+    )
+    assert taker.cpu_attends() == "avx2"
+    assert told == ([] if ready else [(profiler.BUILDING, 0, 1)])
+
+
 def test_another_number_format_is_another_profile(take: Callable[..., Taken], measured: Measured) -> None:
     assert take()[0].fingerprint != take(dtype="float16")[0].fingerprint
     assert measured.rates == ["float32", "float16"]

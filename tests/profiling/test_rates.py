@@ -17,7 +17,7 @@ from profiling.profile import NOISY, Measurement, Rates
 from profiling.rates import measure_rates
 
 OPT = ModelSpec.from_hf_config(published_config("opt-1.3b"))
-GPU_ONLY = {"h2d", "d2h", "under"}
+GPU_ONLY = {"h2d", "d2h", "under", "attention"}
 
 
 @pytest.fixture
@@ -39,8 +39,6 @@ def test_rates_are_plausible_for_any_machine(small: None, tmp_path: Path) -> Non
     rates = Rates(**{name: each.median for name, each in measured.items()})
     assert 1e9 < rates.compute_flops_per_s < 1e15
     assert 1e8 < rates.host_bytes_per_s < 1e13
-    assert rates.cpu_attention_bytes_per_s
-    assert 1e8 < rates.cpu_attention_bytes_per_s < 1e13
     assert 1e6 < rates.disk_read_bytes_per_s < 1e12
     assert 1e6 < rates.disk_write_bytes_per_s < 1e12
     assert rates.device_bytes_per_s == rates.host_bytes_per_s

@@ -1,6 +1,7 @@
 """Attention of a decode step on the CPU, reading keys and values where they lie in host memory.
 
-A kernel of our own, built at first use (build.py); torch's attention where that is not possible (fallback.py).
+A kernel of our own, built at first use (build.py) for the best instructions that the processor has and that divide a
+head; torch's attention where that is not possible (fallback.py).
 Knows the KV cache's layout of rows, and nothing of devices, streams or schedules. The call holds no lock of
 Python's while it computes, so that the thread that issues work to an accelerator goes on meanwhile.
 """
@@ -14,9 +15,9 @@ from collections.abc import Callable
 
 import torch
 
-from flexllmgen.cpu_attention.build import BuildFailedError, library_path
+from flexllmgen.cpu_attention.build import PROCESSOR, BuildFailedError, is_built, library_path
 from flexllmgen.cpu_attention.fallback import attend_with_torch
-from flexllmgen.cpu_attention.library import LEVELS, Kernel, Prepared, Row
+from flexllmgen.cpu_attention.library import LEVELS, Kernel, Prepared, Row, best_level, compiled, level_for
 from flexllmgen.errors import UsageError
 
 log = logging.getLogger(__name__)
@@ -89,13 +90,8 @@ def prepare_attention(
             assert part.dtype == target.dtype
             assert part.numel() == target[0].numel()
             assert target[0].transpose(0, 1).is_contiguous(), "a position's sequences are one run"
-    kernel = _kernel()
-    level = None if kernel is None else kernel.level_for(q_BNH.shape[2])
-    prepare = (
-        functools.partial(functools.partial, attend_with_torch)
-        if kernel is None or level is None
-        else functools.partial(kernel.prepare, level=level)
-    )
+    kernel = _kernel(q_BNH.shape[2])
+    prepare = functools.partial(functools.partial, attend_with_torch) if kernel is None else kernel.prepare
     return prepare(
         q_BNH,
         kv_S2BKH,
@@ -115,28 +111,59 @@ def prepare_attention(
 
 def available(head_dim: int) -> bool:
     """Whether the kernel serves heads of this size, and not torch. Builds it the first time: some seconds."""
-    kernel = _kernel()
-    return kernel is not None and kernel.level_for(head_dim) is not None
+    return _kernel(head_dim) is not None
 
 
-def which() -> str:
-    """What serves the calls: "amx", "avx512_bf16", "avx512", "avx2", "generic" (the kernel's instructions) or "torch"."""
-    kernel = _kernel()
-    return "torch" if kernel is None else LEVELS[kernel.level]
+def which(head_dim: int = 128) -> str:
+    """What serves heads of this size: one of LEVELS (the kernel's instructions) or "torch". Builds it the first time."""
+    level = _level(head_dim)
+    return "torch" if level is None or _built(level) is None else level
+
+
+def is_ready(head_dim: int = 128) -> bool:
+    """Whether heads of this size can be served at once: nothing is left to build, or nothing can be."""
+    level = _level(head_dim)
+    return level is None or is_built(*compiled(level))
+
+
+def _kernel(head_dim: int) -> Kernel | None:
+    """The kernel for heads of this size, or none where torch serves them."""
+    level = _level(head_dim)
+    return None if level is None else _built(level)
+
+
+def _level(head_dim: int) -> str | None:
+    best = _best()
+    return None if best is None else level_for(head_dim, best)
 
 
 @functools.cache
-def _kernel() -> Kernel | None:
-    """The kernel, or none where it cannot be built or loaded, which is logged once.
+def _built(level: str) -> Kernel | None:
+    """The kernel of one of LEVELS, or none where it cannot be built or loaded, which is logged once."""
+    try:
+        return Kernel(library_path(*compiled(level)))
+    except (BuildFailedError, OSError) as error:
+        _tell_of_torch(error)
+        return None
+
+
+@functools.cache
+def _best() -> str | None:
+    """The best of LEVELS that the processor has and that may be used; none without a compiler, which is logged once.
 
     Raises:
         UsageError: the variable names no instructions.
     """
+    most = _most()
     try:
-        return Kernel(library_path(), _most())
+        return min(best_level(library_path(source=PROCESSOR)), most, key=LEVELS.index)
     except (BuildFailedError, OSError) as error:
-        log.warning("attention on the CPU goes through torch, which is slower: %s", error)
+        _tell_of_torch(error)
         return None
+
+
+def _tell_of_torch(error: Exception) -> None:
+    log.warning("attention on the CPU goes through torch, which is slower: %s", error)
 
 
 def _most() -> str:

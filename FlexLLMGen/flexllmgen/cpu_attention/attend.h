@@ -1,4 +1,4 @@
-// Pieces of a call, once for each instruction set; included after tiles.h.
+// Pieces of a call; included after tiles.h.
 //
 // A piece is some key heads of one sequence over some positions. Its rows are read once, in the order in which
 // they lie: a few positions at a time, first the keys of all its heads, then the values, and while one is read
@@ -157,12 +157,10 @@ inline void attend_piece(const Call& c, const Plan& plan, const Piece& piece, Be
                                             bench.score, bench.alpha, to, values_now, keys_next);
             }
 #endif
-            if constexpr (!TILES) {
-                scores<T, GT>(c, bench.rows.data(), rows, g0, bench.score, values_now);
-                weigh<GT>(piece.heads, block, bias, bench.score, to.m + at, to.l + at, bench.alpha);
-                values<T, GT>(c, bench.rows.data() + rows, piece.heads, block, g0, bench.score, bench.alpha, to.acc,
-                              keys_next);
-            }
+            scores<T, GT>(c, bench.rows.data(), rows, g0, bench.score, values_now);
+            weigh<GT>(piece.heads, block, bias, bench.score, to.m + at, to.l + at, bench.alpha);
+            values<T, GT>(c, bench.rows.data() + rows, piece.heads, block, g0, bench.score, bench.alpha, to.acc,
+                          keys_next);
         });
     }
 }
@@ -218,7 +216,7 @@ inline void finish(Q type, const Call& c, const Piece& piece, const Partial* par
     }
 }
 
-template <class Q, class T>
+template <class T>
 inline void serve(const Call& c, const Plan& plan, Shared& shared) {
     static thread_local Bench bench;
     static thread_local std::vector<Partial> parts;
@@ -232,10 +230,10 @@ inline void serve(const Call& c, const Plan& plan, Shared& shared) {
         if (by_dots(c))
             pack_dots(c, piece, bench.q);
         else if (by_codes(c))
-            pack_codes(Q{}, c, piece, bench.q);
+            by_query_type(c, [&](auto type) { pack_codes(type, c, piece, bench.q); });
         else
 #endif
-            pack_queries(Q{}, c, piece, bench.q);
+            by_query_type(c, [&](auto type) { pack_queries(type, c, piece, bench.q); });
 #ifdef AMX
         turn_queries(c, piece.heads, bench.q);
 #endif
@@ -245,7 +243,7 @@ inline void serve(const Call& c, const Plan& plan, Shared& shared) {
         for (int64_t i = unit * plan.chunks; i < (unit + 1) * plan.chunks; i += shared.taken[i])
             parts.push_back(shared.partial(c, plan, i));
         shares.resize(parts.size());
-        finish(Q{}, c, piece, parts.data(), int(parts.size()), shares.data());
+        by_query_type(c, [&](auto type) { finish(type, c, piece, parts.data(), int(parts.size()), shares.data()); });
     }
 #ifdef AMX
     leave_tiles();
@@ -253,18 +251,7 @@ inline void serve(const Call& c, const Plan& plan, Shared& shared) {
 }
 
 inline void attend(const Call& c, const Plan& plan, Shared& shared) {
-#ifdef AMX
-    // Built for these alone: what tiles have no part in is left to the instructions without them.
-    if (by_codes(c)) return c.q_type == 1 ? serve<F16, U8>(c, plan, shared) : serve<BF16, U8>(c, plan, shared);
-    if (by_matrix<4>(c) && c.N / c.K >= 4) return serve<BF16, BF16>(c, plan, shared);
-    return avx512_bf16::attend(c, plan, shared);
-#else
-    by_type(c.q_type, [&](auto q) {
-        by_type(c.kv_type, [&](auto kv) {
-            if constexpr (!std::is_same_v<decltype(q), U8>) serve<decltype(q), decltype(kv)>(c, plan, shared);
-        });
-    });
-#endif
+    by_type(c.kv_type, [&](auto kv) { serve<decltype(kv)>(c, plan, shared); });
 }
 
 // Reads memory, and adds up what it reads.

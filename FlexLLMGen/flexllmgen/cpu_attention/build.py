@@ -1,12 +1,13 @@
 """Builds the kernel's shared library at first use, and finds it again afterwards.
 
 Compiled directly and not through torch's extension builder: the kernel needs no header of torch's, so it takes
-some seconds, and neither ninja nor setuptools has to be there. What is built serves any processor of the machine's
-kind: instruction sets are chosen when it runs. Knows nothing of attention.
+some seconds, and neither ninja nor setuptools has to be there. A library is built for the instructions that its flags
+name, and these are part of its name: machines that share a cache folder find each its own. Knows nothing of attention.
 """
 
 import fcntl
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -14,9 +15,12 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+log = logging.getLogger(__name__)
+
 SOURCES = Path(__file__).parent
+KERNEL, PROCESSOR = "kernel.cpp", "processor.cpp"
 _FLAGS = (
-    "-O3",
+    "-O3",  # With -O2 loops over registers are not unrolled, which makes the kernel two times slower.
     "-std=c++17",
     "-fPIC",
     "-shared",
@@ -33,34 +37,51 @@ class BuildFailedError(Exception):
     """The library is not there and cannot be made; the message says why."""
 
 
-def library_path(*flags: str) -> Path:
+def library_path(*flags: str, source: str = KERNEL) -> Path:
     """The library, built if it is not there yet, with `flags` more. Processes that want it at once wait for the first.
 
     Raises:
         BuildFailedError: no compiler, a compiler's error, or a folder that cannot be written.
     """
-    compiler = _compiler()
     try:
-        folder = _cache_dir() / "cpu_attention"
-        path = folder / f"{_key(compiler, flags)}.so"
+        compiler, path = _place(source, flags)
         if path.exists():
             return path
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         # The system lets go of the lock when its holder ends, however that happens.
         with path.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not path.exists():
-                _compile(compiler, flags, path)
+                log.info("building %s for %s", source, " ".join(flags) or "any processor")
+                _compile(compiler, flags, source, path)
         return path
     except OSError as error:
         raise BuildFailedError(f"{error.strerror}: {error.filename}") from error
 
 
-def _compile(compiler: str, flags: tuple[str, ...], path: Path) -> None:
+def is_built(*flags: str, source: str = KERNEL) -> bool:
+    """Whether the library is there already.
+
+    Raises:
+        BuildFailedError: no compiler.
+    """
+    try:
+        return _place(source, flags)[1].exists()
+    except OSError as error:
+        raise BuildFailedError(f"{error.strerror}: {error.filename}") from error
+
+
+def _place(source: str, flags: tuple[str, ...]) -> tuple[str, Path]:
+    """The compiler, and where what it makes is kept."""
+    compiler = _compiler()
+    return compiler, _cache_dir() / "cpu_attention" / f"{_key(compiler, source, flags)}.so"
+
+
+def _compile(compiler: str, flags: tuple[str, ...], source: str, path: Path) -> None:
     """Compiles beside `path` and renames: what has the library's name is whole."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
-        command = [compiler, *_FLAGS, *flags, str(SOURCES / "kernel.cpp"), "-o", str(made)]
+        command = [compiler, *_FLAGS, *flags, str(SOURCES / source), "-o", str(made)]
         try:
             done = subprocess.run(
                 command,
@@ -89,17 +110,17 @@ def _compiler() -> str:
     raise BuildFailedError(f"no C++ compiler ({own or ', '.join(_COMPILERS)}); install g++ or set CXX")
 
 
-def _key(compiler: str, flags: tuple[str, ...]) -> str:
+def _key(compiler: str, source: str, flags: tuple[str, ...]) -> str:
     """Changes with the sources, the flags, the compiler and the kind of machine."""
     digest = hashlib.sha256(
-        " ".join((platform.system(), platform.machine(), compiler, *_FLAGS, *flags)).encode()
+        " ".join((platform.system(), platform.machine(), compiler, source, *_FLAGS, *flags)).encode()
     )
     version = subprocess.run(
         [compiler, "--version"], capture_output=True, check=False, stdin=subprocess.DEVNULL
     )
     digest.update(version.stdout)
-    for source in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")]):
-        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    for file in (SOURCES / source, *sorted(SOURCES.glob("*.h"))):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:20]
 
 

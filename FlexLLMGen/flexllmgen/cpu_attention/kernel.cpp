@@ -1,6 +1,6 @@
 // Attention of a decode step on the CPU: a plain C interface, for ctypes.
 //
-// One translation unit holds the computation for each instruction set; which one serves is found when it runs.
+// A library is built for the instructions of one level, FLEX_LEVEL of library.py, and serves where they are.
 
 #include <algorithm>
 #include <atomic>
@@ -12,13 +12,8 @@
 #include <utility>
 #include <vector>
 
-#if defined(__x86_64__)
-#include <cpuid.h>
+#if FLEX_LEVEL > 0
 #include <immintrin.h>
-#if defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 #endif
 
 #include "numbers.h"
@@ -51,7 +46,7 @@ struct Call {
     int64_t bias_stride;
     int64_t B, N, K, H, first, length, groups, group_size;
     int64_t q_type, kv_type;  // 0 fp32, 1 fp16, 2 bf16, 3 codes
-    int64_t level, threads;
+    int64_t threads;
     float factor;
 };
 
@@ -61,6 +56,13 @@ inline void by_type(int64_t type, F&& f) {
     if (type == 1) f(F16{});
     if (type == 2) f(BF16{});
     if (type == 3) f(U8{});
+}
+
+template <class F>
+inline void by_query_type(const Call& c, F&& f) {
+    by_type(c.q_type, [&](auto type) {
+        if constexpr (!std::is_same_v<decltype(type), U8>) f(type);
+    });
 }
 
 // Key heads [head, head + heads) of a sequence over positions [first, stop).
@@ -153,31 +155,28 @@ inline void append_codes(const Call& c) {
     std::memcpy(const_cast<char*>(c.zero) + last * c.zero_position_bytes, c.zero_new, size_t(groups));
 }
 
+#if FLEX_LEVEL == 0
 namespace generic {
 #include "vectors_generic.h"
 #include "tiles.h"
 #include "attend.h"
 }  // namespace generic
-
-#if defined(__x86_64__)
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
+namespace level = generic;
+#elif FLEX_LEVEL == 1
 namespace avx2 {
 #include "vectors_avx2.h"
 #include "tiles.h"
 #include "attend.h"
 }  // namespace avx2
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+namespace level = avx2;
+#elif FLEX_LEVEL == 2
 namespace avx512 {
 #include "vectors_avx512.h"
 #include "tiles.h"
 #include "attend.h"
 }  // namespace avx512
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx512vbmi,avx2,fma,f16c")
+namespace level = avx512;
+#elif FLEX_LEVEL == 3
 #define BF16_DOTS
 namespace avx512_bf16 {
 #include "vectors_avx512.h"
@@ -187,6 +186,9 @@ namespace avx512_bf16 {
 #include "code_values.h"
 #include "attend.h"
 }  // namespace avx512_bf16
+namespace level = avx512_bf16;
+#elif FLEX_LEVEL == 4
+#define BF16_DOTS
 #define AMX
 namespace amx {
 #include "vectors_avx512.h"
@@ -198,43 +200,10 @@ namespace amx {
 #include "code_values.h"
 #include "attend.h"
 }  // namespace amx
-#undef AMX
-#undef BF16_DOTS
-#pragma GCC pop_options
+namespace level = amx;
 #endif
-
-// Whether there is AMX for bf16 and bytes, and the system lets this process use it: Linux wants to be asked.
-bool amx_allowed() {
-#ifdef FLEX_EMULATE_AMX
-    return true;
-#elif defined(__x86_64__) && defined(__linux__)
-    constexpr unsigned NEEDED = 1u << 22 | 1u << 24 | 1u << 25;  // bf16, tiles, bytes
-    constexpr int REQUEST = 0x1023, TILE_DATA = 18;
-    unsigned a, b, c, d = 0;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & NEEDED) != NEEDED) return false;
-    return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
-#else
-    return false;
-#endif
-}
 
 extern "C" {
-
-// The best instruction set of this processor: 4 avx512 with AMX and the system's leave, 3 avx512 with products of bf16, 2 avx512, 1 avx2, 0 neither.
-int flex_level() {
-#if defined(__x86_64__)
-    const bool fast = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    if (fast && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        {
-        const bool products = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
-        if (!products || !__builtin_cpu_supports("avx512vbmi")) return 2;
-        return amx_allowed() ? 4 : 3;
-    }
-    if (fast) return 1;
-#endif
-    return 0;
-}
 
 void flex_attend(const Call* call) {
     const Call& c = *call;
@@ -246,19 +215,11 @@ void flex_attend(const Call* call) {
     Pool& pool = Pool::of_process();
     const std::lock_guard<std::mutex> lock(pool.one_caller);
     Shared shared(c, plan, pool);
-    pool.run(plan.threads, [&](int) {
-#if defined(__x86_64__)
-        if (c.level == 4) return amx::attend(c, plan, shared);
-        if (c.level == 3) return avx512_bf16::attend(c, plan, shared);
-        if (c.level == 2) return avx512::attend(c, plan, shared);
-        if (c.level == 1) return avx2::attend(c, plan, shared);
-#endif
-        generic::attend(c, plan, shared);
-    });
+    pool.run(plan.threads, [&](int) { level::attend(c, plan, shared); });
 }
 
 // Reads memory: the rate that the attention is held against. Returns the sum of what it read.
-float flex_read(const char* from, int64_t bytes, int64_t threads, int64_t level) {
+float flex_read(const char* from, int64_t bytes, int64_t threads) {
     Pool& pool = Pool::of_process();
     const std::lock_guard<std::mutex> lock(pool.one_caller);
     std::vector<float> sums(static_cast<size_t>(threads));
@@ -266,11 +227,7 @@ float flex_read(const char* from, int64_t bytes, int64_t threads, int64_t level)
     pool.run(int(threads), [&](int index) {
         for (int64_t at; (at = next.fetch_add(READ_BYTES)) < bytes;) {
             const int64_t now = std::min(READ_BYTES, bytes - at);
-#if defined(__x86_64__)
-            if (level >= 2) sums[size_t(index)] += avx512::read_all(from + at, now);
-            if (level == 1) sums[size_t(index)] += avx2::read_all(from + at, now);
-#endif
-            if (level == 0) sums[size_t(index)] += generic::read_all(from + at, now);
+            sums[size_t(index)] += level::read_all(from + at, now);
         }
     });
     float total = 0;

@@ -8,7 +8,13 @@ from pathlib import Path
 
 import torch
 
-LEVELS = ("generic", "avx2", "avx512", "avx512_bf16", "amx")
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+_PRODUCTS = (*_AVX512, "-mavx512bf16", "-mavx512vnni", "-mavx512vbmi")
+_COMPILED = {"generic": (), "avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": _PRODUCTS, "amx": _PRODUCTS}
+"""What the compiler is told for each level; tiles are written in the assembler's words."""
+LEVELS = tuple(_COMPILED)
+"""Sets of instructions, each the best of some processors. A library is built for one of them."""
 _WIDTHS = (4, 8, 16, 16, 16)
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
 _POINTERS = (
@@ -38,7 +44,6 @@ _COUNTS = (
     "group_size",
     "q_type",
     "kv_type",
-    "level",
     "threads",
 )
 
@@ -74,23 +79,43 @@ class Prepared:
         return function, ctypes.addressof(self._call)
 
 
+def compiled(level: str) -> tuple[str, ...]:
+    """The compiler's flags for the library of one of LEVELS."""
+    return (f"-DFLEX_LEVEL={LEVELS.index(level)}", *_COMPILED[level])
+
+
+def level_for(head_dim: int, best: str) -> str | None:
+    """The best of LEVELS up to `best` whose vectors divide a head; none for odd sizes.
+
+    >>> level_for(128, "amx"), level_for(24, "amx"), level_for(6, "amx")
+    ('amx', 'avx2', None)
+    """
+    able = range(LEVELS.index(best), -1, -1)
+    return next((LEVELS[level] for level in able if head_dim % _WIDTHS[level] == 0), None)
+
+
+def best_level(path: Path) -> str:
+    """What this processor and the system allow, by the library of processor.cpp at `path`.
+
+    Raises:
+        OSError: it cannot be loaded.
+    """
+    level: int = ctypes.CDLL(str(path)).flex_best_level()
+    return LEVELS[level]
+
+
 class Kernel:
-    """The library at `path`, with no better instructions than `most` of LEVELS.
+    """The library at `path`, of a level that the processor has.
 
     Raises:
         OSError: it cannot be loaded.
     """
 
-    def __init__(self, path: Path, most: str = LEVELS[-1]) -> None:
+    def __init__(self, path: Path) -> None:
         self._library = ctypes.CDLL(str(path))
         self._library.flex_attend.restype = None
         self._library.flex_read.restype = ctypes.c_float
-        self._library.flex_read.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
-        self.level: int = min(self._library.flex_level(), LEVELS.index(most))
-
-    def level_for(self, head_dim: int) -> int | None:
-        """The best instruction set whose vectors divide a head; none for odd sizes."""
-        return next((level for level in range(self.level, -1, -1) if head_dim % _WIDTHS[level] == 0), None)
+        self._library.flex_read.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
 
     def prepare(
         self,
@@ -105,12 +130,11 @@ class Kernel:
         scale_S2BKG: torch.Tensor | None,
         zero_S2BKG: torch.Tensor | None,
         group_size: int,
-        level: int,
         k_BKH: torch.Tensor | None = None,
         v_BKH: torch.Tensor | None = None,
         row: Row | None = None,
     ) -> Prepared:
-        """A call with the arguments of `prepare_attention`, already checked, for the instructions of `level`."""
+        """A call with the arguments of `prepare_attention`, already checked; heads are whole vectors."""
         sequences, heads, head_dim = q_BNH.shape
         call = _Call(
             q=q_BNH.data_ptr(),
@@ -126,7 +150,6 @@ class Kernel:
             length=length,
             q_type=_TYPES[q_BNH.dtype],
             kv_type=_TYPES[kv_S2BKH.dtype],
-            level=level,
             threads=threads,
             factor=1 / math.sqrt(head_dim),
         )
@@ -145,8 +168,8 @@ class Kernel:
         return Prepared(self._library, call, kept)
 
     def read(self, data: torch.Tensor, threads: int) -> float:
-        """Reads a host tensor's bytes once, with the best instructions; returns their sum as fp32."""
-        total: float = self._library.flex_read(data.data_ptr(), data.nbytes, threads, self.level)
+        """Reads a host tensor's bytes once; returns their sum as fp32."""
+        total: float = self._library.flex_read(data.data_ptr(), data.nbytes, threads)
         return total
 
 

@@ -1,5 +1,4 @@
-// The tiles: scores, weights and weighted sums of a block of rows, once for each instruction set; included inside a
-// namespace that has a Simd of its own.
+// The tiles: scores, weights and weighted sums of a block of rows; included inside a namespace, after its Simd.
 //
 // Queries and sums lie packed: [head][up to 8 queries together][vector of the head][query][W].
 
