@@ -47,6 +47,8 @@ _REFINED = 2
 _CLOSE = 1.25
 """Variants whose best is at most so many times the best of all are looked at closely."""
 _REPAIRS = 24
+_WIDE = 0.1
+"""Share of the device's memory from which on slots are wide."""
 _ODD = 0.01
 _HIDDEN_ODD = 0.1
 _QUERY_ODD = 0.003
@@ -81,7 +83,8 @@ class Found:
 
     Args:
         runners_up: other cuts, the best first.
-        bound_s: no placement of the cuts searched takes less, by the program's relaxation.
+        bound_s: no placement of the cuts searched takes less, by the program's relaxation: of all cuts with the slots
+            of the first prefetch that fits, of the best ones with smaller slots too.
         cuts: how many cuts there are; `simulated` policies were looked at in full.
     """
 
@@ -305,15 +308,45 @@ class _Search:
         return starts[:_WALKS]
 
     def _refine(self) -> None:
-        """The best with deeper prefetch, with attention and MLP apart, and without keeping layer inputs."""
+        """The best with deeper prefetch, and with attention and MLP apart; where slots are wide, placed anew with others."""
         for near in sorted(self._mine(), key=lambda each: each.seconds)[:_REFINED]:
-            if near.policy.recompute:
-                solved = self.program.solve(near.cut, _kind_of(near), recompute=False)
-                self._simulate([solved] if solved else [], most=1, slack=_ODD)
             for policy in (replace(near.policy, overlap=2), replace(near.policy, sep_layer=True)):
                 placement = self._place(policy)
                 if policy != near.policy and self.program.limits.fits(placement):
                     self.found.append(self._priced(policy, placement, cut=near.cut))
+            if near.placement.slot_bytes > _WIDE * (
+                self.program.limits.gpu_bytes or near.placement.gpu_bytes
+            ):
+                self._narrow(near)
+
+    def _narrow(self, near: Candidate) -> None:
+        kind = Kind(disk=near.placement.disk_bytes > 0, hidden_elsewhere=near.placement.hidden_slots > 0)
+        for depth, sep_layer in _NARROWER:
+            if (depth, not sep_layer) >= (near.policy.overlap, not near.policy.sep_layer):
+                continue
+            search = _Search(self._program(depth=depth, sep_layer=sep_layer), self.found)
+            if (solved := search.program.solve(near.cut, kind)) is not None:
+                search._simulate([solved], most=1)
+            self.simulated += search.simulated
+            self.bound_s = min(self.bound_s, search.bound_s)
+
+    def _program(
+        self, *, limits: Limits | None = None, depth: int | None = None, sep_layer: bool | None = None
+    ) -> PlacementProgram:
+        """This search's program with something else in it."""
+        mine = self.program
+        return PlacementProgram(
+            mine.spec,
+            mine.profile,
+            mine.times,
+            mine.workload,
+            mine.limits if limits is None else limits,
+            mine.size,
+            pin_weight=mine.pin_weight,
+            depth=mine.depth if depth is None else depth,
+            sep_layer=mine.sep_layer if sep_layer is None else sep_layer,
+            variant=mine.variant,
+        )
 
     def _fit(self, solved: Solved) -> tuple[Policy, PlacementPlan] | None:
         """The cut's shares as the engine would place them, moved down a tier until they fit."""
@@ -417,20 +450,8 @@ class _Search:
 
     def _smallest_fits(self, limits: Limits) -> bool:
         """Whether one sequence at a time, in the smallest chunks, can be placed within these limits."""
-        mine = self.program
-        program = PlacementProgram(
-            mine.spec,
-            mine.profile,
-            mine.times,
-            mine.workload,
-            limits,
-            mine.size,
-            depth=mine.depth,
-            sep_layer=mine.sep_layer,
-            variant=mine.variant,
-        )
-        search, cut = _Search(program, []), Cut(size=1, count=1, chunk=CHUNK_TOKENS[-1])
-        solved = (program.solve(cut, kind) for kind in search._kinds())
+        search, cut = _Search(self._program(limits=limits), []), Cut(size=1, count=1, chunk=CHUNK_TOKENS[-1])
+        solved = (search.program.solve(cut, kind) for kind in search._kinds())
         return any(each is not None and search._fit(each) for each in solved)
 
 
