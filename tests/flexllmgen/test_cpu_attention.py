@@ -357,6 +357,23 @@ def test_without_a_compiler_torch_serves_and_one_line_says_why(
     assert "no C++ compiler (no-such-compiler); install g++ or set CXX" in line
 
 
+@pytest.mark.usefixtures("afresh")
+def test_a_compiler_older_than_the_processor_is_told_of_with_a_way_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def library(*flags: str, source: str = "") -> str:
+        if flags:
+            raise BuildFailedError("g++ failed: unrecognized option -mavx512bf16")
+        return source
+
+    monkeypatch.setattr(cpu_attention, "library_path", library)
+    monkeypatch.setattr(cpu_attention, "best_level", lambda path: "avx512_bf16")
+    monkeypatch.delenv(cpu_attention.VARIABLE, raising=False)
+    assert cpu_attention.which() == cpu_attention.which(64) == "torch"
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.endswith("unrecognized option -mavx512bf16; FLEXLLMGEN_CPU_ATTENTION=avx512 does with less")
+
+
 def test_only_what_serves_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     """The best level up to the processor's whose vectors divide the head; nothing else is asked for, and that once."""
     asked: list[tuple[str, ...]] = []

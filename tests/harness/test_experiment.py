@@ -158,6 +158,20 @@ def test_a_profile_of_a_busy_machine_is_told_of(
     assert any("was busy" in warning for warning in events.of("planned")[0]["warnings"])
 
 
+def test_building_a_kernel_and_measuring_are_phases_of_their_own(
+    run: Run, events: Any, laptop_profile: HardwareProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def take_profile(*_: object, on_progress: Any, **__: object) -> tuple[HardwareProfile, list[str]]:
+        for done, title in enumerate((profiler.BUILDING, "matrix products", "disk")):
+            on_progress(title, done, 3)
+        return laptop_profile, []
+
+    monkeypatch.setattr(profiler, "take_profile", take_profile)
+    run(dry_run=True)
+    phases = [event["name"] for event in events.of("phase")]
+    assert phases == ["prepare", profiler.BUILDING, "profile the machine (once a week)", "plan"]
+
+
 def test_a_run_leaves_a_whole_folder(run: Run, events: Any, tiny_model: Path, tmp_path: Path) -> None:
     code, folder = run(tracking_uri="http://user:secret@host")
     assert code == 0

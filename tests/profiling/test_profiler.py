@@ -104,6 +104,12 @@ def test_beside_a_gpu_it_is_told_when_the_kernel_is_built(
     )
     assert taker.cpu_attends() == "avx2"
     assert told == ([] if ready else [(profiler.BUILDING, 0, 1)])
+    # With a kept profile too; but not where it could not be built before.
+    monkeypatch.setattr(profiler._Taker, "_capacity", lambda *_: measured.profile.capacity)
+    for kept, more in (("avx2", 0 if ready else 1), ("torch", 0)):
+        told.clear()
+        taker.brought_up_to_date(dataclasses.replace(measured.profile, cpu_attention=kept))
+        assert len(told) == more
 
 
 def test_another_number_format_is_another_profile(take: Callable[..., Taken], measured: Measured) -> None:

@@ -143,7 +143,9 @@ def _built(level: str) -> Kernel | None:
     try:
         return Kernel(library_path(*compiled(level)))
     except (BuildFailedError, OSError) as error:
-        _tell_of_torch(error)
+        # A compiler may be older than the processor.
+        less = [f"{VARIABLE}={each} does with less" for each in LEVELS[: LEVELS.index(level)][-1:]]
+        _tell_of_torch("; ".join([str(error), *less]))
         return None
 
 
@@ -158,12 +160,12 @@ def _best() -> str | None:
     try:
         return min(best_level(library_path(source=PROCESSOR)), most, key=LEVELS.index)
     except (BuildFailedError, OSError) as error:
-        _tell_of_torch(error)
+        _tell_of_torch(str(error))
         return None
 
 
-def _tell_of_torch(error: Exception) -> None:
-    log.warning("attention on the CPU goes through torch, which is slower: %s", error)
+def _tell_of_torch(reason: str) -> None:
+    log.warning("attention on the CPU goes through torch, which is slower: %s", reason)
 
 
 def _most() -> str:
