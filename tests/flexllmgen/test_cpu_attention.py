@@ -112,16 +112,17 @@ AMX_SHAPES = [(2, 8, 1, 64), (1, 32, 4, 128), (2, 9, 3, 128), (1, 12, 2, 96), (1
 def test_amx_computes_attention(
     with_and_without: tuple[Kernel, Kernel], sequences: int, heads: int, num_kv_heads: int, size: int
 ) -> None:
-    """Of bf16, and of codes; by tiles where they serve, and nearly as without them."""
+    """Of every type, and of codes; by tiles where they serve, and nearly as without them."""
     torch.manual_seed(0)
     for first, length in SPANS:
         kv = torch.randn(length, 2, sequences, num_kv_heads, size)
         q, bias = torch.randn(sequences, heads, size), padding(sequences, first, length, length)
-        short, numbers = q.bfloat16(), kv.bfloat16()
-        right = expected(short, numbers, length, bias, first)
-        outs = [attend(each, short, numbers, length, bias, first=first) for each in with_and_without]
-        assert error(outs[0], right) < BOUNDS[torch.bfloat16]
-        assert error(outs[0], outs[1].double()) < BOUNDS[torch.bfloat16]
+        for dtype, bound in BOUNDS.items():
+            short, numbers = q.to(dtype), kv.to(dtype)
+            right = expected(short, numbers, length, bias, first)
+            outs = [attend(each, short, numbers, length, bias, first=first) for each in with_and_without]
+            assert error(outs[0], right) < bound
+            assert error(outs[0], outs[1].double()) < bound
         for group_size in (64, 128):
             codes, scale, zero = quantise(kv, 8, group_size)
             parts = {"scale_S2BKG": scale, "zero_S2BKG": zero, "group_size": group_size, "first": first}
