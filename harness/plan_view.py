@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexllmgen.units import gib
-from harness.quality.words import losses
+from harness.policy_words import special_words
+from harness.quality.words import losses, policy_losses
 from profiling.cost_model import CostEstimate
 from profiling.profile import HardwareProfile
+from strategies.autoflex import policy_of
 from strategies.base import Plan
+from strategies.flexgen import keys_of
 from strategies.flexgen_config import SHORT, share_key
 
 _BAR = 24
@@ -81,6 +84,7 @@ class PlanView:
             "predicted_tok_s": None if estimate is None else estimate.generation_tok_s,
             "limit_tok_s": None if limit is None else limit.generation_tok_s,
             "binding": self.binding(),
+            "flexgen_keys": self.flexgen_keys(),
             "memory": {
                 room.name: {
                     "limit_bytes": room.limit_bytes,
@@ -125,6 +129,10 @@ class PlanView:
         fullest = max(self.rooms(), key=lambda room: room.full)
         bound["memory"] = {"name": fullest.name, "full": fullest.full}
         return bound
+
+    def flexgen_keys(self) -> dict[str, bool | int | float] | None:
+        """The keys of strategy flexgen that make the policy that a search found; None where there was no search."""
+        return keys_of(policy_of(self.plan)) if self.plan.details.get("search") else None
 
     def rooms(self) -> list[Room]:
         """The memories of the machine. Without a GPU, and no cap that emulates one, two tiers lie in the same."""
@@ -190,7 +198,7 @@ class PlanView:
 
     def verdict(self) -> str:
         """What came out, what binds, how far from the best it can be; and the policies that lost, and why."""
-        return "\n".join([*self._verdict(), *self._runners_up()])
+        return "\n".join([*self._verdict(), *self._by_hand(), *self._runners_up()])
 
     def _policy(self) -> str:
         details = self.plan.details
@@ -249,6 +257,15 @@ class PlanView:
                 f"policy takes less than {_seconds(search['bound_s'])}, this one {search['gap']:.1%} more"
             )
 
+    def _by_hand(self) -> Iterator[str]:
+        """The options that ask for the same policy, in lines that a shell takes as one."""
+        if keys := self.flexgen_keys():
+            settings = [f"--set {key}={_toml(value)}" for key, value in keys.items()]
+            lines = ["-s flexgen", *(" ".join(settings[at : at + 3]) for at in range(0, len(settings), 3))]
+            yield ""
+            yield "the same by hand"
+            yield " \\\n".join(f"  {line}" for line in lines)
+
     def _runners_up(self) -> Iterator[str]:
         runners_up = self.plan.details.get("search", {}).get("runners_up", [])
         if runners_up:
@@ -259,7 +276,8 @@ class PlanView:
             how = f"{abs(slower):.1%} {'slower' if slower >= 0 else 'faster'}"
             yield f"  {each['generation_tok_s']:,.2f} tok/s, {how}: {each['why']}"
             shares = (f"{_KINDS[kind]} {_mix(each, kind)}" for kind in SHORT)
-            yield f"    {_policy_text(each)}; {', '.join(shares)}"
+            lossy = "".join(f", {loss}" for loss in policy_losses(each))
+            yield f"    {_policy_text(each)}{lossy}; {', '.join(shares)}"
 
 
 def _phases(estimate: CostEstimate) -> Iterator[tuple[str, str, Mapping[str, float], float]]:
@@ -305,13 +323,12 @@ def _policy_text(policy: Mapping[str, Any]) -> str:
         if policy["overlap"]
         else "no overlap"
     )
-    if policy["sep_layer"]:
-        words.append("attention and MLP apart")
-    if policy.get("chosen_experts"):
-        words.append("experts by choice")
-    if policy.get("recompute"):
-        words.append(f"{policy['recompute']:.0%} of the KV in host memory made anew")
+    words += special_words(policy)
     return ", ".join(words)
+
+
+def _toml(value: bool | int | float) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:.12g}"
 
 
 def _mix(policy: Mapping[str, Any], kind: str) -> str:

@@ -26,6 +26,7 @@ from rich.progress import (
 from rich.table import Table
 
 from flexllmgen.units import gib
+from harness.policy_words import special_words
 from harness.quality.words import losses
 from harness.results import RunResult, RunStatus
 
@@ -174,6 +175,8 @@ class Report:
             f"{plan['gen_tokens']} tokens each",
             f"  weights {weights}; KV cache {kv} a batch; workspace {gib(plan['workspace_bytes'])}",
         ]
+        if special := ", ".join(special_words(plan.get("policy") or {})):
+            lines.append(f"  {special}")
         if lossy := losses(plan):
             lines.append(f"  lossy: {lossy}")
         predicted, limit = plan.get("predicted"), plan.get("limit")
@@ -308,7 +311,7 @@ def _reading(value: float, unit: str) -> str:
     if unit == "bytes":
         return gib(value)
     if unit == "number":
-        return f"{value:,.4g}"
+        return f"{value:#,.4g}".rstrip(".")
     if unit == "share":
         return f"{value:.1%}"
     return f"{value:,.2f} {unit}"

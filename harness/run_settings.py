@@ -8,7 +8,7 @@ from harness.prepare import Prepared
 from harness.provenance import without_credentials
 from harness.results import RunResult, RunStatus, Scalar
 from strategies.base import Plan
-from strategies.flexgen_config import share_key
+from strategies.flexgen_config import KEY_OF, share_key
 
 
 def opening_result(job: Job, prepared: Prepared) -> RunResult:
@@ -60,7 +60,7 @@ def _params(job: Job, prepared: Prepared) -> dict[str, Scalar]:
 def policy_params(plan: Plan) -> dict[str, Scalar]:
     """The policy that a plan runs, by the keys of strategy flexgen; nothing for a strategy that has none."""
     params: dict[str, Scalar] = {
-        f"policy_{name}": value for name, value in plan.details.get("policy", {}).items()
+        f"policy_{KEY_OF.get(name, name)}": value for name, value in plan.details.get("policy", {}).items()
     }
     for kind, shares in plan.details.get("shares", {}).items():
         for tier, percent in shares.items():

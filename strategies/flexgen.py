@@ -4,13 +4,15 @@ Translates the strategy's keys into a Policy, the plan into what every plan show
 flexllmgen. Where weights go is the user's word here; finding the best policy is `autoflex`'s.
 """
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 from flexllmgen.errors import PolicyError
 from flexllmgen.placement import plan_placement
 from flexllmgen.policy import ON_GPU, Placement, Policy
 from strategies.base import Plan, PlanRequest
-from strategies.flexgen_config import Config, share_key
+from strategies.flexgen_config import KEY_OF, SHORT, Config, share_key
 from strategies.flexgen_engine import (
     FlexgenEngine,
     disk_room,
@@ -22,6 +24,12 @@ from strategies.flexgen_engine import (
     spec_of,
 )
 from strategies.flexgen_limits import check_limits
+
+_SWITCHES = {
+    "compress_weight": {"weight_bits": 4, "weight_group_size": 64},
+    "compress_cache": {"cache_bits": 4, "cache_group_size": 64},
+}
+"""Keys that say something beside another one only, and their defaults."""
 
 
 def create(config: Config) -> "FlexgenStrategy":
@@ -60,7 +68,8 @@ class FlexgenStrategy:
         folder = offload_folder(request, self.config.path)
         room = disk_room(request, placement, folder, self.config.path)
         check_limits(placement, machine, self.config, folder, room)
-        return plan_of(request, placement, strategy=self.name)
+        plan = plan_of(request, placement, strategy=self.name)
+        return replace(plan, warnings=(*plan.warnings, *unused_keys(self.config)))
 
     def build(self, plan: Plan) -> AbstractContextManager[FlexgenEngine]:
         """Load as planned. Packed weights stay in the offload directory for the next run.
@@ -82,12 +91,19 @@ def make_policy(config: Config, batch_size: int) -> Policy:
     activations = _shares(config, "activations")
     if config.cpu_cache_compute:
         # What the engine would refuse in its own words.
+        kept = {
+            "cache_bits=8": config.compress_cache and config.cache_bits != 8,
+            "cache_group_size=64": config.compress_cache and config.cache_group_size < 64,
+        }
         others = {
-            "compress_cache=false": config.compress_cache,
+            **kept,
             "attn_sparsity=1": config.attn_sparsity < 1,
             "act_gpu_percent=100": activations != ON_GPU,
         }
-        reason = "reads keys and values as they are, and needs all hidden states on the GPU"
+        reason = (
+            "reads all keys and values, as they are or in 8 bits and groups of 64 or 128, "
+            "and needs all hidden states on the GPU"
+        )
         _refuse_beside("cpu_cache_compute", reason, others, off="false")
     if config.recompute:
         others = {"compress_cache=false": config.compress_cache, "attn_sparsity=1": config.attn_sparsity < 1}
@@ -111,6 +127,53 @@ def make_policy(config: Config, batch_size: int) -> Policy:
         recompute=config.recompute,
         chosen_experts=config.chosen_experts,
     )
+
+
+def keys_of(policy: Policy) -> dict[str, bool | int | float]:
+    """The keys that make `make_policy` give this policy; without those that say nothing in it.
+
+    >>> keys_of(Policy(micro_batch_size=4, weights=Placement(gpu=0.3, cpu=0.7), kv_bits=8))["cache_bits"]
+    8
+    """
+    keys: dict[str, bool | int | float] = {
+        "micro_batch_size": policy.micro_batch_size,
+        "num_micro_batches": policy.num_micro_batches,
+    }
+    for kind in SHORT:
+        for tier in ("gpu", "cpu"):
+            # As many digits as tell the share again, and no 78.98280000000001.
+            keys[share_key(kind, tier)] = float(f"{100 * getattr(getattr(policy, kind), tier):.12g}")
+    if policy.weight_bits is not None:
+        keys |= {"compress_weight": True, "weight_bits": policy.weight_bits}
+        keys["weight_group_size"] = policy.weight_group_size
+    if policy.kv_bits is not None:
+        keys |= {"compress_cache": True, "cache_bits": policy.kv_bits}
+        keys["cache_group_size"] = policy.kv_group_size
+    fields = ("pin_weight", "overlap", "sep_layer", "chosen_experts", "attn_sparsity", "recompute")
+    named = {name: name for name in fields} | {
+        key: name for name, key in KEY_OF.items() if key in ("cpu_cache_compute", "num_copy_threads")
+    }
+    plain = Policy(micro_batch_size=1)
+    for key, name in named.items():
+        if (value := getattr(policy, name)) != getattr(plain, name):
+            keys[key] = value
+    return keys
+
+
+def unused_keys(config: Config) -> Iterator[str]:
+    """A warning for each key that has no effect beside the others."""
+    if not config.cache_cpu_percent:
+        for key, asked in (("cpu_cache_compute", config.cpu_cache_compute), ("recompute", config.recompute)):
+            if asked:
+                yield (
+                    f"{key} has no effect: no KV cache lies in host memory; give it a share there "
+                    "(--set cache_gpu_percent=0 --set cache_cpu_percent=100)"
+                )
+    for switch, keys in _SWITCHES.items():
+        if not getattr(config, switch):
+            for key, default in keys.items():
+                if getattr(config, key) != default:
+                    yield f"{key} has no effect without --set {switch}=true"
 
 
 def _refuse_beside(key: str, reason: str, others: dict[str, bool], *, off: str) -> None:

@@ -10,6 +10,15 @@ SHORT = {"weights": "w", "kv_cache": "cache", "activations": "act"}
 """What a policy has shares of, and what the keys call it."""
 
 
+KEY_OF = {
+    "cpu_attention": "cpu_cache_compute",
+    "copy_threads": "num_copy_threads",
+    "kv_bits": "cache_bits",
+    "kv_group_size": "cache_group_size",
+}
+"""Fields of the engine's policy that the keys call otherwise."""
+
+
 def share_key(kind: str, tier: str) -> str:
     """The key of a share, in percent.
 

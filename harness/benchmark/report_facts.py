@@ -171,6 +171,8 @@ def _plan_facts(result: RunResult | None) -> Iterator[tuple[str, str]]:
         yield "attention and MLP", "apart" if policy["sep_layer"] else "together"
     if policy.get("chosen_experts"):
         yield "experts", "only those that a step chooses"
+    if policy.get("cpu_attention"):
+        yield "attention to KV in host memory", "on the CPU"
     if policy.get("recompute"):
         yield "KV in host memory", f"{policy['recompute']:.0%} of it made anew at each step"
     if "pin_weight" in policy:

@@ -29,7 +29,7 @@ def losses(plan: Mapping[str, Any]) -> str:
     """
     if not is_lossy(plan):
         return ""
-    words = list(_parts(plan.get("policy") or {}))
+    words = list(policy_losses(plan.get("policy") or {}))
     if quantize := plan.get("quantize"):
         words.append(f"weights in {quantize} by bitsandbytes")
     return ", ".join(words) or "its strategy says no more"
@@ -50,7 +50,8 @@ def loss_tags(plan: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _parts(policy: Mapping[str, Any]) -> Iterator[str]:
+def policy_losses(policy: Mapping[str, Any]) -> Iterator[str]:
+    """What a policy of the engine gives up; nothing for a lossless one."""
     for name, what in (("weight", "weights"), ("kv", "KV cache")):
         if bits := policy.get(f"{name}_bits"):
             group = policy.get(f"{name}_group_size")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -121,6 +122,21 @@ def test_nothing_fits_tells_the_least_change(plan: Run, tmp_path: Path) -> None:
     assert done.exit_code == 5
     assert json.loads(done.stdout)["error"].startswith("no policy fits")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("lossy", [(), ("--allow-lossy", "--set", "least_bits=8")])
+def test_what_a_search_finds_is_asked_for_by_hand(plan: Run, lossy: tuple[str, ...]) -> None:
+    run = ("-m", "facebook/opt-30b", "--gpu-mem", "16GiB", "-n", 96, "--input-len", 512)
+    done = plan("gpu", *run, *lossy)
+    assert "attention on the CPU" in row(done, "  policy:")
+    _, _, after = done.stdout.partition("the same by hand\n")
+    options, _, runners_up = after.partition("\n\n")
+    assert ("weights in 8 bits" in runners_up) == bool(lossy)
+    by_hand = plan("gpu", *run, *shlex.split(options.replace("\\\n", " ")))
+    assert by_hand.exit_code == 0, by_hand.stderr
+    for title in ("weights ", "KV cache ", "takes at most ", "predicted ", "physical limit "):
+        assert row(by_hand, title) == row(done, title)
+    assert "by hand" not in by_hand.stdout
 
 
 def test_a_policy_by_hand_is_shown_without_runners_up(plan: Run) -> None:

@@ -88,6 +88,11 @@ def test_quiet_keeps_warnings_and_results(capsys: pytest.CaptureFixture[str], tm
     assert "plan: accelerate" in captured.out
 
 
+def test_the_plan_says_what_its_policy_does_otherwise(capsys: pytest.CaptureFixture[str]) -> None:
+    Report().plan({**PLAN, "policy": {"cpu_attention": True, "recompute": 0.4}}, "a machine", to_stdout=True)
+    assert "\n  attention on the CPU, 40% of the KV in host memory made anew\n" in capsys.readouterr().out
+
+
 def test_the_plan_says_what_lies_where(capsys: pytest.CaptureFixture[str]) -> None:
     estimate = {"generation_tok_s": 1000.0, "prefill_bound": "compute", "decode_bound": "disk"}
     Report().plan({**PLAN, "predicted": estimate, "limit": estimate}, "a machine", to_stdout=True)

@@ -15,14 +15,14 @@ from pydantic import ValidationError
 from flexllmgen.compressed_size import BITS, GROUP_SIZES
 from flexllmgen.errors import CheckpointError, PlanInfeasible, PolicyError, UnsupportedModelError, UsageError
 from flexllmgen.placement import plan_placement
-from flexllmgen.policy import Placement, Policy
+from flexllmgen.policy import ON_CPU, Placement, Policy
 from flexllmgen.spec import ModelSpec
 from flexllmgen.workload import Workload
 from harness.measure import Batch, run_pass
 from harness.models import load_tokenizer, resolve_model
 from harness.prompts import load_prompts
 from strategies.base import Machine, ModelSource, PlanRequest
-from strategies.flexgen import FlexgenStrategy, create, make_policy
+from strategies.flexgen import FlexgenStrategy, create, keys_of, make_policy, unused_keys
 from strategies.flexgen_config import Config
 from strategies.flexgen_engine import plan_of, policy_details
 from strategies.registry import find_strategy
@@ -152,7 +152,8 @@ def test_shares_over_a_hundred_are_refused_by_name() -> None:
 @pytest.mark.parametrize(
     ("changes", "way"),
     [
-        ({"compress_cache": True}, "--set compress_cache=false"),
+        ({"compress_cache": True}, "--set cache_bits=8"),
+        ({"compress_cache": True, "cache_bits": 8, "cache_group_size": 32}, "--set cache_group_size=64"),
         ({"attn_sparsity": 0.5}, "--set attn_sparsity=1"),
         ({"act_gpu_percent": 50, "act_cpu_percent": 50}, "--set act_gpu_percent=100"),
     ],
@@ -160,6 +161,70 @@ def test_shares_over_a_hundred_are_refused_by_name() -> None:
 def test_keys_that_rule_each_other_out_are_named(changes: dict[str, Any], way: str) -> None:
     with pytest.raises(PolicyError, match=f"{way}, or --set cpu_cache_compute=false"):
         make_policy(config(cpu_cache_compute=True, **changes), 4)
+
+
+@pytest.mark.parametrize("group_size", [64, 128])
+def test_the_cpu_attends_to_a_cache_of_8_bits(group_size: int) -> None:
+    kept = {"compress_cache": True, "cache_bits": 8, "cache_group_size": group_size}
+    policy = make_policy(config(cpu_cache_compute=True, **kept), 4)
+    assert (policy.cpu_attention, policy.kv_bits, policy.kv_group_size) == (True, 8, group_size)
+
+
+THIRD = Placement(gpu=0.123457, cpu=0.544321, disk=0.332222)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        Policy(micro_batch_size=3),
+        Policy(
+            micro_batch_size=2,
+            num_micro_batches=5,
+            weights=THIRD,
+            overlap=0,
+            sep_layer=True,
+            pin_weight=False,
+        ),
+        Policy(
+            micro_batch_size=2, kv_cache=Placement(gpu=0.149091, cpu=0.850909), kv_bits=8, cpu_attention=True
+        ),
+        Policy(micro_batch_size=2, kv_cache=ON_CPU, recompute=0.4, copy_threads=2, chosen_experts=True),
+        Policy(micro_batch_size=2, weight_bits=8, weight_group_size=128, kv_bits=4, kv_group_size=32),
+        Policy(micro_batch_size=2, activations=THIRD, attn_sparsity=0.25),
+    ],
+)
+def test_the_keys_of_a_policy_make_it_again(policy: Policy) -> None:
+    again = make_policy(config(**keys_of(policy)), batch_size=7)
+    for kind in ("weights", "kv_cache", "activations"):
+        mine, theirs = getattr(again, kind), getattr(policy, kind)
+        assert (mine.gpu, mine.cpu, mine.disk) == pytest.approx((theirs.gpu, theirs.cpu, theirs.disk))
+        again = dataclasses.replace(again, **{kind: theirs})
+    assert again == policy
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, []),
+        ({"cpu_cache_compute": True}, ["cpu_cache_compute has no effect: no KV cache lies in host memory"]),
+        ({"cpu_cache_compute": True, "cache_gpu_percent": 0, "cache_cpu_percent": 100}, []),
+        ({"recompute": 0.5}, ["recompute has no effect"]),
+        (
+            {"weight_bits": 8, "cache_group_size": 32},
+            ["--set compress_weight=true", "--set compress_cache=true"],
+        ),
+        ({"compress_cache": True, "cache_bits": 8}, []),
+    ],
+)
+def test_a_key_without_effect_is_told_of(changes: dict[str, Any], expected: list[str]) -> None:
+    warnings = list(unused_keys(config(**changes)))
+    assert len(warnings) == len(expected)
+    assert all(part in text for part, text in zip(expected, warnings, strict=True))
+
+
+def test_the_switches_know_their_keys_defaults() -> None:
+    _, defaults = find_strategy("flexgen").load_config()
+    assert not list(unused_keys(Config(**defaults)))
 
 
 @pytest.mark.parametrize(

@@ -307,7 +307,7 @@ def test_the_engines_own_compression_is_lossy(run: Run, monkeypatch: pytest.Monk
         "kv_bits": "none",
     }
     assert (both.tags["weight_bits"], both.tags["kv_bits"]) == ("8", "4")
-    assert (both.params["policy_weight_bits"], both.params["policy_kv_bits"]) == (8, 4)
+    assert (both.params["policy_weight_bits"], both.params["policy_cache_bits"]) == (8, 4)
     off = [abs(one.metrics["perplexity_ratio"] - 1) for one in (weights, both)]
     assert 0 < off[0] < off[1] < 0.2
     assert weights.metrics["perplexity_lossless"] == both.metrics["perplexity_lossless"]
