@@ -25,6 +25,17 @@ from strategies.flexgen_engine import (
 )
 from strategies.flexgen_limits import check_limits
 
+_CHOICES = (
+    "pin_weight",
+    "overlap",
+    "sep_layer",
+    "chosen_experts",
+    "attn_sparsity",
+    "recompute",
+    "cpu_attention",
+    "copy_threads",
+)
+"""Fields of a policy that are a key of their own, with the same default."""
 _SWITCHES = {
     "compress_weight": {"weight_bits": 4, "weight_group_size": 64},
     "compress_cache": {"cache_bits": 4, "cache_group_size": 64},
@@ -91,12 +102,9 @@ def make_policy(config: Config, batch_size: int) -> Policy:
     activations = _shares(config, "activations")
     if config.cpu_cache_compute:
         # What the engine would refuse in its own words.
-        kept = {
+        others = {
             "cache_bits=8": config.compress_cache and config.cache_bits != 8,
             "cache_group_size=64": config.compress_cache and config.cache_group_size < 64,
-        }
-        others = {
-            **kept,
             "attn_sparsity=1": config.attn_sparsity < 1,
             "act_gpu_percent=100": activations != ON_GPU,
         }
@@ -149,14 +157,10 @@ def keys_of(policy: Policy) -> dict[str, bool | int | float]:
     if policy.kv_bits is not None:
         keys |= {"compress_cache": True, "cache_bits": policy.kv_bits}
         keys["cache_group_size"] = policy.kv_group_size
-    fields = ("pin_weight", "overlap", "sep_layer", "chosen_experts", "attn_sparsity", "recompute")
-    named = {name: name for name in fields} | {
-        key: name for name, key in KEY_OF.items() if key in ("cpu_cache_compute", "num_copy_threads")
-    }
     plain = Policy(micro_batch_size=1)
-    for key, name in named.items():
-        if (value := getattr(policy, name)) != getattr(plain, name):
-            keys[key] = value
+    for field in _CHOICES:
+        if (value := getattr(policy, field)) != getattr(plain, field):
+            keys[KEY_OF.get(field, field)] = value
     return keys
 
 
