@@ -253,8 +253,8 @@ class PlanView:
         yield "bound           " + "; ".join(words)
         if search := plan.details.get("search"):
             yield (
-                f"search          {search['cuts']} cuts into micro-batches, {search['simulated']} policies simulated; no "
-                f"policy takes less than {_seconds(search['bound_s'])}, this one {search['gap']:.1%} more"
+                f"search          {search['cuts']} cuts into micro-batches, {search['simulated']} policies simulated; by this "
+                f"model none of them takes less than {_seconds(search['bound_s'])}, this one {search['gap']:.1%} more"
             )
 
     def _by_hand(self) -> Iterator[str]:

@@ -402,7 +402,6 @@ class _Simulation:
         ready = self.attended.pop(step.micro_batch, 0.0)
         # The host has issued it long before: the device waits.
         issue = self._issue_seconds(step)
-        self.issued += self.times.exchange_s / 2 if rows else 0.0
         if not self._chooses(step):
             self.issued += issue
         if rows:
@@ -430,10 +429,10 @@ class _Simulation:
         """Bytes of KV a second that the CPU attends to in a layer, part of the time beside copies up."""
         alone, beside = self.rates.attention_bytes_per_s(self.times, self.plan.policy.kv_bits)
         layer = self.plan.stages[stage].layer
-        positions = self.contexts[len(self.contexts) // 2]
+        positions, window = self.contexts[len(self.contexts) // 2], self._window(layer)
         batches = range(len(self.batches))
         rows = sum(self._rows_on_host(layer, index) for index in batches)
-        cached = positions * rows * self.plan.kv_row_bytes
+        cached = min(positions, window or positions) * rows * self.plan.kv_row_bytes
         loaded = positions * sum(sum(self._kv_row(layer, index, loaded=True)) for index in batches)
         copying_s = (sum(self.weight_bytes[stage][1:]) + loaded) / self._up_rate
         beside_s = min(copying_s, cached / beside)
@@ -453,8 +452,13 @@ class _Simulation:
         elif kind != "head":
             chunks = -(-self.batches[step.micro_batch] // max(1, self.plan.chunk_tokens // self.prompt))
         if self._attends_on_host(step):
-            # A layer's operations are issued in two halves; the loop's own cost is that of one step.
-            return times.chunk_issue_s / 2 + (times.issue_s if step.action is Action.COMPUTE else 0.0)
+            # A layer's operations are issued in two halves, with the query and with its answer; the loop's own cost is that
+            # of one step.
+            asks = self._rows_on_host(self.plan.stages[step.stage].layer, step.micro_batch) > 0
+            half_s = (times.chunk_issue_s + (times.exchange_s if asks else 0.0)) / 2
+            if step.action is Action.FINISH:
+                return half_s
+            return half_s + times.issue_s + (times.kv_issue_s if step.kv_slot >= 0 else 0.0)
         return times.issue_s + chunks * times.chunk_issue_s + (times.kv_issue_s if step.kv_slot >= 0 else 0.0)
 
     def _kv_wait(self, step: Step) -> float:

@@ -20,7 +20,7 @@ from flexllmgen.policy import Policy
 from flexllmgen.spec import ModelSpec
 from flexllmgen.units import round_up
 from flexllmgen.workload import Workload
-from flexllmgen.workspace import exchange_row, kv_scratch, recompute_scratch, row_bytes, workspace_bytes
+from flexllmgen.workspace import kv_scratch, recompute_scratch, row_bytes, workspace_bytes
 from profiling.layer_times import LayerTimes
 from profiling.profile import HardwareProfile
 
@@ -204,9 +204,9 @@ class PlacementProgram:
             alone, _ = self.rates.attention_bytes_per_s(self.times, self.variant.kv_bits)
             # Layers with a window attend to less than lies there; what lies on disk is brought in beside that.
             alone /= self.spec.attended_share(context)
-            if not self.recompute:
+            if gpu_bytes is not None and not self.recompute:
                 beside = self.rates.disk_read_bytes_per_s if limits.disk_bytes else 0.0
-                attended_s = (kv - (gpu_bytes or 0)) / (alone + beside)
+                attended_s = (kv - gpu_bytes) / (alone + beside)
             elif up and gpu_bytes is not None:
                 # What the CPU does not attend to is lifted beside the weights, as inputs at the least.
                 attended_s = (share * (weights - gpu_bytes) + least_kv) / (up + self.input_share * alone)
@@ -340,7 +340,6 @@ class PlacementProgram:
         prompt = workload.prompt_tokens
         context = prompt + workload.gen_tokens / 2
         token_kv = block * self.kv_position
-        exchanged = block * spec.num_layers * exchange_row(spec, self.size).outcome
         on_host = self.variant.cpu_attention
         # KV that no step will read is not stored.
         kept = prompt if workload.gen_tokens > 1 else 0
@@ -367,7 +366,8 @@ class PlacementProgram:
                 slowest = 1 / paged if paged else up
                 loads = {W[1]: self.weights * slowest, W[2]: self.weights * up}
                 for tier in (1, 2):
-                    lifted = min(exchanged, token_kv * read) if on_host and tier == 1 else token_kv * read
+                    # What the CPU finds comes up between copies: little, and as if it took no time.
+                    lifted = 0.0 if on_host and tier == 1 else token_kv * read
                     loads[K[tier]] = lifted * up if read else 0.0
                     loads[A[tier]] = hidden / 2 * up
                 loads[X] = self.input_share * token_kv * read * up

@@ -47,6 +47,8 @@ _REFINED = 2
 _CLOSE = 1.25
 """Variants whose best is at most so many times the best of all are looked at closely."""
 _REPAIRS = 24
+_SPARE = 0.003
+"""Share of the device's memory that is left free: measured peaks were up to so much above the planned."""
 _WIDE = 0.1
 """Share of the device's memory from which on slots are wide."""
 _ODD = 0.01
@@ -128,6 +130,8 @@ def find_policy(
             "no layer of any model was timed on the machine, so that nothing can be predicted; use -s flexgen"
         )
     wanted = min(batch_size, workload.num_sequences) if objective == "latency" else None
+    if limits.gpu_bytes is not None:
+        limits = replace(limits, gpu_bytes=limits.gpu_bytes - int(_SPARE * limits.gpu_bytes))
     for depth, sep_layer in _NARROWER:
         found: list[Candidate] = []
         searches = [
@@ -259,7 +263,15 @@ class _Search:
         return [each for each in self.found if Variant.of(each.policy) == self.program.variant]
 
     def _best_s(self) -> float:
-        return min((each.seconds for each in self.found), default=float("inf"))
+        """What a policy of this variant must be faster than; where less is lost than by the best it may be a little slower."""
+        mine = _lossy_odd(self.program.variant)
+        return min(
+            (
+                each.seconds * (1 + max(0.0, _lossy_odd(Variant.of(each.policy)) - mine))
+                for each in self.found
+            ),
+            default=float("inf"),
+        )
 
     def _simulate(self, solved: Sequence[Solved], *, most: int, slack: float = 0.0) -> None:
         """Prices what its bound says may be better than the best, or no more than `slack` worse."""
@@ -502,10 +514,14 @@ def _with_preference(candidate: Candidate) -> float:
     odd = _ODD * ((plan.disk_bytes > 0) + policy.sep_layer + (policy.overlap > 1) + plan.attends_on_host)
     odd += _ODD * (policy.chosen_experts + (policy.recompute > 0))
     odd += _QUERY_ODD * policy.num_micro_batches * plan.attends_on_host
-    # A loss of precision must be worth it.
-    odd += _LOSSY_ODD * ((policy.weight_bits is not None) + (policy.kv_bits is not None))
+    odd += _lossy_odd(Variant.of(policy))
     # Hidden states are small and wanted at once: behind the copies of weights they wait longer than predicted.
     return candidate.seconds * (1 + odd + _HIDDEN_ODD * (plan.hidden_slots > 0))
+
+
+def _lossy_odd(variant: Variant) -> float:
+    """A loss of precision must be worth it."""
+    return _LOSSY_ODD * ((variant.weight_bits is not None) + (variant.kv_bits is not None))
 
 
 def _cuts(workload: Workload, wanted: int | None, *, capped: bool) -> Iterator[Cut]:

@@ -203,6 +203,11 @@ def spare_kv_slots(unit_bytes: int, depth: int, *, in_place: bool) -> int:
     return 1 if unit_bytes <= SMALL_UNIT_BYTES and depth > 0 and not in_place else 0
 
 
+def _other_groups(spec: ModelSpec, policy: Policy) -> str:
+    """The group size that would do, if there is one."""
+    return "take kv_group_size 64, or" if policy.kv_group_size != 64 and spec.head_dim % 64 == 0 else "so"
+
+
 def plan_placement(
     spec: ModelSpec,
     policy: Policy,
@@ -228,10 +233,11 @@ def plan_placement(
             f"{spec.name or spec.family}: a layer's input has {spec.hidden_size} numbers a position, keys and values have "
             f"{2 * spec.kv_size}: nothing is saved by keeping it instead; turn recompute off (0)"
         )
-    if policy.cpu_attention and policy.kv_bits is not None and spec.head_dim % policy.kv_group_size:
+    on_host = policy.cpu_attention and policy.kv_cache.cpu > 0 and not in_place
+    if on_host and policy.kv_bits is not None and spec.head_dim % policy.kv_group_size:
         raise PolicyError(
             f"{spec.name or spec.family}: the CPU attends to 8-bit keys and values whose groups of {policy.kv_group_size} divide "
-            f"a head, of {spec.head_dim} numbers; change kv_group_size, or turn cpu_attention off"
+            f"a head, of {spec.head_dim} numbers; {_other_groups(spec, policy)} turn cpu_attention or kv_bits off"
         )
     images, stages = pack(spec, policy, dtype_bytes)
     images = place_images(images, policy.weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,15 @@ def test_what_it_cannot_read_is_refused() -> None:
         Policy(micro_batch_size=1, kv_cache=ON_CPU, cpu_attention=True, kv_bits=4)
     with pytest.raises(PolicyError, match="in 8 bits and groups of 64 or 128"):
         Policy(micro_batch_size=1, kv_cache=ON_CPU, cpu_attention=True, kv_bits=8, kv_group_size=32)
-    policy = Policy(micro_batch_size=1, kv_cache=ON_GPU, cpu_attention=True, kv_bits=8, kv_group_size=128)
+    policy = Policy(micro_batch_size=1, kv_cache=ON_CPU, cpu_attention=True, kv_bits=8, kv_group_size=128)
     workload = Workload(num_sequences=1, prompt_tokens=8, gen_tokens=2)
-    with pytest.raises(PolicyError, match="groups of 128 divide a head, of 64 numbers; change kv_group_size"):
+    with pytest.raises(
+        PolicyError, match="groups of 128 divide a head, of 64 numbers; take kv_group_size 64"
+    ):
         plan_placement(OPT_125M, policy, workload, 2, in_place=False)
+    odd = replace(OPT_125M, head_dim=80)
+    with pytest.raises(PolicyError, match="of 80 numbers; so turn cpu_attention or kv_bits off"):
+        plan_placement(odd, replace(policy, kv_group_size=64), workload, 2, in_place=False)
+    # Where nothing is attended to on the CPU, nothing is refused.
+    plan_placement(OPT_125M, replace(policy, kv_cache=ON_GPU), workload, 2, in_place=False)
+    plan_placement(OPT_125M, policy, workload, 2, in_place=True)

@@ -80,7 +80,7 @@ def test_the_largest_model_is_planned_for_a_machine_elsewhere(plan: Run, tmp_pat
     assert [line.split()[0] for line in binds] == ["disk", "disk"]
     assert "100%" in binds[1]
     assert "decode by disk" in row(done, "bound ")
-    assert "no policy takes less than" in row(done, "search ")
+    assert "none of them takes less than" in row(done, "search ")
     runners_up = done.stdout[done.stdout.index("runners-up ") :].splitlines()
     # A line on how fast and why, and one on the policy.
     assert len(runners_up) % 2 == 1
