@@ -216,6 +216,22 @@ def test_attention_on_the_cpu_takes_kv_off_the_link() -> None:
     assert busiest <= in_place.decode_s < 1.35 * busiest
 
 
+def test_what_is_issued_with_a_query_and_its_answer_adds_up_to_what_was_measured() -> None:
+    """The figures are differences of engines with more and fewer layers: predicted, these differ by the same."""
+    workload = Workload(num_sequences=1, prompt_tokens=4, gen_tokens=20)
+    policy = Policy(micro_batch_size=1, kv_cache=ON_CPU, cpu_attention=True)
+    taken = []
+    for layers in (6, 2):
+        spec = dataclasses.replace(SPEC, num_layers=layers)
+        profile = machine(spec, cpu_attention_bytes_per_s=9e12)
+        table = dataclasses.replace(profile.layers[0], issue_s=0.006, chunk_issue_s=0.015, exchange_s=0.030)
+        profile = dataclasses.replace(profile, layers=(table,))
+        estimate = engine_cost(plan_placement(spec, policy, workload, 2, in_place=False), profile)
+        assert estimate is not None
+        taken.append(estimate.decode_s / 19)
+    assert (taken[0] - taken[1]) / 4 == pytest.approx(0.006 + 0.015 + 0.030, rel=0.02)
+
+
 def test_the_models_own_rate_of_attention_is_what_counts() -> None:
     workload = Workload(num_sequences=96, prompt_tokens=512, gen_tokens=8)
     policy = Policy(micro_batch_size=24, num_micro_batches=4, kv_cache=ON_CPU, cpu_attention=True)
