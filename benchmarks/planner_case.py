@@ -94,7 +94,9 @@ def main() -> None:
                     else case.measure.run(policy, probed=name != "naive" and name not in BY_HAND)
                 )
                 print(json.dumps({**case.name, "policy": name, **outcome}), flush=True)
-                if name == "autoflex" and (again := case.measure.replanned(policy, outcome)) is not None:
+                if name != "autoflex" or time.time() - started > args.seconds:
+                    continue
+                if (again := case.measure.replanned(policy, outcome)) is not None:
                     run, other = again
                     outcome = run.run(other, probed=True)
                     print(json.dumps({**case.name, "policy": AGAIN, **outcome}), flush=True)

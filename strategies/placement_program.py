@@ -226,11 +226,8 @@ class PlacementProgram:
         outside = max(0, self.weights - self.rest - self.limits.gpu_bytes)
         return self._awaited_s(self.expert_share(block)) * outside / self.weights
 
-    def solve(self, cut: Cut, kind: Kind, *, recompute: bool = True) -> Solved | None:
-        """The best shares for a cut, as if nothing ever waited; None if it cannot fit.
-
-        Without `recompute` no layer inputs are kept.
-        """
+    def solve(self, cut: Cut, kind: Kind) -> Solved | None:
+        """The best shares for a cut, as if nothing ever waited; None if it cannot fit."""
         rows, bounds = self._memory(cut)
         for row, bound in self._time(cut):
             rows.append(row)
@@ -252,7 +249,7 @@ class PlacementProgram:
         matrix, limit = np.array(rows), np.array(bounds)
         # Bytes beside seconds would be badly scaled.
         scale = np.maximum(np.abs(matrix).max(axis=1), 1e-30)
-        most = [1.0] * 9 + [float(self.recompute and recompute)]
+        most = [1.0] * 9 + [float(self.recompute)]
         if not kind.disk:
             most[W[2]] = most[K[2]] = most[A[2]] = 0.0
         if not kind.hidden_elsewhere:
