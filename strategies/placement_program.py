@@ -200,14 +200,14 @@ class PlacementProgram:
             lifted = 0 if self.variant.cpu_attention else least_kv
             sources.append((up, gpu_bytes, lifted))
         attended_s = 0.0
-        if self.variant.cpu_attention:
+        if self.variant.cpu_attention and gpu_bytes is not None:
             alone, _ = self.rates.attention_bytes_per_s(self.times, self.variant.kv_bits)
             # Layers with a window attend to less than lies there; what lies on disk is brought in beside that.
             alone /= self.spec.attended_share(context)
-            if gpu_bytes is not None and not self.recompute:
+            if not self.recompute:
                 beside = self.rates.disk_read_bytes_per_s if limits.disk_bytes else 0.0
                 attended_s = (kv - gpu_bytes) / (alone + beside)
-            elif up and gpu_bytes is not None:
+            elif up:
                 # What the CPU does not attend to is lifted beside the weights, as inputs at the least.
                 attended_s = (share * (weights - gpu_bytes) + least_kv) / (up + self.input_share * alone)
         return (

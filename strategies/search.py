@@ -332,12 +332,11 @@ class _Search:
                 self._narrow(near)
 
     def _narrow(self, near: Candidate) -> None:
-        kind = Kind(disk=near.placement.disk_bytes > 0, hidden_elsewhere=near.placement.hidden_slots > 0)
         for depth, sep_layer in _NARROWER:
             if (depth, not sep_layer) >= (near.policy.overlap, not near.policy.sep_layer):
                 continue
             search = _Search(self._program(depth=depth, sep_layer=sep_layer), self.found)
-            if (solved := search.program.solve(near.cut, kind)) is not None:
+            if (solved := search.program.solve(near.cut, _kind_of(near))) is not None:
                 search._simulate([solved], most=1)
             self.simulated += search.simulated
             self.bound_s = min(self.bound_s, search.bound_s)
