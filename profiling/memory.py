@@ -20,7 +20,7 @@ from profiling.profile import Measurement
 MIB = 1 << 20
 READ_BYTES = 512 * MIB
 COPY_BYTES = 256 * MIB
-_KV_BYTES = 256 * MIB
+_KV_BYTES = 1024 * MIB
 _POSITIONS = 512
 CODES_GROUP = 64
 """Numbers of compressed KV that share a scale, unless told otherwise."""

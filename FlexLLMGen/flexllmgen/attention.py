@@ -72,12 +72,20 @@ def decode_attention(
     kv_SBKH = segment.kv_S2BKH[first:length]
     k, v = (kv_SBKH[:, which].permute(1, 2, 0, 3) for which in (0, 1))
     q = q_BNH.reshape(sequences, num_kv_heads, heads // num_kv_heads, size)
-    bias = None if bias_B11S is None else bias_B11S[..., first:length]
+    bias = None if bias_B11S is None else bias_between(bias_B11S, first, length)
     if sparsity < 1:
         return _sparse_attention(q, k, v, bias, sparsity).reshape(sequences, heads, size)
-    if bias is not None and first:
-        bias = bias.clone()  # The masked kernel loads it in vectors, and does not check where it starts.
     return _attend(q, k, v, bias).reshape(sequences, heads, size)
+
+
+def bias_between(bias_B11S: torch.Tensor, first: int, stop: int) -> torch.Tensor:
+    """The bias of positions [first, stop), where the kernels can read it.
+
+    The masked ones load it in vectors and do not check where it starts. A copy starts right; contiguous() is none where
+    there is one sequence, since such a part already counts as contiguous.
+    """
+    bias = bias_B11S[..., first:stop]
+    return bias.clone() if first else bias
 
 
 def append(
@@ -120,7 +128,7 @@ def _compressed_attention(
 ) -> torch.Tensor:
     first = max(0, length - window) if window else 0
     turned, codec = segment.codec.turned(q_BNH), segment.codec
-    bias = None if bias_B11S is None else bias_B11S[..., first:length].contiguous()
+    bias = None if bias_B11S is None else bias_between(bias_B11S, first, length)
     mixed = []
     for start in range(0, len(q_BNH), codec.sequences):
         stop = min(start + codec.sequences, len(q_BNH))

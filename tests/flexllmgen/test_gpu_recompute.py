@@ -38,7 +38,8 @@ def larger(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     def get(name: str) -> TinyModel:
         if name not in made:
-            own = {} if name.startswith("opt") else {"num_key_value_heads": 8}
+            # As many key heads as query heads, as wide as the layer's input: K and V are then twice its bytes.
+            own = {} if name.startswith("opt") else {"num_key_value_heads": 8, "head_dim": 16}
             made[name] = make_tiny(name, tmp_path_factory.mktemp(name), **SIZES, **own)
         return made[name]
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from flexllmgen.attention import append, decode_attention, prompt_attention
+from flexllmgen.attention import append, bias_between, decode_attention, prompt_attention
 from flexllmgen.kv_cache import AnySegment, Segment
 from flexllmgen.layer_inputs import InputSegment, made_positions
 from flexllmgen.models.experts import grouped_experts
@@ -212,9 +212,7 @@ class Decoder:
         """What queries find in keys and values made of the layer's inputs; all of the segment's sequences."""
         length = span.first + 1
         first = max(0, length - window) if window else 0
-        bias = None if span.bias_B11S is None else span.bias_B11S[..., first:length]
-        if bias is not None and first:
-            bias = bias.clone()  # As for any window: kernels do not check where it starts.
+        bias = None if span.bias_B11S is None else bias_between(span.bias_B11S, first, length)
         stop = first + made_positions(length - first, len(segment.x_SBD) - first)
         made = self._keys_and_values(w, span, segment.x_SBD[first:stop], first)
         return decode_attention(q_BNH, Segment(segment.start, segment.stop, made), length - first, bias, 0)
