@@ -175,6 +175,8 @@ class PolicyRun:
             "overlap": policy.overlap,
             "sep_layer": policy.sep_layer,
             "shares": shares,
+            "cpu_attention": policy.cpu_attention,
+            "recompute": policy.recompute,
         }
         try:
             check_fits(plan, gpu_bytes=self.limits.gpu_bytes, cpu_bytes=self.limits.cpu_bytes)
