@@ -2,7 +2,7 @@
 
     python benchmarks/planner_table.py call1.jsonl call2.jsonl --json planner.json --plot planner.png > table.md
 
-A case (model, GPU memory, workload) that several files hold is taken from the last of them that measured it.
+A case (model, GPU memory, workload) may lie in several files: the last that measured a policy counts.
 """
 
 from __future__ import annotations
@@ -41,30 +41,43 @@ def main() -> None:
 
 
 def read(files: Iterable[Path]) -> dict[Case, list[Row]]:
-    """Rows of policies by case; the rows of a JSON array, or of JSON lines."""
-    cases: dict[Case, list[Row]] = {}
+    """Rows of policies by case; the rows of a JSON array, or of JSON lines.
+
+    Of a case that several files have, each policy's row is that of the last file where it ran, and autoflex's rows are
+    all of the last one where autoflex did.
+    """
+    cases: dict[Case, dict[str, Row]] = {}
     for file in files:
-        mine: dict[Case, list[Row]] = {}
         text = file.read_text()
         lines = json.loads(text) if text.startswith("[") else map(json.loads, text.splitlines())
-        for row in lines:
-            if "policy" in row:
-                case = (row["model"], row["gpu_gib"], tuple(row["workload"]))
-                mine.setdefault(case, []).append({"file": file.stem, **row})
-        cases |= {case: rows for case, rows in mine.items() if "tok_s" in rows[0] or case not in cases}
-    return cases
+        mine = [{"file": file.stem, **row} for row in lines if "policy" in row]
+        ran = {case_of(row) for row in mine if row["policy"] == "autoflex" and "tok_s" in row}
+        for case in ran & cases.keys():
+            cases[case] = {name: row for name, row in cases[case].items() if not is_own(row)}
+        for row in mine:
+            case = cases.setdefault(case_of(row), {})
+            if "tok_s" in row or "tok_s" not in case.get(row["policy"], {}):
+                case[row["policy"]] = row
+    return {case: list(rows.values()) for case, rows in cases.items()}
+
+
+def case_of(row: Row) -> Case:
+    return row["model"], row["gpu_gib"], tuple(row["workload"])
+
+
+def is_own(row: Row) -> bool:
+    """Of autoflex, planned once or again."""
+    return bool(row["policy"].startswith("autoflex"))
 
 
 def measured(rows: Sequence[Row], policy: str | None = None) -> list[Row]:
     """Rows that ran: of one policy, or of all but autoflex's, the fastest first."""
     ran = [row for row in rows if "tok_s" in row]
     if policy == "autoflex":  # What it stayed with: where it planned again, that.
-        return [row for row in ran if row["policy"].startswith(policy)][-1:]
+        return [row for row in ran if is_own(row)][-1:]
     if policy is not None:
         return [row for row in ran if row["policy"] == policy]
-    return sorted(
-        (row for row in ran if not row["policy"].startswith("autoflex")), key=lambda row: -row["tok_s"]
-    )
+    return sorted((row for row in ran if not is_own(row)), key=lambda row: -row["tok_s"])
 
 
 def table(cases: dict[Case, list[Row]]) -> Iterable[str]:
@@ -80,7 +93,7 @@ def table(cases: dict[Case, list[Row]]) -> Iterable[str]:
         naive = measured(cases[case], "naive")
         others = [row for row in hand if row["policy"] != "naive"]
         if not own:
-            yield f"{start}| {cases[case][0]['error'][:40]} |" + " |" * 9
+            yield f"{start}| {cases[case][0].get('error') or 'not run'} |" + " |" * 9
             continue
         row = own[0]
         cells = [
@@ -119,7 +132,7 @@ def draw(cases: dict[Case, list[Row]], path: Path) -> None:
     figure, (above, below) = plt.subplots(2, 1, figsize=(11, 11), height_ratios=(1, 1.1))
     rows = [row for group in cases.values() for row in group if "tok_s" in row]
     for own, colour, label in ((False, "#8a8f98", "by hand and naive"), (True, "#0b6bcb", "autoflex")):
-        mine = [row for row in rows if row["policy"].startswith("autoflex") is own]
+        mine = [row for row in rows if is_own(row) is own]
         above.scatter(
             [row["tok_s"] for row in mine],
             [row["predicted_tok_s"] for row in mine],
