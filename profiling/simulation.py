@@ -6,6 +6,7 @@ needs has ended, exactly as the executor's events order it. So fill and drain of
 and overlap need no formula of their own. Pure: measures nothing, allocates nothing.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -20,6 +21,7 @@ from flexllmgen.layer_inputs import made_positions
 from flexllmgen.memory.disk import READ_BYTES
 from flexllmgen.placement import PlacementPlan
 from flexllmgen.schedule import Action, Shape, Step, zigzag
+from flexllmgen.splits import Split
 from flexllmgen.units import DISK_THREADS
 from flexllmgen.workspace import exchange_row, row_bytes
 from profiling.layer_times import LayerTimes
@@ -55,7 +57,7 @@ class _Clocks:
 
     together: bool
     passes: int
-    free: dict[str, float] = field(default_factory=dict)
+    free: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     busy: list[dict[str, float]] = field(init=False)
     moved: list[dict[str, float]] = field(init=False)
 
@@ -65,12 +67,13 @@ class _Clocks:
 
     def run(self, resource: str, lane: str, ready: float, seconds: float, token: int) -> float:
         """Occupies a resource from when it and its lane are free; returns the end."""
-        start = max(ready, self.free.get(resource, 0.0), self.free.get(lane, 0.0))
+        free, busy = self.free, self.busy[token]
+        start = max(ready, free[resource], free[lane])
         if self.together:  # Without overlap nothing begins before everything else has ended.
-            start = max([start, *self.free.values()])
+            start = max([start, *free.values()])
         end = start + seconds
-        self.free[resource] = self.free[lane] = end
-        self.busy[token][resource] = self.busy[token].get(resource, 0.0) + seconds
+        free[resource] = free[lane] = end
+        busy[resource] = busy.get(resource, 0.0) + seconds
         return end
 
 
@@ -130,6 +133,7 @@ class _Simulation:
             sum(expert_dense_bytes(images[index]) for index in (stage.images if chosen else ()))
             for stage, chosen in zip(plan.stages, self.chosen, strict=True)
         ]
+        self._tables()
         self.shape = Shape(
             num_tokens=1 + len(contexts),
             num_micro_batches=len(micro_batches),
@@ -139,7 +143,7 @@ class _Simulation:
             depth=plan.policy.overlap,
             spare_kv_slots=plan.spare_kv_slots,
             loaded_kv=[stage.has_kv and plan.loads_kv(stage.layer) for stage in plan.stages],
-            host_attention=[stage.has_kv and plan.attends_on_host for stage in plan.stages],
+            host_attention=self._on_host,
         )
         self.clocks = _Clocks(together=plan.policy.overlap == 0, passes=1 + len(contexts))
         self.step = Step(Action.EMIT, 0, 0)
@@ -154,8 +158,39 @@ class _Simulation:
         self.hidden_stored: dict[int, float] = {}
         self.attended: dict[int, float] = {}
         self.computed = 0.0
-        self._compute_cache: dict[tuple[int, str, int], float] = {}
+        self._compute_cache: dict[tuple[object, ...], float] = {}
         self._recompute_cache: dict[tuple[int, int], float] = {}
+        self._issue_cache: dict[tuple[object, ...], float] = {}
+        self._attention_rates: dict[int, float] = {}
+
+    def _tables(self) -> None:
+        """What the loop asks at every step, by stage, or by layer and micro-batch."""
+        plan, rates = self.plan, self.rates
+        self._windows = [
+            plan.spec.sliding_window(stage.layer) if stage.layer >= 0 else 0 for stage in plan.stages
+        ]
+        # By layer and micro-batch: what the loop asks at every step.
+        self._rows = [
+            [split.first(count).cpu for split, count in zip(splits, self.batches, strict=False)]
+            for splits in plan.kv_splits
+        ]
+        self._kv_rows = {
+            loaded: [[self._kv_row(split, loaded=loaded) for split in splits] for splits in plan.kv_splits]
+            for loaded in (False, True)
+        }
+        # Sequences whose keys and values a step makes of inputs; none where no inputs are kept.
+        self._made = [
+            [split.first(count).inputs for split, count in zip(splits, self.batches, strict=False)]
+            for splits in (plan.kv_splits if plan.input_bytes else ())
+        ]
+        # Bytes a second that are copied within the compute device's memory.
+        self._copy_rate = rates.device_copy_bytes_per_s or rates.device_bytes_per_s / 2
+        alone = rates.h2d_bytes_per_s or self._copy_rate
+        beside = min(alone, rates.h2d_under_reads_bytes_per_s or alone) if plan.attends_on_host else alone
+        self._up_rates = alone, beside
+        self._on_host = [stage.has_kv and plan.attends_on_host for stage in plan.stages]
+        exchange = exchange_row(plan.spec, plan.dtype_bytes, plan.policy)
+        self._query_bytes, self._outcome_bytes = exchange.down, exchange.outcome
 
     def run(self) -> Passes:
         emitted: list[float] = []
@@ -226,7 +261,7 @@ class _Simulation:
 
     def _load_kv(self, step: Step) -> None:
         layer = self.plan.stages[step.stage].layer
-        cpu, disk = self._kv_row(layer, step.micro_batch, loaded=True)
+        cpu, disk = self._kv_rows[True][layer][step.micro_batch]
         positions = self.contexts[step.token - 1] - 1
         ready = max(
             self.kv_busy.get(step.slot, 0.0), self.stored.get((layer, step.micro_batch), 0.0), self.issued
@@ -240,7 +275,7 @@ class _Simulation:
 
     def _store_kv(self, step: Step) -> None:
         layer = self.plan.stages[step.stage].layer
-        cpu, disk = self._kv_row(layer, step.micro_batch, loaded=step.token > 0)
+        cpu, disk = self._kv_rows[step.token > 0][layer][step.micro_batch]
         positions = self.prompt if step.token == 0 else 1
         if step.slot < 0:
             return
@@ -373,18 +408,16 @@ class _Simulation:
     # Attention on the CPU
 
     def _attends_on_host(self, step: Step) -> bool:
-        return self.plan.attends_on_host and step.token > 0 and self.plan.stages[step.stage].has_kv
+        return step.token > 0 and self._on_host[step.stage]
 
     def _attend_on_host(self, step: Step) -> None:
         """The query, key and value go down, and the CPU attends, a micro-batch after the other."""
         layer = self.plan.stages[step.stage].layer
-        rows = self._rows_on_host(layer, step.micro_batch)
+        rows = self._rows[layer][step.micro_batch]
         if not rows:
             return
-        plan = self.plan
-        down = rows * exchange_row(plan.spec, plan.dtype_bytes, plan.policy).down
         ready = max(
-            self._down("exchange down", self.computed, down, step.token),
+            self._down("exchange down", self.computed, rows * self._query_bytes, step.token),
             self.stored.get((layer, step.micro_batch), 0.0),
         )
         cached = rows * self.plan.kv_row_bytes * self._attended_positions(step)
@@ -398,14 +431,14 @@ class _Simulation:
 
     def _finish(self, step: Step) -> None:
         """What the CPU found goes up, and the device computes the rest of the layer."""
-        rows = self._rows_on_host(self.plan.stages[step.stage].layer, step.micro_batch)
+        rows = self._rows[self.plan.stages[step.stage].layer][step.micro_batch]
         ready = self.attended.pop(step.micro_batch, 0.0)
         # The host has issued it long before: the device waits.
         issue = self._issue_seconds(step)
         if not self._chooses(step):
             self.issued += issue
         if rows:
-            up = rows * exchange_row(self.plan.spec, self.plan.dtype_bytes).outcome
+            up = rows * self._outcome_bytes
             ready += up / self._up_rate
             self.clocks.moved[step.token][H2D] += up
         seconds = self._compute_seconds(step)
@@ -416,50 +449,53 @@ class _Simulation:
         if step.slot >= 0:
             self.weight_busy[step.slot] = self.computed
 
-    def _rows_on_host(self, layer: int, micro_batch: int) -> int:
-        """Sequences of a micro-batch that the CPU attends to; of a ragged one fewer than lie there."""
-        split = self.plan.kv_splits[layer][micro_batch]
-        return split.first(self.batches[micro_batch]).cpu
-
     def _attended_positions(self, step: Step) -> int:
-        context, window = self.contexts[step.token - 1], self._window(self.plan.stages[step.stage].layer)
+        context, window = self.contexts[step.token - 1], self._windows[step.stage]
         return min(context, window) if window else context
 
     def _attention_rate(self, stage: int) -> float:
         """Bytes of KV a second that the CPU attends to in a layer, part of the time beside copies up."""
-        alone, beside = self.rates.attention_bytes_per_s(self.times, self.plan.policy.kv_bits)
-        layer = self.plan.stages[stage].layer
-        positions, window = self.contexts[len(self.contexts) // 2], self._window(layer)
-        batches = range(len(self.batches))
-        rows = sum(self._rows_on_host(layer, index) for index in batches)
-        cached = min(positions, window or positions) * rows * self.plan.kv_row_bytes
-        loaded = positions * sum(sum(self._kv_row(layer, index, loaded=True)) for index in batches)
-        copying_s = (sum(self.weight_bytes[stage][1:]) + loaded) / self._up_rate
-        beside_s = min(copying_s, cached / beside)
-        rate: float = cached / (beside_s + (cached - beside_s * beside) / alone)
-        return rate
+        if stage not in self._attention_rates:
+            alone, beside = self.rates.attention_bytes_per_s(self.times, self.plan.policy.kv_bits)
+            layer = self.plan.stages[stage].layer
+            positions, window = self.contexts[len(self.contexts) // 2], self._windows[stage]
+            batches = range(len(self.batches))
+            cached = min(positions, window or positions) * sum(self._rows[layer]) * self.plan.kv_row_bytes
+            loaded = positions * sum(sum(self._kv_rows[True][layer][index]) for index in batches)
+            copying_s = (sum(self.weight_bytes[stage][1:]) + loaded) / self._up_rate
+            beside_s = min(copying_s, cached / beside)
+            self._attention_rates[stage] = cached / (beside_s + (cached - beside_s * beside) / alone)
+        return self._attention_rates[stage]
 
     def _issue_seconds(self, step: Step) -> float:
         """Host seconds to issue a compute step; a prompt's are issued for each of its chunks."""
-        times, kind = self.times, self.plan.stages[step.stage].kind
-        chunks = 1
-        if step.token > 0:
+        stage, attends = self.plan.stages[step.stage], self._attends_on_host(step)
+        asks = attends and self._rows[stage.layer][step.micro_batch] > 0
+        finishes, loads = step.action is Action.FINISH, step.kv_slot >= 0
+        key = stage.kind, step.token > 0, self.batches[step.micro_batch], loads, attends, asks, finishes
+        if key not in self._issue_cache:
+            self._issue_cache[key] = self._issue_of(*key)
+        return self._issue_cache[key]
+
+    def _issue_of(
+        self, kind: str, decodes: bool, sequences: int, loads: bool, attends: bool, asks: bool, finishes: bool
+    ) -> float:
+        times, chunks = self.times, 1
+        if decodes:
             recording = self.plan.recording
             if recording == "step" and kind != "head":
                 return 0.0
             if recording == "layers" and kind not in ("embed", "head"):
                 chunks = 0  # Its operations are replayed; starting that is a part of `issue_s`.
         elif kind != "head":
-            chunks = -(-self.batches[step.micro_batch] // max(1, self.plan.chunk_tokens // self.prompt))
-        if self._attends_on_host(step):
+            chunks = -(-sequences // max(1, self.plan.chunk_tokens // self.prompt))
+        kv_s = times.kv_issue_s if loads else 0.0
+        if attends:
             # A layer's operations are issued in two halves, with the query and with its answer; the loop's own cost is that
             # of one step.
-            asks = self._rows_on_host(self.plan.stages[step.stage].layer, step.micro_batch) > 0
             half_s = (times.chunk_issue_s + (times.exchange_s if asks else 0.0)) / 2
-            if step.action is Action.FINISH:
-                return half_s
-            return half_s + times.issue_s + (times.kv_issue_s if step.kv_slot >= 0 else 0.0)
-        return times.issue_s + chunks * times.chunk_issue_s + (times.kv_issue_s if step.kv_slot >= 0 else 0.0)
+            return half_s if finishes else half_s + times.issue_s + kv_s
+        return times.issue_s + chunks * times.chunk_issue_s + kv_s
 
     def _kv_wait(self, step: Step) -> float:
         if step.kv_slot < 0:
@@ -471,19 +507,21 @@ class _Simulation:
     def _dequantise_seconds(self, step: Step) -> float:
         """A stage's compressed weights are turned back once, by its first micro-batch; compressed KV by each."""
         stage, policy, seconds = self.plan.stages[step.stage], self.plan.policy, 0.0
+        if policy.weight_bits is None and policy.kv_bits is None:
+            return 0.0
         if policy.weight_bits is not None and not step.micro_batch:
             dense = stage_dequantised_bytes(self.plan.images, stage)
             if self._chooses(step):
                 dense -= self.expert_dense_bytes[step.stage]
             seconds += dense / self.rates.dequantise_bytes_per_s(policy.weight_bits)
         if policy.kv_bits is not None and stage.has_kv:
-            window = self._window(stage.layer)
+            window = self._windows[step.stage]
             # A prompt's rows are written in about the time that they could be read in.
             rows = self.contexts[step.token - 1] if step.token else self.prompt
             rows = min(rows, window) if window and step.token else rows
             here = self.batches[step.micro_batch]
             if self._attends_on_host(step):
-                here -= self._rows_on_host(stage.layer, step.micro_batch)
+                here -= self._rows[stage.layer][step.micro_batch]
             dense = rows * here * self.plan.dense_kv_row_bytes
             seconds += dense / self.rates.dequantise_bytes_per_s(policy.kv_bits)
         return seconds
@@ -491,11 +529,11 @@ class _Simulation:
     def _recompute_seconds(self, step: Step) -> float:
         """A step makes keys and values of a unit's inputs, of some sequences at a time."""
         stage = self.plan.stages[step.stage]
-        if not step.token or not stage.has_kv or not self.plan.input_bytes:
+        if not self._made or not step.token or not stage.has_kv:
             return 0.0
-        split, at_once = self.plan.kv_splits[stage.layer][step.micro_batch], self.plan.recomputed_sequences
+        at_once = self.plan.recomputed_sequences
         positions = made_positions(self._attended_positions(step), self.plan.max_context)
-        key = split.first(self.batches[step.micro_batch]).inputs, positions
+        key = self._made[stage.layer][step.micro_batch], positions
         if key not in self._recompute_cache:
             whole, rest = divmod(key[0], at_once)
             whole_s, rest_s = (self.times.recompute_s(count * positions) for count in (at_once, rest))
@@ -504,26 +542,26 @@ class _Simulation:
 
     def _compute_seconds(self, step: Step) -> float:
         stage, sequences = self.plan.stages[step.stage], self.batches[step.micro_batch]
-        part = ""
-        if self._attends_on_host(step):
-            # Layers and micro-batches differ in how many sequences rounding left on the device.
-            part = f"{step.action.value} {self._rows_on_host(stage.layer, step.micro_batch)}"
-        key = (step.token, f"{part} {stage.kind}{self._window(stage.layer)}", sequences)
+        attends = self._attends_on_host(step)
+        # Layers and micro-batches differ in how many sequences rounding left on the device.
+        rows = self._rows[stage.layer][step.micro_batch] if attends else 0
+        finishes = step.action is Action.FINISH
+        key = step.token, stage.kind, self._windows[step.stage], sequences, attends, rows, finishes
         if key not in self._compute_cache:
             self._compute_cache[key] = (
                 self._part_seconds(step, stage.kind, sequences)
-                if part
-                else self._stage_seconds(stage.kind, stage.layer, sequences, step.token)
+                if attends
+                else self._stage_seconds(stage.kind, step.stage, sequences, step.token)
             )
         return self._compute_cache[key]
 
-    def _stage_seconds(self, kind: str, layer: int, sequences: int, token: int) -> float:
+    def _stage_seconds(self, kind: str, stage: int, sequences: int, token: int) -> float:
         if kind == "head":
             return self.times.head_s(sequences)
         if kind == "embed":
             rows = sequences * (self.prompt if token == 0 else 1)
             return rows * self.plan.spec.hidden_bytes(1, self.plan.dtype_bytes) / self._copy_rate
-        window = self._window(layer)
+        window = self._windows[stage]
         if token > 0 and self.plan.recording != "none":
             starts_s = self.times.replay_s if self.plan.recording == "layers" else 0.0
             return starts_s + self.times.recorded_s(kind, sequences, self.plan.max_context)
@@ -542,7 +580,7 @@ class _Simulation:
             return (
                 products_s - before_s + (self.times.step_s("mlp", sequences, 0) if kind == "layer" else 0.0)
             )
-        here = sequences - self._rows_on_host(layer, step.micro_batch)
+        here = sequences - self._rows[layer][step.micro_batch]
         if here:
             positions = self._attended_positions(step)
             before_s += self.times.step_s("attention", here, positions) - self.times.step_s(
@@ -550,14 +588,11 @@ class _Simulation:
             )
         return before_s
 
-    def _window(self, layer: int) -> int:
-        return self.plan.spec.sliding_window(layer) if layer >= 0 else 0
-
     # Sizes and rates
 
-    def _kv_row(self, layer: int, micro_batch: int, *, loaded: bool) -> tuple[int, int]:
+    def _kv_row(self, split: Split, *, loaded: bool) -> tuple[int, int]:
         """Bytes of one position of a unit's sequences in host memory and on disk: of all, or of what steps load."""
-        split, plan = self.plan.kv_splits[layer][micro_batch], self.plan
+        plan = self.plan
         spec, policy = plan.spec, plan.policy
         cpu = split.inputs * spec.hidden_bytes(1, plan.dtype_bytes)
         if split.cpu and not (loaded and plan.attends_on_host):
@@ -573,19 +608,11 @@ class _Simulation:
 
     @property
     def _up_rate(self) -> float:
-        alone = self.rates.h2d_bytes_per_s or self._copy_rate
-        if self.plan.attends_on_host and self.step.token:
-            return min(alone, self.rates.h2d_under_reads_bytes_per_s or alone)
-        return alone
+        return self._up_rates[self.step.token > 0]
 
     @property
     def _down_rate(self) -> float:
         return self.rates.d2h_bytes_per_s or self._copy_rate
-
-    @property
-    def _copy_rate(self) -> float:
-        """Bytes a second that are copied within the compute device's memory."""
-        return self.rates.device_copy_bytes_per_s or self.rates.device_bytes_per_s / 2
 
 
 def _sum(parts: Iterable[TierBytes]) -> tuple[float, ...]:

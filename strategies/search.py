@@ -280,7 +280,9 @@ class _Search:
             self.bound_s = min(self.bound_s, each.bound_s)
             if priced == most or each.bound_s * (1 + _WORTH) >= self._best_s() * (1 + slack):
                 continue
-            if (fitting := self._fit(each)) is not None:
+            fitting = self._fit(each)
+            # Other kinds and chunks may come to a policy that is known.
+            if fitting is not None and all(fitting[0] != known.policy for known in self.found):
                 priced += 1
                 self.found.append(self._priced(*fitting, cut=each.cut))
 
