@@ -43,7 +43,7 @@ def test_rates_are_plausible_for_any_machine(small: None, tmp_path: Path) -> Non
     assert 1e6 < rates.disk_write_bytes_per_s < 1e12
     assert rates.device_bytes_per_s == rates.host_bytes_per_s
     for bits in (8, 4):
-        assert 1e7 < rates.dequantise_bytes_per_s(bits) < 1e13
+        assert 1e5 < rates.dequantise_bytes_per_s(bits) < 1e13
         assert rates.dequantise_bytes_per_s(bits) == measured[f"dequantise_{bits}bit_bytes_per_s"].median
     assert rates.h2d_bytes_per_s is None
     assert "h2d_bytes_per_s" not in rates.as_dict()
