@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import mmap
 import os
 import sys
 import threading
@@ -25,6 +24,8 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "FlexLLMGen"))
+
+from flexllmgen.memory.mapping import map_memory
 
 GIB = 1 << 30
 SHAPES = {"MHA, 56 heads of 128": (56, 56, 128), "GQA, 64 on 8 heads of 128": (64, 8, 128)}
@@ -78,7 +79,9 @@ class Bench:
 
     def __init__(self, num_bytes: int, context: int, trials: int) -> None:
         self.num_bytes, self.context, self.trials = num_bytes, context, trials
-        self.buffers = [host_memory(num_bytes + num_bytes // 8) for _ in range(2)]
+        self.buffers = [
+            torch.frombuffer(map_memory(num_bytes + num_bytes // 8), dtype=torch.uint8) for _ in range(2)
+        ]
         for buffer in self.buffers:  # Small numbers in every format: bytes of 0x3c are fp16 ones, bf16 0.01.
             buffer.fill_(0x3C)
 
@@ -220,14 +223,6 @@ def copies() -> Iterator[Callable[[], float]]:
     finally:
         ended.set()
         thread.join()
-
-
-def host_memory(num_bytes: int) -> torch.Tensor:
-    """In huge pages where there are any, as the engine's arena."""
-    mapping = mmap.mmap(-1, num_bytes)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        mapping.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(mapping, dtype=torch.uint8)
 
 
 def cpu_name() -> str:

@@ -7,7 +7,6 @@ two.
 """
 
 import ctypes
-import mmap
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from flexllmgen.errors import OutOfMemory
+from flexllmgen.memory.mapping import map_memory
 from flexllmgen.units import PAGE, GiB, round_up
 
 _TOUCH_BYTES = 256 << 20
@@ -68,14 +68,12 @@ class HostArena:
             self._memory = torch.empty(0, dtype=torch.uint8)
             return
         try:
-            mapping = mmap.mmap(-1, self._size)
+            mapping = map_memory(self._size)
         except OSError as error:
             raise OutOfMemory(
                 f"cannot map {self._size / GiB:.2f} GiB of host memory ({error.strerror}); "
                 "lower the cpu shares"
             ) from error
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            mapping.madvise(mmap.MADV_HUGEPAGE)
         self._memory = torch.frombuffer(mapping, dtype=torch.uint8)
         # Small arenas are touched by whoever writes them first; page-locking needs all pages there.
         if self._register or self._size >= _TOUCH_BYTES:

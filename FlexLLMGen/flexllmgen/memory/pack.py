@@ -9,7 +9,6 @@ import fcntl
 import hashlib
 import json
 import logging
-import mmap
 import os
 import zlib
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from flexllmgen.compression import RULE
 from flexllmgen.errors import OffloadDirError
 from flexllmgen.images import Image
 from flexllmgen.memory.disk import DirectFile
+from flexllmgen.memory.mapping import map_memory
 from flexllmgen.units import PAGE, round_up
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ Part = tuple[int, int, torch.Tensor]
 
 def aligned_empty(num_bytes: int) -> torch.Tensor:
     """Page-aligned host bytes, which direct I/O needs."""
-    return torch.frombuffer(mmap.mmap(-1, max(num_bytes, PAGE)), dtype=torch.uint8)[:num_bytes]
+    return torch.frombuffer(map_memory(max(num_bytes, PAGE)), dtype=torch.uint8)[:num_bytes]
 
 
 def pack_key(fingerprint: str, dtype: torch.dtype, images: Sequence[Image]) -> str:
