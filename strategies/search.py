@@ -281,7 +281,7 @@ class _Search:
             if priced == most or each.bound_s * (1 + _WORTH) >= self._best_s() * (1 + slack):
                 continue
             fitting = self._fit(each)
-            # Other kinds and chunks may come to a policy that is known.
+            # Other variants, kinds and chunks may come to a policy that is known.
             if fitting is not None and all(fitting[0] != known.policy for known in self.found):
                 priced += 1
                 self.found.append(self._priced(*fitting, cut=each.cut))
@@ -375,6 +375,10 @@ class _Search:
                 recompute=_whole(inputs),
             )
             placement = self._place(policy)
+            if policy.cpu_attention and not placement.attends_on_host:
+                # Nothing is left for the CPU to attend to: plainly, it does not.
+                policy = replace(policy, cpu_attention=False)
+                placement = self._place(policy)
             if self.program.limits.fits(placement):
                 return policy, placement
             if not self._move_down(shares, placement):
