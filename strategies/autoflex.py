@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 
 _LONG_STEP_S = 2.0
 """Steps that take longer are not tried out for a calibration."""
+_FEWEST_BITS = 4
+"""least_bits that rules nothing out."""
 REPLAN_GAIN = 1.05
 """Another policy must be this much faster before the engine is loaded anew."""
 
@@ -121,10 +123,12 @@ class AutoflexStrategy:
         plan = plan_of(
             request, found.best.placement, strategy=self.name, details={"search": search_details(found)}
         )
+        text = None
         if request.allow_lossy and plan.lossless:
             text = "--allow-lossy: the policy found is lossless all the same"
-            return replace(plan, warnings=(*plan.warnings, text))
-        return plan
+        elif not request.allow_lossy and self.config.least_bits != _FEWEST_BITS:
+            text = "least_bits has no effect without --allow-lossy"
+        return plan if text is None else replace(plan, warnings=(*plan.warnings, text))
 
     def _search_again(self, plan: Plan, profile: HardwareProfile, engine: FlexgenEngine) -> Found | None:
         """The best policy at other rates. What this engine holds on disk would be free for another one."""

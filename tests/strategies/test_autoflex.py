@@ -163,3 +163,12 @@ def test_what_is_packed_already_takes_no_room_again(tmp_path: Path, monkeypatch:
     for where in ("strategies.autoflex", "strategies.flexgen_engine"):
         monkeypatch.setattr(f"{where}.free_disk_bytes", lambda _: full)
     assert policy_of(mine.plan(request)) == policy_of(first)
+
+
+def test_bits_that_nothing_may_use_are_told(tmp_path: Path) -> None:
+    request = request_for(tmp_path)
+    told = strategy(least_bits=8).plan(request).warnings
+    assert "least_bits has no effect without --allow-lossy" in told
+    assert not any("least_bits" in each for each in strategy().plan(request).warnings)
+    allowed = dataclasses.replace(request, allow_lossy=True)
+    assert not any("least_bits" in each for each in strategy(least_bits=8).plan(allowed).warnings)
