@@ -42,7 +42,7 @@ _AT_ONCE = 24
 _MAX_SIMULATED = 3
 """Of so many cuts at once, so many are simulated at most."""
 _STEPS_UP, _WALKS, _FEWER = 4, 2, 2
-_REFINED = 2
+_REFINED = 4
 """Of the best so many are tried with deeper prefetch and with attention and MLP apart."""
 _CLOSE = 1.25
 """Variants whose best is at most so many times the best of all are looked at closely."""

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from flexllmgen.errors import PlanInfeasible
@@ -142,6 +142,7 @@ def test_nothing_fits_names_the_least_change_that_would(limits: dict[str, float]
     sequences=st.integers(1, 48),
     more=st.sampled_from(["gpu", "cpu", "disk", "h2d_bytes_per_s"]),
 )
+@example(gpu=0.625, cpu=0.625, disk=0.0, sequences=39, more="cpu")
 def test_every_policy_found_fits_and_more_never_hurts(
     gpu: float, cpu: float, disk: float, sequences: int, more: str
 ) -> None:
