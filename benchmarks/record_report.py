@@ -12,18 +12,21 @@ from record_rows import ENGINE, ROWS, TITLES, Row
 Result = dict[str, Any]
 
 
-def read(files: Iterable[Path]) -> tuple[dict[str, Any], list[Result]]:
-    """The machine and the results of several files: of each row and engine the last that ran, else the last."""
-    machine: dict[str, Any] = {}
+def read(files: Iterable[Path]) -> tuple[list[dict[str, Any]], list[Result]]:
+    """The machines and the results of several files: of each row and engine the last that ran, else the last.
+
+    A result gets the number of its file, `run`: what is of another run than our engine's figure is marked in the table.
+    """
+    machines: list[dict[str, Any]] = []
     found: dict[tuple[str, str], Result] = {}
-    for file in files:
+    for run, file in enumerate(files):
         record = json.loads(file.read_text())
-        machine = record["machine"] or machine
+        machines.append(record["machine"])
         for result in record["results"]:
             key = (result["row"], result["engine"])
             if "tok_s" in result or "tok_s" not in found.get(key, {}):
-                found[key] = result
-    return machine, list(found.values())
+                found[key] = {**result, "run": run}
+    return machines, list(found.values())
 
 
 def ours(results: Iterable[Result], row: str) -> Result | None:
@@ -41,10 +44,11 @@ def _ran(results: Iterable[Result], row: str) -> list[Result]:
     return [each for each in results if each["row"] == row and "tok_s" in each]
 
 
-def report(machine: Mapping[str, Any], results: Sequence[Result]) -> Iterator[str]:
-    """Lines of markdown: the table, every measurement, and what did not run with its reason."""
-    if machine:
-        yield "; ".join(f"{name} {value}" for name, value in machine.items() if value) + "."
+def report(machines: Sequence[Mapping[str, Any]], results: Sequence[Result]) -> Iterator[str]:
+    """Lines of markdown: the runs, the table, every measurement, and what did not run with its reason."""
+    for run, machine in enumerate(machines):
+        numbered = f"Run {run + 1}: " if len(machines) > 1 else ""
+        yield numbered + "; ".join(f"{name} {value}" for name, value in machine.items() if value) + "."
         yield ""
     yield from table(results)
     yield ""
@@ -69,6 +73,8 @@ def table(results: Sequence[Result]) -> Iterator[str]:
             continue
         own, peer = ours(results, name), best_peer(results, name)
         beside = f"{TITLES[peer['engine']]} {number(peer['tok_s'])}" if peer else ""
+        if own and peer and peer.get("run") != own.get("run"):
+            beside += f" (run {peer['run'] + 1})"
         if own is None:
             yield f"| {row.title} | did not run | {asked(row)} | {beside} |" + " |" * 8
             continue
@@ -98,8 +104,8 @@ def asked(row: Row) -> str:
 
 def everything(results: Sequence[Result]) -> Iterator[str]:
     """One line a measurement."""
-    yield "| case | engine | sequences | prefill, s | step, s | tok/s | steps run | peak, GiB | load, s | as |"
-    yield "|" + "---|" * 10
+    yield "| case | engine | run | sequences | prefill, s | step, s | tok/s | steps run | peak, GiB | load, s | as |"
+    yield "|" + "---|" * 11
     for name, row in ROWS.items():
         for each in sorted(_ran(results, name), key=lambda each: -each["tok_s"]):
             prefill, step = _first(each["prefill_s"]), _first(each.get("step_s", each.get("decode_step_s")))
@@ -109,6 +115,7 @@ def everything(results: Sequence[Result]) -> Iterator[str]:
             cells = [
                 row.title,
                 TITLES[each["engine"]],
+                str(each.get("run", 0) + 1),
                 f"{each['sequences']} ({each['cut']})",
                 number(prefill),
                 number(step),

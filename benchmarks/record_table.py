@@ -50,8 +50,8 @@ def main() -> None:
         parser.error("give --out to measure or --from to report")
     if args.out is not None:
         run(args)
-    machine, results = read([*args.files, *([args.out] if args.out else [])])
-    text = "\n".join(report(machine, results))
+    machines, results = read([*args.files, *([args.out] if args.out else [])])
+    text = "\n".join(report(machines, results))
     print(text)
     if args.markdown:
         args.markdown.write_text(text + "\n")

@@ -99,7 +99,7 @@ def test_rows_without_peers_or_without_ours_are_told() -> None:
 
 
 def test_what_did_not_run_is_named_with_its_reason() -> None:
-    text = "\n".join(report({"gpu": "a GPU", "driver": ""}, RESULTS))
+    text = "\n".join(report([{"gpu": "a GPU", "driver": ""}], RESULTS))
     assert text.startswith("gpu a GPU.")
     assert (
         "- OPT-30B, 16 GiB, lossless, FlexTensor 0.5: ModuleNotFoundError: No module / named flextensor"
@@ -120,9 +120,19 @@ def test_files_are_merged_and_a_failure_replaces_no_figure(tmp_path: Path) -> No
     first = written(tmp_path / "a.json", [own("opt-30b", 60.0, 80.0), peer("opt-30b", "flexgen", 19.0)])
     failed = {"row": "opt-30b", "engine": ENGINE, "error": "over 1 s"}
     second = written(tmp_path / "b.json", [failed, peer("opt-30b", "flexgen", 20.0)])
-    machine, results = read([first, second])
-    assert machine["gpu"] == "a GPU"
+    machines, results = read([first, second])
+    assert [machine["gpu"] for machine in machines] == ["a GPU", "a GPU"]
     assert [(each["engine"], each["tok_s"]) for each in results] == [(ENGINE, 60.0), ("flexgen", 20.0)]
+
+
+def test_a_peer_of_another_run_is_marked(tmp_path: Path) -> None:
+    alone = written(tmp_path / "a.json", [own("opt-30b", 60.0, 80.0), own("opt-6.7b", 200.0, 300.0)])
+    peers = written(tmp_path / "b.json", [peer("opt-30b", "flexgen", 20.0)])
+    beside = written(tmp_path / "c.json", [own("opt-6.7b", 210.0, 300.0), peer("opt-6.7b", "flexgen", 70.0)])
+    text = "\n".join(report(*read([alone, peers, beside])))
+    assert "Run 2: gpu a GPU" in text
+    assert "| FlexGen 0.1.8 20 (run 2) | 3 |" in text
+    assert "| FlexGen 0.1.8 70 | 3 |" in text
 
 
 def test_what_is_plain_in_a_policy_is_not_said() -> None:
