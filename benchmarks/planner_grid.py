@@ -37,7 +37,7 @@ from harness.builtin import builtin_path
 from profiling.cost_model import engine_cost
 from profiling.hardware import read_hardware
 from profiling.profiler import take_profile
-from strategies.placement_program import Limits
+from strategies.choices import Limits
 from strategies.search import find_policy
 
 

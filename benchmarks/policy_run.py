@@ -45,8 +45,8 @@ from profiling.profiler import take_profile
 from profiling.simulation import simulate_block
 from strategies.autoflex import REPLAN_GAIN
 from strategies.base import Machine, ModelSource, PlanRequest
+from strategies.choices import Limits
 from strategies.flexgen_engine import plan_of
-from strategies.placement_program import Limits
 from strategies.search import Found, find_policy
 
 

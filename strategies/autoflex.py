@@ -20,6 +20,8 @@ from profiling.hardware import free_disk_bytes
 from profiling.profile import HardwareProfile
 from strategies.autoflex_config import Config
 from strategies.base import Machine, Plan, PlanRequest
+from strategies.candidates import Candidate
+from strategies.choices import Limits
 from strategies.flexgen_config import SHORT, share_key
 from strategies.flexgen_engine import (
     FlexgenEngine,
@@ -32,8 +34,7 @@ from strategies.flexgen_engine import (
     policy_details,
     spec_of,
 )
-from strategies.placement_program import Limits
-from strategies.search import Candidate, Found, find_policy
+from strategies.search import Found, find_policy
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ import numpy as np
 from scipy.optimize import linprog
 
 from flexllmgen.images import expert_bytes, expert_dense_bytes, pack, stage_dequantised_bytes
-from flexllmgen.placement import PlacementPlan, spare_kv_slots
+from flexllmgen.placement import spare_kv_slots
 from flexllmgen.policy import Policy
 from flexllmgen.spec import ModelSpec
 from flexllmgen.units import round_up
@@ -23,6 +23,7 @@ from flexllmgen.workload import Workload
 from flexllmgen.workspace import kv_scratch, recompute_scratch, row_bytes, workspace_bytes
 from profiling.layer_times import LayerTimes
 from profiling.profile import HardwareProfile
+from strategies.choices import Cut, Kind, Limits, Variant
 
 # Where each share stands among the program's variables; X is that of the KV that is kept as layer inputs. Last come the seconds
 # of a prompt's pass and of a step, of a full block and of the ragged one at the end.
@@ -30,68 +31,6 @@ W, K, A, X = (0, 1, 2), (3, 4, 5), (6, 7, 8), 9
 _FULL, _RAGGED, _SIZE = (10, 11), (12, 13), 14
 _CRUMB = 1e-4
 """Relative price of a share off the device, so that of equal solutions the nearest to it is taken."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """Bytes that a policy may take. With `shared` the first two tiers lie in the same memory of `cpu_bytes`.
-
-    `gpu_bytes` is None where only that memory sets a limit.
-    """
-
-    gpu_bytes: int | None
-    cpu_bytes: int
-    disk_bytes: int
-    shared: bool = False
-
-    def fits(self, plan: PlacementPlan) -> bool:
-        """Whether the engine would load this placement."""
-        host = plan.cpu_bytes + (plan.gpu_bytes if self.shared else 0)
-        return (
-            (self.gpu_bytes is None or plan.gpu_bytes <= self.gpu_bytes)
-            and host <= self.cpu_bytes
-            and plan.disk_bytes <= self.disk_bytes
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Variant:
-    """What of a policy is neither shares nor cut: where it attends, what it compresses, which experts its steps bring in."""
-
-    cpu_attention: bool = False
-    weight_bits: int | None = None
-    kv_bits: int | None = None
-    chosen_experts: bool = False
-
-    @staticmethod
-    def of(policy: Policy) -> "Variant":
-        return Variant(
-            cpu_attention=policy.cpu_attention,
-            weight_bits=policy.weight_bits,
-            kv_bits=policy.kv_bits,
-            chosen_experts=policy.chosen_experts,
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cut:
-    """The integer choices."""
-
-    size: int
-    count: int
-    chunk: int
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """What a program may use beside the two memories."""
-
-    disk: bool
-    hidden_elsewhere: bool
-
-
-# The plain kinds first: what they come to rules most of the others out.
-KINDS = (Kind(False, False), Kind(False, True), Kind(True, False), Kind(True, True))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,6 +92,23 @@ class PlacementProgram:
         self.recompute = not self.on_cpu and self.variant.kv_bits is None and input_share < 1
         self.input_share = input_share if self.recompute else 1.0
         self._cheap: dict[Cut, float] = {}
+
+    def replaced(
+        self, *, limits: Limits | None = None, depth: int | None = None, sep_layer: bool | None = None
+    ) -> "PlacementProgram":
+        """This program with something else in it."""
+        return PlacementProgram(
+            self.spec,
+            self.profile,
+            self.times,
+            self.workload,
+            self.limits if limits is None else limits,
+            self.size,
+            pin_weight=self.pin_weight,
+            depth=self.depth if depth is None else depth,
+            sep_layer=self.sep_layer if sep_layer is None else sep_layer,
+            variant=self.variant,
+        )
 
     def policy(self, size: int, count: int) -> Policy:
         """A policy of this program with everything on the device."""

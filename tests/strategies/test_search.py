@@ -21,8 +21,10 @@ from flexllmgen.units import GiB
 from flexllmgen.workload import Workload
 from profiling.cost_model import engine_cost
 from profiling.layer_times import layer_times_for
-from strategies.placement_program import KINDS, Cut, Limits, PlacementProgram, Variant
-from strategies.search import Candidate, Found, find_policy
+from strategies.candidates import Candidate
+from strategies.choices import KINDS, Cut, Limits, Variant
+from strategies.placement_program import PlacementProgram
+from strategies.search import Found, find_policy
 
 sys.path.append(str(Path(__file__).parents[1] / "profiling"))
 from machines import machine

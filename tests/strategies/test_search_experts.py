@@ -14,7 +14,7 @@ from flexllmgen.spec import ModelSpec
 from flexllmgen.units import GiB
 from flexllmgen.workload import Workload
 from profiling.cost_model import engine_cost
-from strategies.placement_program import Limits
+from strategies.choices import Limits
 from strategies.search import Found, Objective, find_policy
 
 sys.path.append(str(Path(__file__).parents[1] / "profiling"))

@@ -17,7 +17,8 @@ from flexllmgen.units import GiB
 from flexllmgen.workload import Workload
 from profiling.cost_model import engine_cost
 from profiling.layer_times import layer_times_for
-from strategies.placement_program import KINDS, A, Cut, K, Limits, PlacementProgram, Variant, W, X
+from strategies.choices import KINDS, Cut, Limits, Variant
+from strategies.placement_program import A, K, PlacementProgram, W, X
 from strategies.search import Found, find_policy
 
 sys.path.append(str(Path(__file__).parents[1] / "profiling"))

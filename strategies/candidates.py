@@ -1,0 +1,72 @@
+"""The policies that a search has looked at in full, and which of them is to be preferred."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from flexllmgen.placement import PlacementPlan
+from flexllmgen.policy import Policy
+from profiling.cost_model import CostEstimate
+from strategies.choices import Cut, Kind, Variant
+
+_ODD = 0.01
+_HIDDEN_ODD = 0.1
+QUERY_ODD = 0.003
+"""For each micro-batch that asks the CPU in a layer: on an H200 machine more of them ran ever slower than predicted."""
+_LOSSY_ODD = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A policy that was looked at in full."""
+
+    policy: Policy
+    placement: PlacementPlan
+    cost: CostEstimate
+    cut: Cut
+
+    @property
+    def seconds(self) -> float:
+        return self.cost.prefill_s + self.cost.decode_s
+
+
+def kind_of(candidate: Candidate) -> Kind:
+    plan = candidate.placement
+    return Kind(disk=plan.disk_bytes > 0, hidden_elsewhere=plan.hidden_slots > 0)
+
+
+def distinct(candidates: Sequence[Candidate]) -> Iterator[Candidate]:
+    """One of each cut and kind: neighbours of a policy say nothing new."""
+    seen = set()
+    for each in candidates:
+        policy, plan = each.policy, each.placement
+        key = (
+            policy.micro_batch_size,
+            policy.num_micro_batches,
+            policy.overlap,
+            policy.sep_layer,
+            Variant.of(policy),
+            plan.disk_bytes > 0,
+            plan.hidden_slots > 0,
+        )
+        if key not in seen:
+            seen.add(key)
+            yield each
+
+
+def with_preference(candidate: Candidate) -> float:
+    """Its seconds, and a little for each thing that can go wrong in ways that no model sees.
+
+    Of policies that are as good as equal the plainest is taken.
+    """
+    policy, plan = candidate.policy, candidate.placement
+    odd = _ODD * ((plan.disk_bytes > 0) + policy.sep_layer + (policy.overlap > 1) + plan.attends_on_host)
+    odd += _ODD * (policy.chosen_experts + (policy.recompute > 0))
+    odd += QUERY_ODD * policy.num_micro_batches * plan.attends_on_host
+    odd += lossy_odd(Variant.of(policy))
+    # Hidden states are small and wanted at once: behind the copies of weights they wait longer than predicted.
+    return candidate.seconds * (1 + odd + _HIDDEN_ODD * (plan.hidden_slots > 0))
+
+
+def lossy_odd(variant: Variant) -> float:
+    """A loss of precision must be worth it."""
+    return _LOSSY_ODD * ((variant.weight_bits is not None) + (variant.kv_bits is not None))

@@ -1,0 +1,145 @@
+"""A program's shares as a policy that the engine would load; and where nothing fits, the least change that would."""
+
+from dataclasses import replace
+
+from flexllmgen.placement import PlacementPlan, plan_placement
+from flexllmgen.policy import Placement, Policy
+from flexllmgen.units import gib
+from flexllmgen.workspace import CHUNK_TOKENS
+from strategies.choices import Cut, Limits, kinds_of
+from strategies.placement_program import A, K, PlacementProgram, Solved, W, X
+
+_REPAIRS = 24
+_CRUMB = 5e-4
+
+
+def fit(program: PlacementProgram, solved: Solved) -> tuple[Policy, PlacementPlan] | None:
+    """The cut's shares as the engine would place them, moved down a tier until they fit; None if they never do."""
+    cut, shares = solved.cut, list(solved.shares)
+    for _ in range(_REPAIRS):
+        gpu, cpu, disk = (shares[index] for index in K)
+        inputs = shares[X] / (cpu + shares[X]) if shares[X] > _CRUMB else 0.0
+        policy = replace(
+            program.policy(cut.size, cut.count),
+            weights=_placement(*(shares[index] for index in W)),
+            kv_cache=_placement(gpu, cpu + shares[X], disk),
+            activations=_placement(*(shares[index] for index in A)),
+            recompute=_whole(inputs),
+        )
+        plan = place(program, policy)
+        if policy.cpu_attention and not plan.attends_on_host:
+            # Nothing is left for the CPU to attend to: plainly, it does not.
+            policy = replace(policy, cpu_attention=False)
+            plan = place(program, policy)
+        if program.limits.fits(plan):
+            return policy, plan
+        if not _move_down(program, shares, plan):
+            return None
+    return None
+
+
+def place(program: PlacementProgram, policy: Policy) -> PlacementPlan:
+    """A policy of the program as the engine would place it."""
+    return plan_placement(
+        program.spec,
+        policy,
+        program.workload,
+        program.size,
+        in_place=program.on_cpu,
+        gpu_cap_bytes=program.limits.gpu_bytes,
+    )
+
+
+def _move_down(program: PlacementProgram, shares: list[float], plan: PlacementPlan) -> bool:
+    """Takes what is over a tier's limit one tier down; false if there is nothing left to move."""
+    limits = program.limits
+    host = plan.cpu_bytes + (plan.gpu_bytes if limits.shared else 0)
+    over_host = host - limits.cpu_bytes
+    if limits.gpu_bytes is not None and plan.gpu_bytes > limits.gpu_bytes:
+        over, source, target = plan.gpu_bytes - limits.gpu_bytes, 0, 1
+    elif over_host > 0:
+        over, target = over_host, 2
+        source = 0 if limits.shared and shares[W[0]] + shares[K[0]] > 0 else 1
+    else:
+        return False  # The disk: nothing is below it.
+    for kind, total in (
+        (W, plan.weights.total),
+        (K, plan.kv_cache.total),
+        ((K[0], X, K[2]), plan.kv_cache.total),
+        (A, 0 if program.variant.cpu_attention else plan.activations.total),
+    ):
+        if total and shares[kind[source]] > 0:
+            # A little more than is over: cuts are rounded, and slots grow with what is streamed.
+            moved = min(shares[kind[source]], over * 1.05 / total + 1e-4)
+            shares[kind[source]] -= moved
+            shares[kind[target]] += moved
+            return True
+    return False
+
+
+def least_change(program: PlacementProgram, wanted: int | None) -> str:
+    """What would make the smallest cut fit, for each tier that alone could, as the message to a user.
+
+    Args:
+        wanted: sequences that were to be served at once; None where that was free.
+    """
+    name = program.spec.name or program.spec.family
+    if wanted is not None and _smallest_fits(program, program.limits):
+        return (
+            f"{name}: {wanted} sequences at a time do not fit; lower --batch-size, or --objective throughput"
+        )
+    ways = []
+    for tier, text in (
+        ("gpu_bytes", "on the compute device" if program.on_cpu else "on the GPU"),
+        ("cpu_bytes", "of memory" if program.limits.shared else "of host memory"),
+        ("disk_bytes", "in the offload directory"),
+    ):
+        if (extra := _extra_bytes(program, tier)) is not None:
+            ways.append(f"{gib(extra)} more {text}")
+    other = "a smaller model, a shorter --dtype or --input-len"
+    return (
+        f"no policy fits {name}, not even one sequence at a time; "
+        f"it would with {', or with '.join([*ways, other])}"
+    )
+
+
+def _extra_bytes(program: PlacementProgram, tier: str) -> int | None:
+    """How much more of one tier alone lets the smallest cut fit, to about a hundredth; None if none does."""
+    limit = getattr(program.limits, tier)
+    if limit is None:
+        return None
+
+    def fits(extra: int) -> bool:
+        return _smallest_fits(program, replace(program.limits, **{tier: limit + extra}))
+
+    least, most = 0, 2 * program.weights + (1 << 32)
+    if not fits(most):
+        return None
+    while most - least > max(1 << 20, most // 100):
+        middle = (least + most) // 2
+        least, most = (least, middle) if fits(middle) else (middle, most)
+    return most
+
+
+def _smallest_fits(program: PlacementProgram, limits: Limits) -> bool:
+    """Whether one sequence at a time, in the smallest chunks, can be placed within these limits."""
+    within, cut = program.replaced(limits=limits), Cut(size=1, count=1, chunk=CHUNK_TOKENS[-1])
+    solved = (within.solve(cut, kind) for kind in kinds_of(program.variant))
+    return any(each is not None and fit(within, each) for each in solved)
+
+
+def _whole(share: float) -> float:
+    """A share without the crumbs of the solver."""
+    share = round(share, 6)
+    return 0.0 if share < _CRUMB else 1.0 if share > 1 - _CRUMB else share
+
+
+def _placement(gpu: float, cpu: float, disk: float) -> Placement:
+    gpu, cpu, disk = (max(0.0, round(share, 6)) for share in (gpu, cpu, disk))
+    # Crumbs of the solver are no placement.
+    gpu, cpu, disk = (0.0 if share < _CRUMB else share for share in (gpu, cpu, disk))
+    total = gpu + cpu + disk
+    gpu, cpu = gpu / total, cpu / total
+    if not disk:
+        return Placement(gpu=gpu, cpu=1 - gpu)
+    return Placement(gpu=gpu, cpu=cpu, disk=max(0.0, 1 - gpu - cpu))
