@@ -142,16 +142,17 @@ def main() -> None:
         for name, limit in limits.items()
     }
     everything = {**grid, **chosen}
-    measured: dict[str, list[tuple[float, float]]] = {name: [] for name in everything}
+    # What is chosen may be one of the grid: then it is that one's measurement, not a second one of the same.
+    measured: dict[Policy, list[tuple[float, float]]] = {policy: [] for policy in everything.values()}
     for _ in range(args.rounds):
-        for name, policy in everything.items():
-            measured[name].append(measure(spec, policy, workload, ids, args))
+        for policy, times in measured.items():
+            times.append(measure(spec, policy, workload, ids, args))
     rows = {}
     for name, policy in everything.items():
         plan = plan_placement(spec, policy, workload, dtype.itemsize, in_place=device.type == "cpu")
         cost = engine_cost(plan, profile)
         assert cost is not None
-        prefill, decode = (statistics.median(column) for column in zip(*measured[name], strict=True))
+        prefill, decode = (statistics.median(column) for column in zip(*measured[policy], strict=True))
         rows[name] = {
             "memory_gib": round((plan.gpu_bytes + plan.cpu_bytes) / GiB, 3),
             "prefill_s": [round(prefill, 4), round(cost.prefill_s, 4)],
