@@ -73,7 +73,7 @@ def test_tiles_suit_the_rows_of_an_expert() -> None:
     "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"]
 )
 @pytest.mark.parametrize("parts", [1, 2, 3])
-@pytest.mark.parametrize("rows", [1, 7, 200, 5000])
+@pytest.mark.parametrize("rows", [1, 7, 200, 5000, 20000])
 def test_together_is_as_one_by_one(parts: int, rows: int, dtype: torch.dtype) -> None:
     torch.manual_seed(rows)
     memories = (torch.randn(3 * EXPERTS * MODEL * INNER // parts).cuda().to(dtype) for _ in range(parts))

@@ -16,6 +16,7 @@ from flexllmgen.placement import plan_placement
 from flexllmgen.policy import ON_CPU, ON_DISK, Placement, Policy
 from flexllmgen.spec import OPT_125M, ModelSpec
 from flexllmgen.splits import split_sequences
+from flexllmgen.weight_pieces import streamed_runs
 from flexllmgen.workload import Workload
 from flexllmgen.workspace import workspace_bytes
 
@@ -54,6 +55,29 @@ def test_every_layer_streams_the_same(percent: tuple[int, int], name: str) -> No
         sizes = [getattr(image, field) for image in layers]
         assert max(sizes) - min(sizes) <= 2 * ALIGNMENT
         assert min(sizes) >= 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    percent=PERCENT,
+    name=st.sampled_from(MODELS),
+    bits=st.sampled_from([None, 4]),
+    size=st.sampled_from([2, 4]),
+    sep_layer=st.booleans(),
+)
+def test_every_tensor_begins_where_wide_loads_may(
+    percent: tuple[int, int], name: str, bits: int | None, size: int, sep_layer: bool
+) -> None:
+    shares = Placement.from_percent(*percent)
+    policy = Policy(micro_batch_size=8, weights=shares, weight_bits=bits, sep_layer=sep_layer)
+    plan = plan_placement(spec_of(name), policy, WORK, size)
+    assert all(image.gpu_bytes % ALIGNMENT == 0 for image in plan.images), "resident images lie end to end"
+    for stage in range(len(plan.stages)):
+        for run in streamed_runs(plan, stage):
+            assert (run.slot_offset - run.start) % ALIGNMENT == 0
+        for index in plan.stages[stage].images:
+            for tensor in plan.images[index].tensors.values():
+                assert tensor.offset % ALIGNMENT == tensor.dense_offset % ALIGNMENT == 0
 
 
 @given(
