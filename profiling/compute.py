@@ -1,54 +1,15 @@
-"""How fast linear layers run at the shapes a model has: the compute half of every prediction."""
+"""Work of the compute device, timed run by run; and how fast compressed numbers are turned back."""
 
-import math
 import time
 from collections.abc import Callable
 
 import torch
 
 from flexllmgen.compression import dequantise, quantise
-from flexllmgen.spec import ModelSpec
 from profiling.profile import Measurement
 
-_ROTATED_BYTES = 256 << 20
 _TRIALS = 8
 _ENOUGH_S = 0.5
-
-
-def linear_bytes_per_s(
-    spec: ModelSpec,
-    dtype: str,
-    device: str,
-    *,
-    rows: int,
-    linear: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-) -> float:
-    """How many weight bytes a second linear layers of this width get through, with `rows` input rows.
-
-    Goes round several matrices, together larger than any cache, as a model's layers do. `linear` is the engine's own.
-    """
-    kind = getattr(torch, dtype)
-    matrix_bytes: int = spec.hidden_size * spec.intermediate_size * kind.itemsize
-    count = min(64, max(2, _ROTATED_BYTES // matrix_bytes))
-    # With many rows arithmetic and not memory sets the pace: a few matrices are then enough.
-    if rows > 64:
-        count = min(count, 4)
-    weights = [
-        torch.randn(spec.intermediate_size, spec.hidden_size, device=device).to(kind) for _ in range(count)
-    ]
-    x = torch.randn(rows, spec.hidden_size, device=device).to(kind)
-
-    # Round after round, and of each matrix its quickest: on a busy machine no round is quick from end to end.
-    quickest = [math.inf] * count
-    started = time.perf_counter()
-    for turn in range(_TRIALS + 1):
-        for index, weight in enumerate(weights):
-            seconds = _once(lambda weight=weight: linear(x, weight), device)  # type: ignore[misc]
-            if turn:
-                quickest[index] = min(quickest[index], seconds)
-        if turn > 1 and time.perf_counter() - started > _ENOUGH_S:
-            break
-    return count * matrix_bytes / sum(quickest)
 
 
 def measure_dequantise(device: str, dtype: torch.dtype, bits: int) -> Measurement:
@@ -63,14 +24,6 @@ def measure_dequantise(device: str, dtype: torch.dtype, bits: int) -> Measuremen
         dequantise(codes, scale, zero, bits, 64, dense)
 
     return Measurement.of(dense.nbytes, timed_runs(work, device, _TRIALS))
-
-
-def best_s(action: Callable[[], object], device: str) -> float:
-    """Seconds of the quickest of some runs after one that does not count.
-
-    The quickest, because on a shared machine the others say how busy it was just then.
-    """
-    return min(timed_runs(action, device, _TRIALS))
 
 
 def timed_runs(action: Callable[[], object], device: str, trials: int) -> list[float]:

@@ -108,15 +108,20 @@ class AccelerateStrategy:
                     "no prediction: accelerate's own cost is timed where it runs; the limit holds for that machine"
                 )
             else:
-                predicted = predict(
-                    request.spec,
-                    model.config,
-                    request,
-                    weight_bytes,
-                    kv_offload=kv_offload,
-                    page_cached=page_cached,
-                    rates=request.profile.typical,
-                )
+                try:
+                    predicted = predict(
+                        request.spec,
+                        model.config,
+                        request,
+                        weight_bytes,
+                        kv_offload=kv_offload,
+                        page_cached=page_cached,
+                        rates=request.profile.typical,
+                    )
+                except torch.OutOfMemoryError:
+                    warnings.append(
+                        "no prediction: to time a layer and the head of this model took more than the GPU's free memory"
+                    )
             traffic = Traffic(
                 batch_size=request.batch_size,
                 weight_bytes=weight_bytes,
