@@ -11,10 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from flexllmgen.errors import PlanInfeasible, UsageError
+from flexllmgen.spec import ModelSpec
 from flexllmgen.workload import Workload
 from harness.models import resolve_model
 from strategies.accelerate import AccelerateStrategy, create, kv_bytes_per_token
 from strategies.accelerate_config import Config
+from strategies.accelerate_layers import PassTimes
 from strategies.accelerate_load import WeightSizes, meta_model, model_config, no_split_classes, tier_of
 from strategies.base import Machine, ModelSource, PlanRequest
 
@@ -119,6 +121,62 @@ def test_on_the_cpu_both_caps_hold_as_one(request_for: Request) -> None:
         create(config()).plan(
             on_emulated_gpu(request_for(source_of("llama")), gpu_bytes=30_000, cpu_bytes=30_000)
         )
+
+
+# Prediction
+
+
+class _Timed:
+    """Layers of known times; a prompt of so many rows takes a hundredth of a second each."""
+
+    def __init__(self, _config: Any, num_layers: int, dtype: str, device: str) -> None:
+        assert (num_layers, dtype, device) == (3, "float32", "cpu")
+
+    def __enter__(self) -> "_Timed":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def prompt(self, batch: int, tokens: int) -> PassTimes:
+        return PassTimes(layer_s=0.01 * batch * tokens, rest_s=0.5)
+
+    def step(self, batch: int, cached: int) -> PassTimes:
+        assert cached == 12 + 2
+        return PassTimes(layer_s=0.02 * batch, rest_s=0.25)
+
+
+def predictable(request: PlanRequest, profile: Any) -> PlanRequest:
+    spec = ModelSpec.from_hf_config(request.model.config)
+    return dataclasses.replace(request, spec=spec, profile=profile)
+
+
+def test_a_prediction_adds_up_layers_rest_and_what_is_fetched(
+    request_for: Request, laptop_profile: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("strategies.accelerate_cost.FewLayers", _Timed)
+    request = predictable(request_for(source_of("llama"), cpu_bytes=300_000), laptop_profile)
+    plan = create(config()).plan(request)
+    assert plan.predicted is not None
+    # Four sequences in batches of two, prompts of 12 tokens, 5 generated; read through the page cache.
+    fetch_s = plan.weight_bytes["disk"] / laptop_profile.typical.cached_file_bytes_per_s
+    assert fetch_s > 0
+    assert plan.predicted.prefill_s == pytest.approx(2 * (3 * 0.24 + 0.5 + fetch_s))
+    assert plan.predicted.decode_s == pytest.approx(2 * 4 * (3 * 0.04 + 0.25 + fetch_s))
+    assert plan.predicted.decode_busy_s["fetching weights"] == pytest.approx(8 * fetch_s)
+
+
+def test_where_a_layer_cannot_be_timed_there_is_no_prediction(
+    request_for: Request, laptop_profile: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("strategies.accelerate_cost.FewLayers", full)
+    plan = create(config()).plan(predictable(request_for(source_of("llama")), laptop_profile))
+    assert plan.predicted is None
+    assert plan.limit is not None
+    assert any("no prediction" in warning for warning in plan.warnings)
 
 
 # Sizes
