@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from flexllmgen.placement import PlacementPlan
+from flexllmgen.placement import PlacementPlan, fillable_bytes
 from flexllmgen.policy import Policy
 from flexllmgen.spec import ModelSpec
 from flexllmgen.workload import Workload
@@ -27,11 +27,16 @@ class Limits:
     disk_bytes: int
     shared: bool = False
 
+    @property
+    def fillable_gpu_bytes(self) -> int | None:
+        """What is planned to be filled of `gpu_bytes`: a little is left free."""
+        return None if self.gpu_bytes is None else fillable_bytes(self.gpu_bytes)
+
     def fits(self, plan: PlacementPlan) -> bool:
-        """Whether the engine would load this placement."""
+        """Whether the engine would load this placement, with a little of the device's memory left free."""
         host = plan.cpu_bytes + (plan.gpu_bytes if self.shared else 0)
         return (
-            (self.gpu_bytes is None or plan.gpu_bytes <= self.gpu_bytes)
+            (self.fillable_gpu_bytes is None or plan.gpu_bytes <= self.fillable_gpu_bytes)
             and host <= self.cpu_bytes
             and plan.disk_bytes <= self.disk_bytes
         )

@@ -53,10 +53,10 @@ def place(program: PlacementProgram, policy: Policy) -> PlacementPlan:
 def _move_down(program: PlacementProgram, shares: list[float], plan: PlacementPlan) -> bool:
     """Takes what is over a tier's limit one tier down; false if there is nothing left to move."""
     limits = program.limits
-    host = plan.cpu_bytes + (plan.gpu_bytes if limits.shared else 0)
+    fillable, host = limits.fillable_gpu_bytes, plan.cpu_bytes + (plan.gpu_bytes if limits.shared else 0)
     over_host = host - limits.cpu_bytes
-    if limits.gpu_bytes is not None and plan.gpu_bytes > limits.gpu_bytes:
-        over, source, target = plan.gpu_bytes - limits.gpu_bytes, 0, 1
+    if fillable is not None and plan.gpu_bytes > fillable:
+        over, source, target = plan.gpu_bytes - fillable, 0, 1
     elif over_host > 0:
         over, target = over_host, 2
         source = 0 if limits.shared and shares[W[0]] + shares[K[0]] > 0 else 1

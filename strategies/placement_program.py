@@ -149,9 +149,9 @@ class PlacementProgram:
         context = workload.prompt_tokens + (workload.gen_tokens - 1) // 2
         kv = block * context * self.kv_position
         least_kv = kv * self.input_share
-        held = limits.cpu_bytes + (0 if limits.shared else limits.gpu_bytes or 0)
+        held = limits.cpu_bytes + (0 if limits.shared else limits.fillable_gpu_bytes or 0)
         sources = [(self.rates.disk_read_bytes_per_s, held, least_kv)]
-        up, gpu_bytes = self.rates.h2d_bytes_per_s, limits.gpu_bytes
+        up, gpu_bytes = self.rates.h2d_bytes_per_s, limits.fillable_gpu_bytes
         if not self.on_cpu and up and gpu_bytes is not None:
             lifted = 0 if self.variant.cpu_attention else least_kv
             sources.append((up, gpu_bytes, lifted))
@@ -177,9 +177,9 @@ class PlacementProgram:
 
     def _awaited(self, block: int) -> float:
         """Seconds of a step in which the device waits for chosen experts that its memory cannot hold: nothing hides them."""
-        if self.limits.gpu_bytes is None:
+        if (held := self.limits.fillable_gpu_bytes) is None:
             return 0.0
-        outside = max(0, self.weights - self.rest - self.limits.gpu_bytes)
+        outside = max(0, self.weights - self.rest - held)
         return self._awaited_s(self.expert_share(block)) * outside / self.weights
 
     def solve(self, cut: Cut, kind: Kind) -> Solved | None:
@@ -261,11 +261,11 @@ class PlacementProgram:
             cpu[X] = kv * self.input_share
             cpu[W[2]] += slots * self.slot
             cpu[K[2]] += kv_slots * kv_unit
-        if self.limits.gpu_bytes is not None:
+        if (fillable := self.limits.fillable_gpu_bytes) is not None:
             # What is never streamed needs no slot.
             unneeded = 0.0 if self.on_cpu else slots * self.slot * self.rest / self.weights
             rows.append(gpu)
-            bounds.append(self.limits.gpu_bytes - work + unneeded)
+            bounds.append(fillable - work + unneeded)
         rows.append(cpu + gpu if self.limits.shared else cpu)
         bounds.append(self.limits.cpu_bytes - (work if self.limits.shared else 0))
         rows.append(disk)

@@ -33,8 +33,6 @@ _REFINED = 4
 """Of the best so many are tried with deeper prefetch and with attention and MLP apart."""
 _CLOSE = 1.25
 """Variants whose best is at most so many times the best of all are looked at closely."""
-_SPARE = 0.003
-"""Share of the device's memory that is left free: measured peaks were up to so much above the planned."""
 _WIDE = 0.1
 """Share of the device's memory from which on slots are wide."""
 _MOST_CHOSEN = 0.9
@@ -96,8 +94,6 @@ def find_policy(
             "no layer of any model was timed on the machine, so that nothing can be predicted; use -s flexgen"
         )
     wanted = min(batch_size, workload.num_sequences) if objective == "latency" else None
-    if limits.gpu_bytes is not None:
-        limits = replace(limits, gpu_bytes=limits.gpu_bytes - int(_SPARE * limits.gpu_bytes))
     for depth, sep_layer in _NARROWER:
         found: list[Candidate] = []
         searches = [

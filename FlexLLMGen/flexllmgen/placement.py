@@ -35,6 +35,8 @@ from flexllmgen.workspace import (
 
 SMALL_UNIT_BYTES = 64 << 20
 """KV of one layer and micro-batch that is small enough for a spare slot."""
+_SPARE = 0.003
+"""Share of a device's memory that plans leave free: measured peaks were up to so much of it above the planned."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,6 +205,15 @@ def spare_kv_slots(unit_bytes: int, depth: int, *, in_place: bool) -> int:
     return 1 if unit_bytes <= SMALL_UNIT_BYTES and depth > 0 and not in_place else 0
 
 
+def fillable_bytes(cap_bytes: int) -> int:
+    """What a plan that may choose fills of a device's memory at most.
+
+    >>> fillable_bytes(16_000_000_000)
+    15952000000
+    """
+    return cap_bytes - int(_SPARE * cap_bytes)
+
+
 def _other_groups(spec: ModelSpec, policy: Policy) -> str:
     """The group size that would do, if there is one."""
     return "take kv_group_size 64, or" if policy.kv_group_size != 64 and spec.head_dim % 64 == 0 else "so"
@@ -222,7 +233,7 @@ def plan_placement(
     Args:
         dtype_bytes: bytes of one number of weights, KV and activations.
         in_place: the compute device is the CPU: what lies in host memory is used where it lies.
-        gpu_cap_bytes: if given, prefill's chunk is made smaller until the peak fits, if it can.
+        gpu_cap_bytes: if given, prefill's chunk is made smaller until the peak fits with a little to spare, if it can.
     """
     if policy.chosen_experts and not spec.num_experts:
         raise PolicyError(
@@ -349,7 +360,7 @@ def plan_placement(
             input_bytes=input_bytes,
             recomputed_sequences=recomputed,
         )
-        if gpu_cap_bytes is None or plan.gpu_bytes <= gpu_cap_bytes:
+        if gpu_cap_bytes is None or plan.gpu_bytes <= fillable_bytes(gpu_cap_bytes):
             break
     assert plan is not None
     return plan

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 import time
 from pathlib import Path
@@ -128,12 +129,21 @@ def test_without_a_gpu_memory_is_one_and_the_rest_is_disk() -> None:
     ("limits", "way"),
     [
         ({"gpu": 0.05, "cpu": 16.0}, "more on the GPU"),
+        ({"gpu": 0.021833, "cpu": 1.837746, "disk": 0.0}, "more on the GPU"),
+        ({"gpu": 0.120142, "cpu": 0.906621, "disk": 8.0}, "more on the GPU"),
         ({"gpu": 0.6, "cpu": 0.01, "disk": 0.01}, "more of host memory"),
     ],
 )
 def test_nothing_fits_names_the_least_change_that_would(limits: dict[str, float], way: str) -> None:
-    with pytest.raises(PlanInfeasible, match=way):
+    with pytest.raises(PlanInfeasible, match=way) as refused:
         search(**limits)
+    # What it names is enough.
+    for amount, unit, where in re.findall(
+        r"([\d.]+) (GiB|MiB) more (on the GPU|of host memory)", str(refused.value)
+    ):
+        tier = "gpu" if where == "on the GPU" else "cpu"
+        more = float(amount) / (1 if unit == "GiB" else 1024)
+        assert search(**{**limits, tier: limits[tier] + more}).best.placement.gpu_bytes > 0
 
 
 @settings(max_examples=25, deadline=None)
@@ -170,6 +180,19 @@ def test_every_policy_found_fits_and_more_never_hurts(
         larger = search(workload=workload, **limits, **{more: 8e10})
     # The same up to what is not worth looking for, and what plainness is preferred by.
     assert larger.best.seconds <= found.best.seconds * 1.05
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sequences", "gpu"), [(250, 32, 1.511726), (1000, 8, 2.110152), (65, 32, 1.148754)]
+)
+def test_the_engine_places_a_policy_as_the_search_did(prompt: int, sequences: int, gpu: float) -> None:
+    """A larger chunk of a prompt, which only what the search leaves free would hold, is not taken at loading either."""
+    workload = Workload(num_sequences=sequences, prompt_tokens=prompt, gen_tokens=8)
+    limits = Limits(gpu_bytes=int(gpu * GiB), cpu_bytes=64 * GiB, disk_bytes=0)
+    best = find_policy(
+        SMALL, machine(SMALL), workload, limits, dtype_bytes=2, batch_size=sequences, objective="latency"
+    ).best
+    assert plan_placement(SMALL, best.policy, workload, 2, gpu_cap_bytes=limits.gpu_bytes) == best.placement
 
 
 CPU_ATTENTION = {"cpu_attention_bytes_per_s": 9e10, "cpu_attention_under_copies_bytes_per_s": 5e10}
