@@ -36,7 +36,6 @@ STEP_CONTEXTS = (64, 512)
 PROMPT_LENGTHS = (64, 512)
 _ROTATED_BYTES = 128 << 20
 _KV_BYTES = 1 << 30
-_ATTENDED_BYTES = 1 << 30
 _TRIALS = 4
 _ISSUED = 32
 _MANY_LAYERS, _FEW_LAYERS, _ISSUE_ROUNDS = 10, 2, 5
@@ -93,7 +92,6 @@ def cpu_attention_bytes_per_s(spec: ModelSpec, dtype: torch.dtype, *, codes: boo
         num_heads=spec.num_heads,
         num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
-        kv_bytes=_ATTENDED_BYTES,
         codes=codes,
     )
     return work.measure().median

@@ -52,20 +52,18 @@ def host_attention(
     num_heads: int = 32,
     num_kv_heads: int = 32,
     head_dim: int = 128,
-    kv_bytes: int | None = None,
     codes: bool = False,
 ) -> HostWork:
     """A decode step's attention, by the engine's kernel, with its threads, on KV as its cache lays it out.
 
     Args:
-        kv_bytes: about how much of it is read.
         codes: of KV in 8 bits, in groups of CODES_GROUP.
     """
     numbers = 2 * num_kv_heads * head_dim
     position_bytes = (
         compressed_bytes((2, numbers // 2), 8, CODES_GROUP) if codes else numbers * dtype.itemsize
     )
-    batch = max(1, (kv_bytes or _KV_BYTES) // (position_bytes * _POSITIONS))
+    batch = max(1, _KV_BYTES // (position_bytes * _POSITIONS))
     arena = HostArena(register=False)
     region = arena.reserve(batch * position_bytes * _POSITIONS)
     arena.commit()

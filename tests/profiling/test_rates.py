@@ -68,9 +68,9 @@ def test_attention_is_as_fast_as_it_was_measured_for_the_model() -> None:
 
 
 def test_a_models_own_attention_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer_timing, "_ATTENDED_BYTES", 8 << 20)
+    monkeypatch.setattr(memory, "_KV_BYTES", 8 << 20)
     spec = dataclasses.replace(OPT, num_heads=16, num_kv_heads=2)
-    work = memory.host_attention(torch.bfloat16, num_heads=16, num_kv_heads=2, head_dim=64, kv_bytes=8 << 20)
+    work = memory.host_attention(torch.bfloat16, num_heads=16, num_kv_heads=2, head_dim=64)
     assert work.num_bytes == 8 << 20
     assert 1e8 < layer_timing.cpu_attention_bytes_per_s(spec, torch.bfloat16) < 1e13
 
