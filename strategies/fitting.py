@@ -104,7 +104,7 @@ def least_change(program: PlacementProgram, wanted: int | None) -> str:
 
 
 def _extra_bytes(program: PlacementProgram, tier: str) -> int | None:
-    """How much more of one tier alone lets the smallest cut fit, to about a hundredth; None if none does."""
+    """How much more of one tier alone lets the smallest cut fit, and up to two hundredths above that; None if none does."""
     limit = getattr(program.limits, tier)
     if limit is None:
         return None
@@ -118,7 +118,8 @@ def _extra_bytes(program: PlacementProgram, tier: str) -> int | None:
     while most - least > max(1 << 20, most // 100):
         middle = (least + most) // 2
         least, most = (least, middle) if fits(middle) else (middle, most)
-    return most
+    # It is told in few digits: rounded down it must still be enough.
+    return most + max(1 << 16, most // 100)
 
 
 def _smallest_fits(program: PlacementProgram, limits: Limits) -> bool:

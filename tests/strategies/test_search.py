@@ -129,6 +129,7 @@ def test_without_a_gpu_memory_is_one_and_the_rest_is_disk() -> None:
     ("limits", "way"),
     [
         ({"gpu": 0.05, "cpu": 16.0}, "more on the GPU"),
+        ({"gpu": 0.16919439, "cpu": 1.05390214, "disk": 0.0}, "more on the GPU"),
         ({"gpu": 0.021833, "cpu": 1.837746, "disk": 0.0}, "more on the GPU"),
         ({"gpu": 0.120142, "cpu": 0.906621, "disk": 8.0}, "more on the GPU"),
         ({"gpu": 0.6, "cpu": 0.01, "disk": 0.01}, "more of host memory"),
