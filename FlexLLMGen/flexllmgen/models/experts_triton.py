@@ -12,7 +12,7 @@ import triton.language as tl
 from flexllmgen.models.experts import Tiles
 
 _WIDE_SHARED_BYTES = 160 << 10
-"""Shared memory of a block on a device whose tiles may be wide: three stages of 128 x 64 and 64 x 256 numbers of two bytes."""
+"""Shared memory of a block on a device whose tiles may be wide: three stages of 128 x 64 and 64 x 256 numbers are 144 KiB."""
 
 
 @triton.jit
