@@ -41,12 +41,15 @@ from harness.results import (
 )
 from harness.run_folder import RunFolder, request_rows
 from harness.run_settings import opening_result, policy_params
+from profiling.contention import Others, usable_cores
 from profiling.sampler import Sampler, device_peaks, energy_joules, peak_rss_bytes
 from strategies.base import CountsTraffic, Engine, Placed, Plan
 
 log = logging.getLogger(__name__)
 
 _PROGRESS_INTERVAL_S = 0.1
+# From where on other processes' use of the processors is told of: cores, and a share of all.
+_OTHERS_CORES, _OTHERS_SHARE = 0.25, 0.05
 
 
 def run_experiment(job: Job, events: EventWriter, wait_for_go: Callable[[], None]) -> int:
@@ -186,11 +189,12 @@ class _Run:
                     self.cold = metrics_of(measured.batches)
             self.events.send("phase", name="ready")
             wait_for_go()
-            energy_before = energy_joules()
+            energy_before, others = energy_joules(), Others()
             for index in range(config.repeats):
                 with sampler.phase(f"repeat {index + 1}"):
                     self._repeat(index, engine, batches)
             energy_after = energy_joules()
+            self._note_others(others.cores())
             if energy_before is not None and energy_after is not None:
                 self.once["energy_j"] = energy_after - energy_before
                 tokens = config.repeats * config.num_prompts * config.gen_len
@@ -210,6 +214,16 @@ class _Run:
                 self.quality.compare(self.output_ids)
             for note in self.quality.notes:
                 self._warn(note)
+
+    def _note_others(self, cores: float) -> None:
+        """Keep what other processes used during the timed passes, and tell of it where it is much."""
+        self.once["others_cores"] = cores
+        total = len(usable_cores())
+        if cores >= max(_OTHERS_CORES, _OTHERS_SHARE * total):
+            self._warn(
+                f"other processes kept {cores:.1f} of the {total} cores busy during the timed passes; where the CPU "
+                "computes, the figures are lower for it: measure again when the machine is idle"
+            )
 
     def _repeat(self, index: int, engine: Engine, batches: Sequence[Batch]) -> None:
         measured = Pass()

@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from flexllmgen.spec import ModelSpec
+from harness import experiment
 from harness.config import resolve
 from harness.experiment import run_experiment
 from harness.job import Job
 from harness.prepare import choose_dtype
 from harness.results import Provenance, RunResult, RunStatus
 from profiling import profiler
+from profiling.contention import Others
 from profiling.hardware import check_writable
 from profiling.layer_times import LayerShape
 from profiling.profile import HardwareProfile
@@ -156,6 +158,19 @@ def test_a_profile_of_a_busy_machine_is_told_of(
     monkeypatch.setattr(profiler, "measure_layer_times", lambda *_, **__: laptop_profile.layers[0])
     run(dry_run=True)
     assert any("was busy" in warning for warning in events.of("planned")[0]["warnings"])
+
+
+@pytest.mark.parametrize(("cores", "told"), [(0.2, False), (0.9, True)])
+def test_others_on_the_processors_during_the_timed_passes_are_told_of(
+    run: Run, monkeypatch: pytest.MonkeyPatch, cores: float, told: bool
+) -> None:
+    monkeypatch.setattr(Others, "cores", lambda _: cores)
+    monkeypatch.setattr(experiment, "usable_cores", lambda: [0, 1])
+    _, folder = run()
+    result = RunResult.read(folder)
+    assert result.metrics["others_cores"] == cores
+    words = "other processes kept 0.9 of the 2 cores busy during the timed passes"
+    assert any(words in warning for warning in result.warnings) == told
 
 
 def test_building_a_kernel_and_measuring_are_phases_of_their_own(
