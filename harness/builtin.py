@@ -43,6 +43,8 @@ def prepare_builtin() -> Path:
     Raises:
         UsageError: the package that carries the model is not installed, or the cache cannot be written.
     """
+    from safetensors import SafetensorError
+
     folder = builtin_path()
     if _is_whole(folder):
         return folder
@@ -52,9 +54,10 @@ def prepare_builtin() -> Path:
         with _locked(folder.parent / f".{folder.name}.lock"):
             if not _is_whole(folder):
                 _convert(gguf, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UsageError(
-            f"cannot write the built-in model to {folder}: {error}; set HARNESS_CACHE_DIR to a writable folder"
+            f"cannot write the built-in model to {folder}: {error}; make room (it takes 270 MB), or set "
+            "HARNESS_CACHE_DIR to a folder that can be written"
         ) from error
     return folder
 

@@ -118,6 +118,18 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
         builtin.prepare_builtin()
 
 
+def test_a_disk_that_is_full_during_the_conversion(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What writes the weights has an error of its own for it."""
+    from safetensors import SafetensorError
+
+    def full(*_: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(builtin, "_convert", full)
+    with pytest.raises(UsageError, match=r"No space left on device.*make room.*HARNESS_CACHE_DIR"):
+        builtin.prepare_builtin()
+
+
 def test_the_real_conversion(builtin_model: Path) -> None:
     """Half precision safetensors, a tokenizer with a chat template and padding, dimensions as published."""
     from safetensors import safe_open
