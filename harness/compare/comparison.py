@@ -66,6 +66,11 @@ def _sides(
             "name what to compare, A and B: commits, branches, tags, run ids, @latest~1 @latest, result files"
         )
     base, new = (records.select(name) for name in names)
+    if base.run_uuids == new.run_uuids:
+        records.warn(
+            f"{base.name} and {new.name} stand for the same results, so that no figure can differ; measure at another "
+            "commit (`harness history` lists what has results), or name two runs"
+        )
     pairs, unpaired = pair_up(
         base.measured, new.measured, base_failed=base.failed, new_failed=new.failed, force=force
     )

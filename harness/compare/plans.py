@@ -26,14 +26,18 @@ class PlanChange:
         known: whether both sides recorded a plan.
         changed: key, as `policy.overlap` or `shares.weights.gpu`, to both values; empty for the same plan.
         variants: how many plans the launches of base and new followed.
+        same_runs: whether both sides are the very same launches.
     """
 
     known: bool
     changed: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     variants: tuple[int, int] = (1, 1)
+    same_runs: bool = False
 
     def __str__(self) -> str:
         """The line that people read."""
+        if self.same_runs:
+            return "the same runs"
         if not self.known:
             return "plan unknown"
         if not self.changed:
@@ -51,7 +55,8 @@ def plan_change(base: Sequence[RunResult], new: Sequence[RunResult]) -> PlanChan
         return PlanChange(known=False)
     variants = (len(ones), len(others))
     if set(ones) == set(others):
-        return PlanChange(known=True, variants=variants)
+        same_runs = {one.run_uuid for one in base} == {one.run_uuid for one in new}
+        return PlanChange(known=True, variants=variants, same_runs=same_runs)
     # Those that only one side has show what changed.
     one = next((plan for key, plan in reversed(ones.items()) if key not in others), [*ones.values()][-1])
     other = next((plan for key, plan in reversed(others.items()) if key not in ones), [*others.values()][-1])

@@ -41,6 +41,11 @@ class Selection:
     measured: tuple[Measured, ...]
     failed: tuple[Measured, ...] = ()
 
+    @property
+    def run_uuids(self) -> set[str]:
+        """Which results these are."""
+        return {one.result.run_uuid for one in (*self.measured, *self.failed)}
+
 
 class Records:
     """Where results are looked for.
@@ -57,12 +62,12 @@ class Records:
         self.results_dir = results_dir
         self.cwd = cwd
         self._open_store = store
-        self._warn = warn
+        self.warn = warn
 
     @cached_property
     def local(self) -> list[Measured]:
         """Results of the folder that have ended, oldest first."""
-        return [one for one in read_results(self.results_dir, self._warn) if _ended(one)]
+        return [one for one in read_results(self.results_dir, self.warn) if _ended(one)]
 
     @cached_property
     def store(self) -> "StoreReader | None":
@@ -82,7 +87,7 @@ class Records:
         except UsageError as error:
             if not self.local:
                 raise
-            self._warn(f"{error}; what follows is of {self.results_dir} alone")
+            self.warn(f"{error}; what follows is of {self.results_dir} alone")
         return sorted((one for one in found if one.finished), key=lambda one: one.result.started_at_ms)
 
     def select(self, name: str) -> Selection:

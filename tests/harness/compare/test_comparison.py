@@ -289,6 +289,16 @@ def test_the_plan_or_its_execution(tree: Tree) -> None:
     assert str(compared(tree, "HEAD~4", "HEAD~1")[0].cells[0].plan) == "plan unknown"
 
 
+def test_two_names_of_the_same_results_are_told_of(faster: Tree) -> None:
+    comparison, failed = compared(faster, "trunk", "HEAD", fail_on=["generation_tok_s:1%"])
+    assert failed == []
+    assert str(comparison.cells[0].plan) == "the same runs"
+    (told,) = faster.warnings
+    assert told.startswith("trunk and HEAD stand for the same results")
+    compared(faster, "v1", "HEAD")
+    assert len(faster.warnings) == 1
+
+
 def test_versions_that_differ_are_told(tree: Tree) -> None:
     leave(tree.results, tree.commits[0], 10)
     leave(tree.results, tree.commits[1], 10, origin={"versions": {"torch": "2.14.0"}})
