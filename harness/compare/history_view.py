@@ -21,6 +21,7 @@ _BARS = "▁▂▃▄▅▆▇█"
 _SUBJECT_MIN = 12
 # Okabe and Ito's colours, told apart under the common colour blindnesses.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+_DASHES = ("solid", "dash", "dot", "dashdot")  # where there are more series than colours
 _EXPLAINED = (
     "commits, oldest first; medians over launches; bars from the least to the largest; "
     "a triangle marks a step beyond the noise, pointing up where it is for the better"
@@ -95,7 +96,7 @@ def write_html(all_series: Sequence[Series], path: Path) -> Path:
             "legend": {"orientation": "v", "xanchor": "left", "x": 0, "yref": "container", "yanchor": "bottom", "y": 0},
             "xaxis": {"type": "category", "tickangle": -45, "automargin": True,
                       "categoryorder": "array", "categoryarray": _categories(all_series)},
-            "yaxis": {"title": {"text": metric}, "rangemode": "tozero"},
+            "yaxis": {"title": {"text": _axis(metric)[0]}, "rangemode": "tozero"},
         },
     )  # fmt: skip
     page = figure.to_html(
@@ -156,14 +157,26 @@ def _categories(all_series: Sequence[Series]) -> list[str]:
     return order
 
 
+def _axis(metric: str) -> tuple[str, float]:
+    """What an axis of the metric is called, with its unit, and by what values are divided for it."""
+    if metric.endswith("_bytes"):
+        return f"{metric.removesuffix('_bytes')} (GiB)", float(1 << 30)
+    if metric.endswith("tok_s"):
+        return f"{metric} (tokens per second)", 1.0
+    return (f"{metric} (seconds)" if metric.endswith("_s") else metric), 1.0
+
+
 def _trace(series: Series, number: int) -> Mapping[str, Any]:
-    medians = [point.median for point in series.points]
+    unit = _axis(series.metric)[1]
     return {
         "name": html.escape(f"{series.label}, {series.machine}"),
         "x": [str(point.revision) for point in series.points],
-        "y": medians,
+        "y": [point.median / unit for point in series.points],
         "mode": "lines+markers",
-        "line": {"color": _COLOURS[number % len(_COLOURS)]},
+        "line": {
+            "color": _COLOURS[number % len(_COLOURS)],
+            "dash": _DASHES[number // len(_COLOURS) % len(_DASHES)],
+        },
         "marker": {
             "size": [15 if point.mark else 8 for point in series.points],
             "symbol": [_MARKERS.get(point.mark.strip("()"), "circle") for point in series.points],
@@ -172,8 +185,8 @@ def _trace(series: Series, number: int) -> Mapping[str, Any]:
             "type": "data",
             "symmetric": False,
             "thickness": 1,
-            "array": [max(point.values) - point.median for point in series.points],
-            "arrayminus": [point.median - min(point.values) for point in series.points],
+            "array": [(max(point.values) - point.median) / unit for point in series.points],
+            "arrayminus": [(point.median - min(point.values)) / unit for point in series.points],
         },
         "text": [_hover(series, point) for point in series.points],
         "hovertemplate": "%{text}<extra></extra>",
@@ -183,7 +196,7 @@ def _trace(series: Series, number: int) -> Mapping[str, Any]:
 def _hover(series: Series, point: Point) -> str:
     lines = [
         f"<b>{html.escape(str(point.revision))}</b> {html.escape(point.subject)}",
-        f"{value_text(series.metric, point.median)}, {len(point.values)} launches"
+        f"{value_text(series.metric, point.median)}, {len(point.values)} launch{'es' if len(point.values) != 1 else ''}"
         + ("" if point.spread is None else f", spread {point.spread:.1%}"),
     ]
     if point.step is not None:

@@ -1,6 +1,7 @@
 """A metric over the commits of a real repository: order, steps beyond the noise, text, JSON, page."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,34 @@ def test_the_page_is_complete_in_itself_and_nothing_in_it_is_markup(tree: Tree) 
     assert "generation_tok_s by commit</title>" in page
     assert "prefers-color-scheme: dark" in page
     assert "{plot_id}" not in page
+
+
+@pytest.mark.parametrize(
+    ("metric", "title", "value"),
+    [
+        ("generation_tok_s", "generation_tok_s (tokens per second)", 10.0),
+        ("ttft_s", "ttft_s (seconds)", None),
+        ("peak_rss_bytes", "peak_rss (GiB)", 1.5),
+    ],
+)
+def test_the_axis_of_the_page_has_a_unit(tree: Tree, metric: str, title: str, value: float | None) -> None:
+    leave(tree.results, tree.commits[0], 10, peak_bytes=1.5 * 2**30)
+    page = write_html([one_series(tree, metric)], tree.folder / "history.html").read_text()
+    assert f'"text":"{title}"' in page
+    assert value is None or f'"y":[{value}]' in page
+    assert ", 1 launch" in page
+    assert "1 launches" not in page
+
+
+def test_more_series_than_colours_are_told_apart(tree: Tree) -> None:
+    for batch_size in range(1, 10):
+        params = leave(tree.results, tree.commits[0], 10).params
+        leave(tree.results, tree.commits[0], 10, params={**params, "batch_size": batch_size})
+    all_series = history(tree.records().everything(), "generation_tok_s", cwd=tree.folder)
+    assert len(all_series) >= 9
+    page = write_html(all_series, tree.folder / "history.html").read_text()
+    lines = re.findall(r'"line":(\{"color":"[^"]*","dash":"[^"]*"\})', page)
+    assert len(set(lines)) == len(all_series)
 
 
 def test_a_page_that_cannot_be_written_is_a_mistake(tree: Tree) -> None:
