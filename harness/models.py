@@ -22,6 +22,8 @@ from harness.hub import probe_hub
 from strategies.base import ModelSource
 
 _CONFIG_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "*.py"]
+_NAMED = 2  # names that are offered for one that is a part of them; of more there is a list
+_SHORTEST = 3  # letters of such a part
 _WAY_OUT = f"name a folder with config.json and *.safetensors, a hub id, or --model {BUILTIN}"
 
 
@@ -251,14 +253,24 @@ def _hub_folder(repo: str, revision: str | None, weights: str) -> Path:
 
 
 def _did_you_mean(name: str) -> str:
-    """The beginning of a way out: a name that this one nearly is, or nothing."""
+    """The beginning of a way out: names that this one is a part of or nearly is, or nothing."""
     known = [BUILTIN, *published_names(), *_cached_models()]
-    # Owners mislead the comparison.
-    by_last_part = {full.rpartition("/")[2].lower(): full for full in reversed(known)}
-    near = difflib.get_close_matches(name.rpartition("/")[2].lower(), by_last_part, n=1, cutoff=0.8)
-    if not near or by_last_part[near[0]] == name:
+    if name in known:
         return ""
-    return f"did you mean {by_last_part[near[0]]!r}? If not, "
+    # Owners mislead the comparison.
+    wanted = name.rpartition("/")[2].lower()
+    by_last_part = {full.rpartition("/")[2].lower(): full for full in reversed(known)}
+    holding = [last for last in by_last_part if len(wanted) >= _SHORTEST and wanted in last]
+    holding.sort(key=lambda last: (len(last), last))
+    if wanted in by_last_part or not holding:
+        near = difflib.get_close_matches(wanted, by_last_part, n=1, cutoff=0.8)
+    elif len(holding) > _NAMED:
+        return f"it is a part of {len(holding)} names in `harness models`: take one of them, or "
+    else:
+        near = holding
+    if not near:
+        return ""
+    return f"did you mean {' or '.join(repr(by_last_part[last]) for last in near)}? If not, "
 
 
 def _has_weights(folder: Path) -> bool:

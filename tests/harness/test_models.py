@@ -101,6 +101,25 @@ def test_a_published_name_without_its_owner(hub_cache: Path) -> None:
     assert "did you mean 'facebook/opt-125m'?" in refusal("opt-125m")
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("mixtral", "'mistralai/Mixtral-8x7B-v0.1'"),
+        ("Llama-3-70B", "'meta-llama/Meta-Llama-3-70B'"),
+        ("somebody/Llama-3.1", "'meta-llama/Llama-3.1-8B' or 'meta-llama/Llama-3.1-70B'"),
+    ],
+)
+def test_a_part_of_a_published_name(name: str, meant: str, hub_cache: Path) -> None:
+    assert f"did you mean {meant}?" in refusal(name)
+
+
+def test_a_part_of_many_names_points_to_the_list(hub_cache: Path) -> None:
+    assert " a part of " not in refusal("a")
+    told = refusal("qwen3")
+    assert "did you mean" not in told
+    assert "a part of 7 names in `harness models`" in told
+
+
 def test_a_cached_model_is_nearly_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("harness.models._cached_models", lambda: ["owner/peculiar"])
     assert "did you mean 'owner/peculiar'?" in refusal("owner/peculier")
