@@ -12,9 +12,10 @@ from flexllmgen.memory.disk import DirectFile
 from flexllmgen.models.published import published_config
 from flexllmgen.spec import ModelSpec
 from profiling import disk, layer_timing, links, memory
+from profiling.compute import timed_runs
 from profiling.disk import measure_disk
 from profiling.profile import NOISY, Measurement, Rates
-from profiling.rates import measure_rates
+from profiling.rates import _measure_compute, measure_rates
 
 OPT = ModelSpec.from_hf_config(published_config("opt-1.3b"))
 GPU_ONLY = {"h2d", "d2h", "under", "attention"}
@@ -51,6 +52,13 @@ def test_rates_are_plausible_for_any_machine(small: None, tmp_path: Path) -> Non
     assert [done for _, done, _ in told] == list(range(len(told)))
     assert {total for _, _, total in told} == {len(told)}
     assert list(tmp_path.iterdir()) == []
+
+
+def test_arithmetic_in_half_precision_is_as_fast_as_layers_are() -> None:
+    """A CPU may have a quick kernel for a layer's product and none for a plain one: the limit is the layer's."""
+    x, weight = torch.randn(1024, 1024).half(), torch.randn(1024, 1024).half()
+    layer_s = min(timed_runs(lambda: torch.nn.functional.linear(x, weight), "cpu", 4))
+    assert _measure_compute("cpu", torch.float16).best > 0.2 * 2 * 1024**3 / layer_s
 
 
 def test_attention_is_as_fast_as_it_was_measured_for_the_model() -> None:
