@@ -17,6 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from strategies.accelerate_load import offload_loader
 from strategies.base import Placed, Plan
+from strategies.openmp import release_workers
 
 
 class _Cancelled(Exception):  # noqa: N818 - a signal, not an error
@@ -95,6 +96,8 @@ class AccelerateEngine:
             except BaseException as error:  # noqa: BLE001 - handed to the consumer, who raises it
                 columns.put(error)
 
+        # Planning and loading have computed on this thread; from here on only the other one does.
+        release_workers()
         running = self._thread.submit(work)
         try:
             while (item := columns.get()) is not None:
