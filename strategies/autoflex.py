@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from flexllmgen.errors import PlanInfeasible
+from flexllmgen.images import pack
 from flexllmgen.memory.pack import packed_bytes
 from flexllmgen.policy import Placement, Policy
 from profiling.calibration import Calibration, calibrate, corrected
@@ -42,6 +43,8 @@ _LONG_STEP_S = 2.0
 """Steps that take longer are not tried out for a calibration."""
 _FEWEST_BITS = 4
 """least_bits that rules nothing out."""
+_MOST_OF = 0.9
+"""Share of the memory that compressed weights may take beside everything else to be worth a hint."""
 REPLAN_GAIN = 1.05
 """Another policy must be this much faster before the engine is loaded anew."""
 
@@ -124,12 +127,25 @@ class AutoflexStrategy:
         plan = plan_of(
             request, found.best.placement, strategy=self.name, details={"search": search_details(found)}
         )
-        text = None
-        if request.allow_lossy and plan.lossless:
-            text = "--allow-lossy: the policy found is lossless all the same"
-        elif not request.allow_lossy and self.config.least_bits != _FEWEST_BITS:
-            text = "least_bits has no effect without --allow-lossy"
-        return plan if text is None else replace(plan, warnings=(*plan.warnings, text))
+        return replace(plan, warnings=(*plan.warnings, *self._hints(request, plan)))
+
+    def _hints(self, request: PlanRequest, plan: Plan) -> Iterator[str]:
+        """What a user who asked for this may want to know of lossy policies."""
+        if request.allow_lossy:
+            if plan.lossless:
+                yield "--allow-lossy: the policy found is lossless all the same"
+            return
+        bits = self.config.least_bits
+        if bits != _FEWEST_BITS:
+            yield "least_bits has no effect without --allow-lossy"
+        spec, machine = spec_of(request), request.machine
+        images, _ = pack(spec, Policy(micro_batch_size=1, weight_bits=bits), dtype_bytes(request))
+        memory = machine.cpu_bytes + (machine.gpu_bytes or 0)
+        if plan.weight_bytes["disk"] and sum(image.num_bytes for image in images) < _MOST_OF * memory:
+            yield (
+                f"weights are read from disk in every pass; in {bits} bits they would fit in memory: with --allow-lossy "
+                "autoflex may compress them"
+            )
 
     def _search_again(self, plan: Plan, profile: HardwareProfile, engine: FlexgenEngine) -> Found | None:
         """The best policy at other rates. What this engine holds on disk would be free for another one."""

@@ -172,3 +172,16 @@ def test_bits_that_nothing_may_use_are_told(tmp_path: Path) -> None:
     assert not any("least_bits" in each for each in strategy().plan(request).warnings)
     allowed = dataclasses.replace(request, allow_lossy=True)
     assert not any("least_bits" in each for each in strategy(least_bits=8).plan(allowed).warnings)
+
+
+def test_weights_on_disk_that_would_fit_in_fewer_bits_are_told_of(tmp_path: Path) -> None:
+    def hinted(request: PlanRequest) -> bool:
+        plan = strategy().plan(request)
+        assert plan.weight_bytes["disk"] or request.machine.cpu_bytes > 400 * MiB or request.allow_lossy
+        return any("--allow-lossy" in each and "4 bits" in each for each in plan.warnings)
+
+    # 316 MiB as they are, of which 153 are tables that stay; with the matrices in 4 bits 176.
+    assert hinted(request_for(tmp_path, cpu_mib=290))
+    assert not hinted(request_for(tmp_path, cpu_mib=180))
+    assert not hinted(request_for(tmp_path))
+    assert not hinted(dataclasses.replace(request_for(tmp_path, cpu_mib=290), allow_lossy=True))
