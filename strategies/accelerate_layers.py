@@ -14,12 +14,14 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
+from flexllmgen.units import round_up
 from profiling.compute import timed_runs
 from strategies.accelerate_load import no_split_classes
 
 _ROTATED_BYTES = 256 << 20
 """What the layers hold together: more than caches, as a model's layers do."""
 _TRIALS = 6
+_ALIGNMENT = 64
 _FEW_TOKENS = 128
 _LONG_S = 1.0
 """Prompts that would take longer are timed in part, and the rest is taken in proportion."""
@@ -122,20 +124,29 @@ def _small_model(config: Any, num_layers: int, dtype: torch.dtype, device: str) 
     layer = next(each for each in one.modules() if type(each).__name__ in names)
     layer_bytes = sum(weight.nbytes for weight in layer.parameters())
     model = _without_weights(config, max(1, min(num_layers, -(-_ROTATED_BYTES // layer_bytes))), dtype)
-    # Copies of one piece: drawing billions of numbers takes far longer than what is timed.
-    some = (0.02 * torch.randn(1 << 20)).to(device, dtype)
-    made: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
+    # In one piece of memory, which goes back to the system as one.
+    places, end = dict[torch.nn.Parameter, int](), 0
+    for weight in model.parameters():  # Tied weights are one.
+        places[weight], end = end, round_up(end + weight.numel(), _ALIGNMENT)
+    memory = _random(end, dtype, device)
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
-            if weight not in made:  # Tied weights are one.
-                copies = some.repeat(-(-weight.numel() // some.numel()))
-                numbers = copies[: weight.numel()].view(weight.shape)
-                made[weight] = torch.nn.Parameter(numbers, requires_grad=False)
-            setattr(module, name, made[weight])
+            numbers = memory[places[weight] :][: weight.numel()].view(weight.shape)
+            setattr(module, name, torch.nn.Parameter(numbers, requires_grad=False))
         for name, buffer in module.named_buffers(recurse=False):
             module.register_buffer(name, buffer.to(device), persistent=False)
     model.eval()
     return model
+
+
+def _random(count: int, dtype: torch.dtype, device: str) -> torch.Tensor:
+    """So many numbers. Copies of one piece: drawing billions takes far longer than what is timed."""
+    memory = torch.empty(count, dtype=dtype, device=device)
+    some = (0.02 * torch.randn(1 << 20)).to(device, dtype)
+    for start in range(0, count, len(some)):
+        part = memory[start : start + len(some)]
+        part.copy_(some[: len(part)])
+    return memory
 
 
 def _without_weights(config: Any, num_layers: int, dtype: torch.dtype) -> PreTrainedModel:
