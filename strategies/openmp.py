@@ -12,6 +12,8 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+import torch  # noqa: F401 - what is looked for below is its libgomp
+
 log = logging.getLogger(__name__)
 
 _PAUSE_HARD = 2  # omp_pause_hard of OpenMP 5.0
