@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -69,7 +70,10 @@ class Hardware:
     @property
     def summary(self) -> str:
         """The machine in one line for people."""
-        gpus = ", ".join(f"{gpu.name} {gpu.memory_bytes / 2**30:.0f} GiB" for gpu in self.gpus) or "no GPU"
+        kinds = Counter(f"{gpu.name} {gpu.memory_bytes / 2**30:.0f} GiB" for gpu in self.gpus)
+        gpus = (
+            ", ".join(f"{count} x {kind}" if count > 1 else kind for kind, count in kinds.items()) or "no GPU"
+        )
         return f"{self.cpu}, {self.logical_cores} cores, {self.memory_bytes / 2**30:.0f} GiB, {gpus}"
 
 

@@ -91,6 +91,8 @@ def test_a_gpu_that_does_not_answer_everything(
     assert (gpu.memory_bytes, gpu.pcie_generation) == ((0, None) if silent else (2**37, 5))
     assert profile.driver == "580.1"
     assert "NVIDIA H200" in profile.summary
+    two = dataclasses.replace(profile, gpus=profile.gpus[:1] * 2)
+    assert two.summary == profile.summary.replace("NVIDIA H200", "2 x NVIDIA H200")
     assert profile.fingerprint != without.fingerprint
 
 
