@@ -47,6 +47,8 @@ def _ran(results: Iterable[Result], row: str) -> list[Result]:
 def report(machines: Sequence[Mapping[str, Any]], results: Sequence[Result]) -> Iterator[str]:
     """Lines of markdown: the runs, the table, every measurement, and what did not run with its reason."""
     for run, machine in enumerate(machines):
+        if not machine:
+            continue
         numbered = f"Run {run + 1}: " if len(machines) > 1 else ""
         yield numbered + "; ".join(f"{name} {value}" for name, value in machine.items() if value) + "."
         yield ""

@@ -49,7 +49,7 @@ def predict(
         cached = workload.prompt_tokens + steps // 2
         return prompts, sum_phases([(steps, one_pass(layers.step(batch, cached), cached))])
 
-    with FewLayers(config, spec.num_layers, request.dtype, device) as layers:
+    with FewLayers(config, spec, request.dtype, device) as layers:
         return cost_of_blocks(workload, request.batch_size, phases)
 
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
+from flexllmgen.spec import ModelSpec
 from flexllmgen.units import round_up
 from profiling.compute import timed_runs
-from strategies.accelerate_load import no_split_classes
+from strategies.accelerate_load import empty_model, no_split_classes
 
 _ROTATED_BYTES = 256 << 20
 """What the layers hold together: more than caches, as a model's layers do."""
@@ -39,12 +39,12 @@ class FewLayers:
     """Some decoder layers of a model, with weights of their own; a context manager, since they hold the device's memory.
 
     Args:
-        config: of the model; `num_layers` of its layers are made at most.
+        config: of the model, whose dimensions are `spec`.
     """
 
-    def __init__(self, config: Any, num_layers: int, dtype: str, device: str) -> None:
-        self._device, self._dtype = device, getattr(torch, dtype)
-        self._model = _small_model(config, num_layers, self._dtype, device)
+    def __init__(self, config: Any, spec: ModelSpec, dtype: str, device: str) -> None:
+        self._spec, self._device = spec, device
+        self._model = _small_model(config, spec.num_layers, dtype, device)
         self._options = inspect.signature(self._model.forward).parameters
         names = no_split_classes(self._model)
         self._layers = [each for each in self._model.modules() if type(each).__name__ in names]
@@ -76,20 +76,19 @@ class FewLayers:
 
     @torch.inference_mode()
     def _timed(self, batch: int, tokens: int, cached: int) -> PassTimes:
-        config = self._model.config
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        spec = self._spec
         # Of a mixture's experts different tokens choose different ones.
-        ids = torch.randint(config.vocab_size, (batch, tokens), device=self._device)
+        ids = torch.randint(spec.vocab_size, (batch, tokens), device=self._device)
         mask = torch.ones(batch, cached + tokens, dtype=torch.long, device=self._device)
-        kept = torch.randn(batch, heads, cached, size, device=self._device).to(self._dtype)
+        kept = torch.randn(batch, spec.num_kv_heads, cached, spec.head_dim, device=self._device)
+        kept = kept.to(self._model.dtype)
 
         # As generate does, where a model can: of a prompt only the last position is multiplied with the vocabulary.
         last = {"logits_to_keep": 1} if "logits_to_keep" in self._options else {}
 
         def run() -> None:
             # The same length each time: kernels are chosen for a length, and a run's warm-up has met all of its own.
-            cache = DynamicCache(config=config)
+            cache = DynamicCache(config=self._model.config)
             for layer in range(len(self._layers) if cached else 0):
                 cache.update(kept, kept, layer)
             self._model(ids, attention_mask=mask, past_key_values=cache, use_cache=True, **last)
@@ -117,7 +116,7 @@ def _quarter(seconds: list[float]) -> float:
     return sorted(seconds)[len(seconds) // 4]
 
 
-def _small_model(config: Any, num_layers: int, dtype: torch.dtype, device: str) -> PreTrainedModel:
+def _small_model(config: Any, num_layers: int, dtype: str, device: str) -> PreTrainedModel:
     """As many layers as fill the rotated bytes, with random weights."""
     one = _without_weights(config, 1, dtype)
     names = no_split_classes(one)
@@ -128,14 +127,13 @@ def _small_model(config: Any, num_layers: int, dtype: torch.dtype, device: str) 
     places, end = dict[torch.nn.Parameter, int](), 0
     for weight in model.parameters():  # Tied weights are one.
         places[weight], end = end, round_up(end + weight.numel(), _ALIGNMENT)
-    memory = _random(end, dtype, device)
+    memory = _random(end, model.dtype, device)
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
             numbers = memory[places[weight] :][: weight.numel()].view(weight.shape)
             setattr(module, name, torch.nn.Parameter(numbers, requires_grad=False))
         for name, buffer in module.named_buffers(recurse=False):
             module.register_buffer(name, buffer.to(device), persistent=False)
-    model.eval()
     return model
 
 
@@ -149,12 +147,9 @@ def _random(count: int, dtype: torch.dtype, device: str) -> torch.Tensor:
     return memory
 
 
-def _without_weights(config: Any, num_layers: int, dtype: torch.dtype) -> PreTrainedModel:
+def _without_weights(config: Any, num_layers: int, dtype: str) -> PreTrainedModel:
     small = copy.deepcopy(config)
     small.num_hidden_layers = num_layers
     if kinds := getattr(small, "layer_types", None):
         small.layer_types = list(kinds)[:num_layers]
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(small, dtype=dtype)
-    model.tie_weights()
-    return model
+    return empty_model(small, dtype)

@@ -67,15 +67,17 @@ def meta_model(source: ModelSource, dtype: str, attn_implementation: str) -> Pre
     config = model_config(source)
     attention = None if attn_implementation == "auto" else attn_implementation
     try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
-                config,
-                dtype=getattr(torch, dtype),
-                attn_implementation=attention,
-                trust_remote_code=source.trust_remote_code,
-            )
+        return empty_model(
+            config, dtype, attn_implementation=attention, trust_remote_code=source.trust_remote_code
+        )
     except (ValueError, ImportError) as error:
         raise UsageError(f"model {source.name}: {str(error).splitlines()[0]}") from error
+
+
+def empty_model(config: Any, dtype: str, **options: Any) -> PreTrainedModel:
+    """The model of a config without weights; `options` are from_config's."""
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), **options)
     model.tie_weights()
     model.eval()
     return model

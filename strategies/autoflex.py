@@ -138,10 +138,11 @@ class AutoflexStrategy:
         bits = self.config.least_bits
         if bits != _FEWEST_BITS:
             yield "least_bits has no effect without --allow-lossy"
-        spec, machine = spec_of(request), request.machine
-        images, _ = pack(spec, Policy(micro_batch_size=1, weight_bits=bits), dtype_bytes(request))
-        memory = machine.cpu_bytes + (machine.gpu_bytes or 0)
-        if plan.weight_bytes["disk"] and sum(image.num_bytes for image in images) < _MOST_OF * memory:
+        if not plan.weight_bytes["disk"]:
+            return
+        images, _ = pack(spec_of(request), Policy(micro_batch_size=1, weight_bits=bits), dtype_bytes(request))
+        memory = request.machine.cpu_bytes + (request.machine.gpu_bytes or 0)
+        if sum(image.num_bytes for image in images) < _MOST_OF * memory:
             yield (
                 f"weights are read from disk in every pass; in {bits} bits they would fit in memory: with --allow-lossy "
                 "autoflex may compress them"

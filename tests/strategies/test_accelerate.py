@@ -129,8 +129,8 @@ def test_on_the_cpu_both_caps_hold_as_one(request_for: Request) -> None:
 class _Timed:
     """Layers of known times; a prompt of so many rows takes a hundredth of a second each."""
 
-    def __init__(self, _config: Any, num_layers: int, dtype: str, device: str) -> None:
-        assert (num_layers, dtype, device) == (3, "float32", "cpu")
+    def __init__(self, _config: Any, spec: ModelSpec, dtype: str, device: str) -> None:
+        assert (spec.num_layers, dtype, device) == (3, "float32", "cpu")
 
     def __enter__(self) -> "_Timed":
         return self

@@ -8,6 +8,7 @@ import pytest
 from transformers import AutoConfig
 
 import strategies.accelerate_layers as module
+from flexllmgen.spec import ModelSpec
 from strategies.accelerate_layers import FewLayers, PassTimes
 
 SIZES = {
@@ -33,11 +34,15 @@ def config(name: str, **changes: Any) -> Any:
     return AutoConfig.for_model(name, **CONFIGS[name], **changes)
 
 
+def few_layers(of: Any, dtype: str = "float32") -> FewLayers:
+    return FewLayers(of, ModelSpec.from_hf_config(of.to_dict()), dtype, "cpu")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_each_family_is_timed(name: str, dtype: str) -> None:
     of = config(name)
-    with FewLayers(of, 3, dtype, "cpu") as layers:
+    with few_layers(of, dtype) as layers:
         assert len(layers._layers) == 3, "as many as the model has, since they are small"
         prompt, step = layers.prompt(2, 64), layers.step(2, 70)
     assert step.layer_s > 0
@@ -49,7 +54,7 @@ def test_each_family_is_timed(name: str, dtype: str) -> None:
 def test_more_rows_take_longer() -> None:
     of = config("llama", tie_word_embeddings=True)
     of.hidden_size, of.intermediate_size, of.vocab_size = 256, 1024, 5000
-    with FewLayers(of, 3, "float32", "cpu") as layers:
+    with few_layers(of) as layers:
         assert layers.prompt(16, 128).layer_s > 4 * layers.step(1, 8).layer_s
         model = layers._model
         table, head = (each.weight for each in (model.get_input_embeddings(), model.get_output_embeddings()))
@@ -60,7 +65,7 @@ def test_more_rows_take_longer() -> None:
 def test_layers_fill_what_is_rotated_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     of = config("llama")
     monkeypatch.setattr(module, "_ROTATED_BYTES", 200_000)
-    with FewLayers(of, 3, "float32", "cpu") as layers:
+    with few_layers(of) as layers:
         held = sum(weight.nbytes for weight in layers._layers[0].parameters())
         assert len(layers._layers) == -(-200_000 // held) < 3
 
@@ -76,7 +81,7 @@ def test_long_prompts_are_timed_in_part(
         return PassTimes(layer_s=each_s * batch * tokens / 128, rest_s=0.5)
 
     monkeypatch.setattr(FewLayers, "_timed", timed)
-    with FewLayers(config("llama"), 3, "float32", "cpu") as layers:
+    with few_layers(config("llama")) as layers:
         times = layers.prompt(8, 512)
     assert seen == calls
     assert times.layer_s == pytest.approx(each_s * 8 * 512 / 128)
