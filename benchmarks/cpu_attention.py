@@ -25,7 +25,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "FlexLLMGen"))
 
+from flexllmgen.compressed_size import compressed_bytes
+from flexllmgen.compression import split_compressed
 from flexllmgen.memory.mapping import map_memory
+from flexllmgen.workspace import apart
 
 GIB = 1 << 30
 SHAPES = {"MHA, 56 heads of 128": (56, 56, 128), "GQA, 64 on 8 heads of 128": (64, 8, 128)}
@@ -123,24 +126,24 @@ class Bench:
     ) -> tuple[list[Callable[[], None]], int]:
         heads, num_kv_heads, size = SHAPES[shape]
         dtype = DTYPES[name]
-        groups = size // GROUP if name == "int8" else 0
-        position = 2 * num_kv_heads * (size * dtype.itemsize + 4 * groups)
-        sequences = self.num_bytes // (position * self.context)
-        q = torch.randn(sequences, heads, size).to(torch.bfloat16 if name == "int8" else dtype)
+        codes, numbers = name == "int8", num_kv_heads * size
+        each = compressed_bytes((2, numbers), 8, GROUP) if codes else 2 * numbers * dtype.itemsize
+        sequences = self.num_bytes // (each * self.context)
+        content, row = sequences * each, apart(sequences * each)
+        q = torch.randn(sequences, heads, size).to(torch.bfloat16 if codes else dtype)
         out = torch.empty_like(q)
         calls = []
-        for buffer in self.buffers:
-            count = self.context * 2 * sequences * num_kv_heads
-            content = count * size * dtype.itemsize
-            kv = buffer[:content].view(dtype).view(self.context, 2, sequences, num_kv_heads, size)
-            more = {}
-            if groups:
-                codes_end = -(-content // 64) * 64
-                parts = buffer[codes_end : codes_end + count * groups * 4].view(torch.float16)
-                scale, zero = parts.view(2, self.context, 2, sequences, num_kv_heads, groups)
+        for buffer in self.buffers:  # Laid out as the engine's cache is.
+            rows = buffer[: self.context * row].view(self.context, row)[:, :content]
+            more: dict[str, Any] = {}
+            if codes:
+                parts = split_compressed(rows, (sequences, 2, numbers), 8, GROUP)
+                kv, scale, zero = (part.unflatten(-1, (num_kv_heads, -1)).transpose(1, 2) for part in parts)
                 more = {"scale_S2BKG": scale, "zero_S2BKG": zero}
+            else:
+                kv = rows.view(dtype).unflatten(1, (2, sequences, num_kv_heads, size))
             calls.append(prepare(q, kv, self.context, out_BNH=out, threads=threads, **more))
-        return calls, sequences * position * self.context
+        return calls, content * self.context
 
     def _timed(self, *actions: list[Callable[[], object]], trials: int | None = None) -> list[float]:
         """The quickest of the trials of each, its variants taking turns."""

@@ -290,8 +290,8 @@ class Durations:
         spec, policy = plan.spec, plan.policy
         cpu = split.inputs * spec.hidden_bytes(1, plan.dtype_bytes)
         if split.cpu and not (loaded and plan.attends_on_host):
-            cpu += row_bytes(spec, policy, split.cpu, plan.dtype_bytes, disk=False)
-        disk = row_bytes(spec, policy, split.disk, plan.dtype_bytes, disk=True) if split.disk else 0
+            cpu += row_bytes(spec, policy, split.cpu, plan.dtype_bytes, tier="cpu")
+        disk = row_bytes(spec, policy, split.disk, plan.dtype_bytes, tier="disk") if split.disk else 0
         return cpu, disk
 
     def hidden_bytes(self, micro_batch: int, token: int) -> tuple[int, int, int]:

@@ -14,6 +14,7 @@ from flexllmgen.compression import split_compressed
 from flexllmgen.cpu_attention import prepare_attention
 from flexllmgen.host_attention import attention_threads
 from flexllmgen.memory.arena import HostArena
+from flexllmgen.workspace import apart
 from profiling.compute import timed_runs
 from profiling.profile import Measurement
 
@@ -65,17 +66,17 @@ def host_attention(
     )
     batch = max(1, _KV_BYTES // (position_bytes * _POSITIONS))
     arena = HostArena(register=False)
-    region = arena.reserve(batch * position_bytes * _POSITIONS)
+    region = arena.reserve(apart(batch * position_bytes) * _POSITIONS)
     arena.commit()
     # Small numbers as any type.
-    rows = arena.view(region).fill_(0x1C).view(_POSITIONS, -1)
+    rows = arena.view(region).fill_(0x1C).view(_POSITIONS, -1)[:, : batch * position_bytes]
     more: dict[str, Any] = {}
     if codes:
         parts = split_compressed(rows, (batch, 2, numbers // 2), 8, CODES_GROUP)
         kv_S2BKH, scale, zero = (part.unflatten(-1, (num_kv_heads, -1)).transpose(1, 2) for part in parts)
         more = {"scale_S2BKG": scale, "zero_S2BKG": zero, "group_size": CODES_GROUP}
     else:
-        kv_S2BKH = rows.view(dtype).view(_POSITIONS, 2, batch, num_kv_heads, head_dim)
+        kv_S2BKH = rows.view(dtype).unflatten(1, (2, batch, num_kv_heads, head_dim))
     query = torch.ones(batch, num_heads, head_dim, dtype=dtype)
     out, threads = torch.empty_like(query), attention_threads()
     call = prepare_attention(query, kv_S2BKH, _POSITIONS, out_BNH=out, threads=threads, **more)

@@ -74,7 +74,7 @@ class PlacementProgram:
         self.weights = sum(image.num_bytes for image in images)
         # The head is streamed like a layer; an embedding of its own is read by rows where it lies.
         self.rest = images[0].num_bytes
-        self.kv_position = spec.num_layers * row_bytes(spec, policy, 1, dtype_bytes, disk=False)
+        self.kv_position = spec.num_layers * row_bytes(spec, policy, 1, dtype_bytes, tier="gpu")
         dense = [stage_dequantised_bytes(images, stage) for stage in stages]
         self.dequantised = max(dense)
         self.experts = expert_bytes(images).total

@@ -21,6 +21,7 @@ from flexllmgen.memory.arena import HostArena
 from flexllmgen.memory.tiers import BlockSize, Lanes, TieredBlocks
 from flexllmgen.memory.transfer import Event
 from flexllmgen.placement import PlacementPlan
+from flexllmgen.policy import Tier
 from flexllmgen.splits import Split
 from flexllmgen.workspace import row_bytes
 
@@ -68,7 +69,9 @@ class KVCache:
         self._blocks = TieredBlocks(
             "kv",
             [
-                BlockSize(cpu=self._row(split.cpu) * context, disk=self._row(split.disk, disk=True) * context)
+                BlockSize(
+                    cpu=self._row(split.cpu, "cpu") * context, disk=self._row(split.disk, "disk") * context
+                )
                 for split in self._splits
             ],
             slots=plan.kv_slots,
@@ -113,7 +116,7 @@ class KVCache:
             memory = torch.zeros(self._plan.kv_cache.gpu, dtype=torch.uint8, device=self._device)
         offset = 0
         for split in self._splits:
-            size = self._row(split.gpu) * self._plan.max_context
+            size = self._row(split.gpu, "gpu") * self._plan.max_context
             self._resident.append(memory[offset : offset + size])
             offset += size
         if self._plan.policy.kv_bits is not None:
@@ -131,8 +134,8 @@ class KVCache:
         """Starts bringing the first `positions` rows of a unit's streamed sequences into a slot."""
         unit = self._unit(layer, micro_batch)
         split = self._splits[unit]
-        cpu = 0 if self._plan.attends_on_host else self._row(split.cpu)
-        disk = self._row(split.disk, disk=True)
+        cpu = 0 if self._plan.attends_on_host else self._row(split.cpu, "cpu")
+        disk = self._row(split.disk, "disk")
         self._loads[slot] = [self._blocks.load(unit, slot, cpu * positions, disk * positions)]
         if self._inputs is not None:
             self._loads[slot].append(self._inputs.load(unit, slot, self._input_row(split) * positions, 0))
@@ -185,8 +188,8 @@ class KVCache:
     ) -> None:
         """Writes rows [first, stop) of a unit's streamed sequences back to where they live."""
         unit = self._unit(layer, micro_batch)
-        cpu = self._row(self._splits[unit].cpu)
-        disk = self._row(self._splits[unit].disk, disk=True)
+        cpu = self._row(self._splits[unit].cpu, "cpu")
+        disk = self._row(self._splits[unit].disk, "disk")
         if self._plan.attends_on_host and not prompt:
             cpu = 0  # Whoever attends there has written it.
         self._blocks.store(unit, slot, (first * cpu, stop * cpu), (first * disk, stop * disk), after)
@@ -223,10 +226,10 @@ class KVCache:
     def _unit(self, layer: int, micro_batch: int) -> int:
         return layer * len(self._plan.micro_batches) + micro_batch
 
-    def _row(self, sequences: int, *, disk: bool = False) -> int:
+    def _row(self, sequences: int, tier: Tier) -> int:
         if not sequences:
             return 0
-        return row_bytes(self._plan.spec, self._plan.policy, sequences, self._plan.dtype_bytes, disk=disk)
+        return row_bytes(self._plan.spec, self._plan.policy, sequences, self._plan.dtype_bytes, tier=tier)
 
     def _input_row(self, split: Split) -> int:
         return split.inputs * self._plan.spec.hidden_bytes(1, self._plan.dtype_bytes)
@@ -290,7 +293,7 @@ class KVCache:
         return InputSegment(start, start + count, x_SBD, plan.recomputed_sequences)
 
     def _as_rows(self, memory: torch.Tensor, sequences: int) -> torch.Tensor:
-        """Rows may be longer than their content, where disk wants whole pages."""
+        """Rows may be longer than their content, where disk wants whole pages and the CPU rows that lie apart."""
         spec, context = self._plan.spec, self._plan.max_context
         rows = memory.view(self._dtype).view(context, -1)
         content = 2 * sequences * spec.kv_size

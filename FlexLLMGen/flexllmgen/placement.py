@@ -16,7 +16,7 @@ from flexllmgen.images import (
     stage_dequantised_bytes,
     streamed_bytes,
 )
-from flexllmgen.policy import Policy
+from flexllmgen.policy import Policy, Tier
 from flexllmgen.spec import ModelSpec
 from flexllmgen.splits import Split, keep_inputs, micro_batch_sizes, split_sequences
 from flexllmgen.units import PAGE, GiB, round_up
@@ -137,7 +137,7 @@ class PlacementPlan:
     @property
     def kv_row_bytes(self) -> int:
         """The same as they are kept."""
-        return row_bytes(self.spec, self.policy, 1, self.dtype_bytes, disk=False)
+        return row_bytes(self.spec, self.policy, 1, self.dtype_bytes, tier="gpu")
 
     @property
     def kv_bytes_share(self) -> float:
@@ -267,16 +267,16 @@ def plan_placement(
     hidden_splits = tuple(split_sequences(list(sizes), policy.activations))
     hidden_row = spec.hidden_bytes(workload.prompt_tokens, dtype_bytes)
 
-    def kv_tier(sequences: int, *, disk: bool = False) -> int:
-        return row_bytes(spec, policy, sequences, dtype_bytes, disk=disk) * context if sequences else 0
+    def kv_tier(sequences: int, tier: Tier) -> int:
+        return row_bytes(spec, policy, sequences, dtype_bytes, tier=tier) * context if sequences else 0
 
     input_row = spec.hidden_bytes(context, dtype_bytes)
     most_inputs = max(each.inputs for row in kv_splits for each in row)
     input_bytes = sum(each.inputs for row in kv_splits for each in row) * input_row
     kv = TierBytes(
-        gpu=sum(kv_tier(each.gpu) for row in kv_splits for each in row),
-        cpu=sum(kv_tier(each.cpu) for row in kv_splits for each in row) + input_bytes,
-        disk=sum(kv_tier(each.disk, disk=True) for row in kv_splits for each in row),
+        gpu=sum(kv_tier(each.gpu, "gpu") for row in kv_splits for each in row),
+        cpu=sum(kv_tier(each.cpu, "cpu") for row in kv_splits for each in row) + input_bytes,
+        disk=sum(kv_tier(each.disk, "disk") for row in kv_splits for each in row),
     )
     hidden = TierBytes(
         gpu=sum(each.gpu for each in hidden_splits) * hidden_row,
@@ -284,9 +284,9 @@ def plan_placement(
         disk=sum(each.disk for each in hidden_splits) * hidden_row,
     )
     slot_hidden = max((each.count * hidden_row for each in hidden_splits if each.gpu < each.count), default=0)
-    slot_kv_cpu = 0 if in_place else max(kv_tier(each.cpu) for row in kv_splits for each in row)
+    slot_kv_cpu = 0 if in_place else max(kv_tier(each.cpu, "cpu") for row in kv_splits for each in row)
     slot_inputs = 0 if in_place else most_inputs * input_row
-    slot_kv_disk = max(kv_tier(each.disk, disk=True) for row in kv_splits for each in row)
+    slot_kv_disk = max(kv_tier(each.disk, "disk") for row in kv_splits for each in row)
     slot_weights = max(
         sum(
             streamed_bytes(images[index], in_place=in_place, embedding=stage.kind == "embed")
@@ -303,7 +303,7 @@ def plan_placement(
     weight_slots = depth + 1 if slot_weights else 0
     kv_slots = depth + 1 if slot_kv_cpu + slot_inputs + slot_kv_disk else 0
     if kv_slots:
-        kv_slots += spare_kv_slots(kv_tier(max(sizes)), depth, in_place=in_place)
+        kv_slots += spare_kv_slots(kv_tier(max(sizes), "gpu"), depth, in_place=in_place)
     hidden_slots = min(depth, len(sizes) - 1) + 1 if slot_hidden else 0
     staging = 0
     if not in_place:
