@@ -62,12 +62,16 @@ class HostAttention:
         self._kv, self._traffic = kv, traffic
         self._regions = [arena.reserve(rows * plan.exchange_row_bytes) for rows in plan.exchange_rows]
         self._lane: Lane | None = None
-        self._queued = False
+        # Answers go up beside the calls: the CPU begins the next one as soon as it has ended one.
+        self._up: Lane | None = None
         if self._regions:
             # Builds the kernel now, where that was not yet done: no step shall wait for a compiler.
-            self._queued = available(plan.spec.head_dim) and device.type == "cuda"
+            queued = available(plan.spec.head_dim) and device.type == "cuda"
             stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-            self._lane = Lane("cpu-attention", stream, threaded=not self._queued)
+            self._lane = Lane("cpu-attention", stream, threaded=not queued)
+            if queued:
+                urgent = torch.cuda.Stream(device, priority=-1)
+                self._up = Lane("cpu-attention-up", urgent, threaded=False)
         self._under_way: dict[int, tuple[Event, torch.Tensor]] = {}
         self._calls: dict[tuple[int, int], Callable[[], None]] = {}
         self._exchanges: dict[tuple[int, int], tuple[_Exchange, _Exchange]] = {}
@@ -118,23 +122,28 @@ class HostAttention:
         self._calls[layer, micro_batch] = attend
         # Made now: the next use of its memory is issued after what this thread issues with it.
         out_BNH = torch.empty_like(seen.out_BNH) if self._device.type == "cuda" else host.out_BNH
-        computed = mark(self._device)
+        needs = mark(self._device), stored
+        lane, stream = self._lane, self._lane.stream
 
-        def work() -> None:
-            assert self._lane is not None
-            stream = self._lane.stream
-            if self._queued:
-                assert isinstance(attend, Prepared)
-                assert stream is not None
-                call_in_order(stream, *attend.in_c)
-            else:
-                if stream is not None:
-                    stream.synchronize()
-                attend()
+        def up() -> None:
             if out_BNH is not host.out_BNH:
                 _by_kernel(out_BNH, seen.out_BNH)
 
-        self._under_way[micro_batch] = self._lane.submit(work, [computed, stored]), out_BNH
+        def queue() -> None:
+            assert isinstance(attend, Prepared)
+            assert stream is not None
+            call_in_order(stream, *attend.in_c)
+
+        def wait() -> None:
+            if stream is not None:
+                stream.synchronize()
+            attend()
+            up()
+
+        ended = (
+            lane.submit(wait, needs) if self._up is None else self._up.submit(up, [lane.submit(queue, needs)])
+        )
+        self._under_way[micro_batch] = ended, out_BNH
 
     def result(self, micro_batch: int) -> torch.Tensor | None:
         """What was submitted comes to, for later work of the current stream: [B, N, H]; None if there was nothing."""
@@ -151,14 +160,16 @@ class HostAttention:
             with contextlib.suppress(Exception):
                 event.synchronize()
         self._under_way.clear()
-        if self._lane is not None and self._lane.stream is not None:
-            self._lane.stream.synchronize()
+        for lane in (self._lane, self._up):
+            if lane is not None and lane.stream is not None:
+                lane.stream.synchronize()
         self._calls.clear()
 
     def close(self) -> None:
         self._exchanges.clear()
-        if self._lane is not None:
-            self._lane.close()
+        for lane in (self._lane, self._up):
+            if lane is not None:
+                lane.close()
 
     def _give_numbers(
         self, segment: Segment, host: _Exchange, seen: _Exchange, q_BNH: torch.Tensor, *new: torch.Tensor
