@@ -22,6 +22,7 @@ _TITLES = {
     "h2d_both_ways_bytes_per_s": "host to device, both ways",
     "d2h_both_ways_bytes_per_s": "device to host, both ways",
     "h2d_under_reads_bytes_per_s": "host to device, CPU reading",
+    "h2d_under_attention_bytes_per_s": "host to device, CPU attending",
     "h2d_pageable_bytes_per_s": "host to device, not page-locked",
     "cpu_attention_bytes_per_s": "CPU attention, KV read",
     "cpu_attention_under_copies_bytes_per_s": "CPU attention under copies",

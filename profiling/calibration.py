@@ -73,6 +73,7 @@ def corrected(profile: HardwareProfile, calibration: Calibration, plan: Placemen
     """The profile as the calibration found the machine, running `plan`'s model."""
     factors = {
         "h2d_bytes_per_s": calibration.link,
+        "h2d_under_attention_bytes_per_s": calibration.link,
         "disk_read_bytes_per_s": calibration.disk,
         "cpu_attention_bytes_per_s": calibration.attention,
         "cpu_attention_under_copies_bytes_per_s": calibration.attention,

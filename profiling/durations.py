@@ -100,8 +100,9 @@ class Durations:
         ]
         self.copy_rate = rates.device_copy_bytes_per_s or rates.device_bytes_per_s / 2
         alone = rates.h2d_bytes_per_s or self.copy_rate
-        beside = min(alone, rates.h2d_under_reads_bytes_per_s or alone) if plan.attends_on_host else alone
-        self.up_rates = alone, beside
+        # Copies wait for memory that the CPU reads, too, and it does so for most of a step.
+        under = rates.h2d_under_attention_bytes_per_s or rates.h2d_under_reads_bytes_per_s or alone
+        self.up_rates = alone, min(alone, under) if plan.attends_on_host else alone
         self.down_rate = rates.d2h_bytes_per_s or self.copy_rate
         self.on_host = [stage.has_kv and plan.attends_on_host for stage in plan.stages]
         exchange = exchange_row(plan.spec, plan.dtype_bytes, plan.policy)
@@ -119,10 +120,10 @@ class Durations:
         return seconds + self._dequantise_seconds(step) + self._recompute_seconds(step)
 
     def attention_s(self, step: Step) -> float:
-        """Seconds in which the CPU attends, with the exchange."""
+        """Seconds in which the CPU attends."""
         rows = self.rows[self.plan.stages[step.stage].layer][step.micro_batch]
         cached = rows * self.plan.kv_row_bytes * self._attended_positions(step)
-        return cached / self._attention_rate(step.stage) + self.times.exchange_s
+        return cached / self._attention_rate(step.stage)
 
     def chosen_experts_s(self, step: Step, share: float) -> float:
         """Seconds to turn back the experts that a step brought in."""

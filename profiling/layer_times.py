@@ -79,8 +79,8 @@ class LayerTimes:
         chunk_issue_s: host seconds to issue the operations of a chunk of a prompt, or of a step; 0 on the CPU, where it is the
             layer's own time.
         kv_issue_s: what a step takes more to issue where its KV is loaded and stored.
-        exchange_s: from a step's query to what the CPU has attended to, however little that is. It passes between two of
-            the CPU's answers; the host issues it in about that time too, half with the query and half with the answer.
+        exchange_s: from a step's query to what the CPU has attended to, however little that is: half before the CPU
+            attends and half after. The host issues it in about that time too, half with the query and half with the answer.
         replay_s: what a layer replayed from a graph takes beyond its kernels, waiting for its weights.
         recorded: points of a decode step that is replayed from a graph: it attends to all positions there is room
             for, under a mask. Empty on the CPU.

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import cycle, repeat
 
 import torch
 
@@ -17,6 +18,8 @@ from profiling.memory import MIB, HostWork
 from profiling.profile import Measurement
 
 COPY_BYTES = 256 * MIB
+SOURCE_BYTES = 1024 * MIB
+"""What is copied up, in turn: more than a processor keeps near, so that copies compete for memory as an engine's do."""
 _TRIALS = 5
 _SIDE_BY_SIDE_S = 0.25
 """How long copies and the CPU run beside each other: some rounds of what the CPU does."""
@@ -24,9 +27,9 @@ _SIDE_BY_SIDE_S = 0.25
 
 @dataclass(frozen=True, slots=True)
 class _Copy:
-    """A copy over the link, on a stream of its own."""
+    """A copy over the link, on a stream of its own; its sources take turns."""
 
-    source: torch.Tensor
+    sources: Iterator[torch.Tensor]
     target: torch.Tensor
     stream: torch.cuda.Stream
 
@@ -35,7 +38,7 @@ class _Copy:
         with torch.cuda.stream(self.stream):
             begin.record()
             for _ in range(times):
-                self.target.copy_(self.source, non_blocking=True)
+                self.target.copy_(next(self.sources), non_blocking=True)
             end.record()
         return begin, end
 
@@ -89,14 +92,14 @@ class Links:
 def open_links() -> Iterator[Links]:
     """Memory on both sides, page-locked on the host, for as long as the context lasts."""
     arena = HostArena(register=True)
-    regions = [arena.reserve(COPY_BYTES) for _ in range(2)]
+    regions = [arena.reserve(num_bytes) for num_bytes in (SOURCE_BYTES, COPY_BYTES)]
     arena.commit()
     try:
-        on_host = [arena.view(region) for region in regions]
-        on_gpu = [torch.ones(COPY_BYTES, dtype=torch.uint8, device="cuda") for _ in regions]
+        source, target = (arena.view(region).fill_(1) for region in regions)
+        on_gpu = [torch.ones(COPY_BYTES, dtype=torch.uint8, device="cuda") for _ in range(2)]
         yield Links(
-            up=_Copy(on_host[0], on_gpu[0], torch.cuda.Stream()),
-            down=_Copy(on_gpu[1], on_host[1], torch.cuda.Stream()),
+            up=_Copy(cycle(source.split(COPY_BYTES)), on_gpu[0], torch.cuda.Stream()),
+            down=_Copy(repeat(on_gpu[1]), target, torch.cuda.Stream()),
         )
     finally:
         torch.cuda.synchronize()

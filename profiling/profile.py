@@ -88,6 +88,7 @@ class Rates:
     h2d_both_ways_bytes_per_s: float | None = None
     d2h_both_ways_bytes_per_s: float | None = None
     h2d_under_reads_bytes_per_s: float | None = None
+    h2d_under_attention_bytes_per_s: float | None = None
     h2d_pageable_bytes_per_s: float | None = None
     cpu_attention_bytes_per_s: float | None = None
     cpu_attention_under_copies_bytes_per_s: float | None = None
@@ -127,8 +128,8 @@ class Rates:
             self.h2d_bytes_per_s or 0.0,
             self.d2h_bytes_per_s or 0.0,
             (self.h2d_both_ways_bytes_per_s or 0.0) + (self.d2h_both_ways_bytes_per_s or 0.0),
-            max(self.host_under_copies_bytes_per_s or 0.0, beside or 0.0)
-            + (self.h2d_under_reads_bytes_per_s or 0.0),
+            (self.host_under_copies_bytes_per_s or 0.0) + (self.h2d_under_reads_bytes_per_s or 0.0),
+            (beside or 0.0) + (self.h2d_under_attention_bytes_per_s or 0.0),
         )
 
     def as_dict(self) -> dict[str, float]:

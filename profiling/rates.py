@@ -98,8 +98,8 @@ def _links(links: Links, dtype: torch.dtype) -> Iterator[Part]:
         return {"h2d_under_reads_bytes_per_s": up, "host_under_copies_bytes_per_s": host}
 
     def beside_attention() -> Rated:
-        _, attention = links.beside(host_attention(dtype))
-        return {"cpu_attention_under_copies_bytes_per_s": attention}
+        up, attention = links.beside(host_attention(dtype))
+        return {"h2d_under_attention_bytes_per_s": up, "cpu_attention_under_copies_bytes_per_s": attention}
 
     yield "links", links.alone
     yield "links both ways", links.both_ways

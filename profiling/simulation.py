@@ -324,13 +324,12 @@ class _Simulation:
         rows = self.durations.rows[layer][step.micro_batch]
         if not rows:
             return
-        ready = max(
-            self._down("exchange down", self.computed, rows * self.durations.query_bytes, step.token),
-            self.stored.get((layer, step.micro_batch), 0.0),
-        )
-        self.attended[step.micro_batch] = self.clocks.run(
-            CPU, "attention", ready, self.durations.attention_s(step), step.token
-        )
+        down = self._down("exchange down", self.computed, rows * self.durations.query_bytes, step.token)
+        # A micro-batch's query comes and its answer goes while the CPU attends for another.
+        half_s = self.times.exchange_s / 2
+        ready = max(down + half_s, self.stored.get((layer, step.micro_batch), 0.0))
+        end = self.clocks.run(CPU, "attention", ready, self.durations.attention_s(step), step.token)
+        self.attended[step.micro_batch] = end + half_s
 
     def _finish(self, step: Step) -> None:
         """What the CPU found goes up, and the device computes the rest of the layer."""

@@ -216,6 +216,32 @@ def test_attention_on_the_cpu_takes_kv_off_the_link() -> None:
     assert busiest <= in_place.decode_s < 1.35 * busiest
 
 
+def test_copies_are_as_fast_as_they_were_beside_attention() -> None:
+    workload = Workload(num_sequences=96, prompt_tokens=512, gen_tokens=8)
+    streams = Policy(micro_batch_size=24, num_micro_batches=4, weights=ON_CPU, kv_cache=ON_CPU)
+    asks = dataclasses.replace(streams, cpu_attention=True)
+    fast = {"cpu_attention_bytes_per_s": 9e11, "cpu_attention_under_copies_bytes_per_s": 9e11}
+    slowed = {**fast, "h2d_under_attention_bytes_per_s": 4.4e10}
+    ratio = cost(asks, workload, **slowed).decode_s / cost(asks, workload, **fast).decode_s
+    assert ratio == pytest.approx(5.5 / 4.4, rel=0.03)
+    assert cost(streams, workload, **slowed).decode_s == cost(streams, workload, **fast).decode_s
+
+
+def test_a_query_comes_while_the_cpu_attends_for_another_micro_batch() -> None:
+    """What an exchange takes is hidden by all but one of a layer's micro-batches."""
+    workload = Workload(num_sequences=96, prompt_tokens=512, gen_tokens=8)
+    policy = Policy(micro_batch_size=8, num_micro_batches=12, kv_cache=ON_CPU, cpu_attention=True)
+    plan = plan_placement(SPEC, policy, workload, 2, in_place=False)
+    profile = machine(SPEC, cpu_attention_bytes_per_s=3e10)
+    taken = []
+    for exchange_s in (0.0, 1e-4):
+        table = dataclasses.replace(profile.layers[0], exchange_s=exchange_s, issue_s=0.0, chunk_issue_s=0.0)
+        estimate = engine_cost(plan, dataclasses.replace(profile, layers=(table,)))
+        assert estimate is not None
+        taken.append(estimate.decode_s / 7)
+    assert taken[1] - taken[0] == pytest.approx(SPEC.num_layers * 1e-4, rel=0.1)
+
+
 def test_what_is_issued_with_a_query_and_its_answer_adds_up_to_what_was_measured() -> None:
     """The figures are differences of engines with more and fewer layers: predicted, these differ by the same."""
     workload = Workload(num_sequences=1, prompt_tokens=4, gen_tokens=20)
