@@ -18,6 +18,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from policy_run import goes_back
 
 Row = dict[str, Any]
 Case = tuple[str, float, tuple[int, int, int]]
@@ -73,8 +74,10 @@ def is_own(row: Row) -> bool:
 def measured(rows: Sequence[Row], policy: str | None = None) -> list[Row]:
     """Rows that ran: of one policy, or of all but autoflex's, the fastest first."""
     ran = [row for row in rows if "tok_s" in row]
-    if policy == "autoflex":  # What it stayed with: where it planned again, that.
-        return [row for row in ran if is_own(row)][-1:]
+    if policy == "autoflex":
+        own = [row for row in ran if is_own(row)]
+        # What it stayed with: where it planned again, that, unless it proved slower.
+        return own[:1] if len(own) > 1 and goes_back(*own) else own[-1:]
     if policy is not None:
         return [row for row in ran if row["policy"] == policy]
     return sorted((row for row in ran if not is_own(row)), key=lambda row: -row["tok_s"])
@@ -97,7 +100,7 @@ def table(cases: dict[Case, list[Row]]) -> Iterable[str]:
             continue
         row = own[0]
         cells = [
-            row["cut"] + (" (planned again)" if row["policy"] != "autoflex" else ""),
+            row["cut"] + ending(cases[case], row),
             f"{row['tok_s']:,.0f}" if row["tok_s"] > 1000 else f"{row['tok_s']:.4g}",
             f"{first_of(cases[case])['prediction_error']:+.1%}",
             f"{logged_error(row):+.1%}",
@@ -132,8 +135,15 @@ def first_of(rows: Sequence[Row]) -> Row:
 
 def logged_error(row: Row) -> float:
     """Of the prediction that a run of autoflex logs: at the rates that its calibration found."""
-    error: float = row["calibrated_error" if row["policy"] == "autoflex" else "prediction_error"]
+    error: float = row["calibrated_error"]
     return error
+
+
+def ending(rows: Sequence[Row], row: Row) -> str:
+    """How autoflex came to a policy, if not at once."""
+    if row["policy"] != "autoflex":
+        return " (planned again)"
+    return " (and back)" if sum(is_own(each) and "tok_s" in each for each in rows) > 1 else ""
 
 
 def draw(cases: dict[Case, list[Row]], path: Path) -> None:

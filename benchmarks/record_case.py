@@ -139,11 +139,18 @@ def autoflex(case: Case, tell: Callable[[dict[str, Any]], None]) -> dict[str, An
     result = run.run(policy, probed=True)
     if not case.policy and (again := run.replanned(policy, result, allow_lossy=case.lossy)) is not None:
         tell(whole(dict(result)) | {SO_FAR: True})
-        before = {
-            name: result[name] for name in ("cut", "shares", "tok_s", "prediction_error", "calibration")
-        }
+
+        def noted(other: dict[str, Any]) -> dict[str, Any]:
+            names = ("cut", "shares", "tok_s", "prediction_error", "calibration")
+            return {name: other[name] for name in names}
+
+        before, first = result, policy
         run, policy = again
-        result = run.run(policy, probed=True) | {"planned_before": before}
+        result = run.run(policy, probed=True)
+        if "tok_s" in result and policy_run.goes_back(before, result):
+            result, policy = before | {"planned_again": noted(result)}, first
+        else:
+            result |= {"planned_before": noted(before)}
     return whole(result)
 
 

@@ -2,7 +2,7 @@
 
 Searches before anything is loaded. Then, unless told not to, it times the load of a layer and a few steps on the loaded
 engine, corrects the machine's rates by that, and loads another policy if that one is now better by a margin that is
-worth it.
+worth it. That one is timed as well; should it prove slower than the first by as much, the first is loaded again.
 """
 
 import logging
@@ -79,19 +79,31 @@ class AutoflexStrategy:
 
     @contextmanager
     def build(self, plan: Plan) -> Iterator[FlexgenEngine]:
-        """Load the policy found; after a calibration perhaps another.
+        """Load the policy found; after a calibration perhaps another, and the first again where that proves slower.
 
         Raises:
             OutOfMemory: device memory ran out although the plan fitted.
         """
         folder = offload_folder(plan.request, self.config.path)
         with load_policy(plan, policy_of(plan), folder) as engine:
-            better = self._calibrated(plan, engine) if self.config.calibrate else plan
-            if policy_of(better) == policy_of(plan):
-                engine.plan = better
+            first, other = self._calibrated(plan, engine) if self.config.calibrate else (plan, None)
+            if other is None:
+                engine.plan = first
                 yield engine
                 return
-        with load_policy(better, policy_of(better), folder) as engine:
+        with load_policy(other, policy_of(other), folder) as engine:
+            tried = self._tried(other, engine)
+            if (loss := _seconds(tried) / _seconds(first)) <= REPLAN_GAIN:
+                engine.plan = tried
+                yield engine
+                return
+        log.warning("calibration: the other policy is %.0f %% slower; back to the first", 100 * (loss - 1))
+        warning = f"planned again, but what that found proved {100 * (loss - 1):.0f} % slower: back to the first policy"
+        noted = first.details["calibration"] | {"other": tried.details["calibration"]}
+        first = replace(
+            first, details={**first.details, "calibration": noted}, warnings=(*first.warnings, warning)
+        )
+        with load_policy(first, policy_of(first), folder) as engine:
             yield engine
 
     def _search(self, request: PlanRequest, profile: HardwareProfile, disk_bytes: int) -> Found:
@@ -156,39 +168,64 @@ class AutoflexStrategy:
         except PlanInfeasible:  # The disk has filled meanwhile: what is loaded is what there is.
             return None
 
-    def _calibrated(self, plan: Plan, engine: FlexgenEngine) -> Plan:
-        """The plan at the rates that the loaded engine shows; another one if it is worth loading anew."""
-        profile, placement = plan.request.profile, engine.engine.placement
-        assert profile is not None
-        steps = 0 < _step_s(plan) < _LONG_STEP_S
-        calibration = calibrate(placement, profile, engine.engine.probe(steps=steps))
-        profile = corrected(profile, calibration, placement)
-        cost = engine_cost(placement, profile)
-        assert cost is not None
+    def _calibrated(self, plan: Plan, engine: FlexgenEngine) -> tuple[Plan, Plan | None]:
+        """The plan at the rates that the loaded engine shows; and another one if it is worth loading anew."""
+        calibration, profile = _probed(plan, engine)
+        first = _at(plan, engine, calibration, profile)
         found = self._search_again(plan, profile, engine)
-        gain = (cost.prefill_s + cost.decode_s) / found.best.seconds if found is not None else 1.0
+        gain = _seconds(first) / found.best.seconds if found is not None else 1.0
         log.info("calibration: %s; the best other policy takes %.2f of the time", calibration, 1 / gain)
-        noted = {
-            **asdict(calibration),
-            "predicted_before_tok_s": None if plan.predicted is None else plan.predicted.generation_tok_s,
-            "gain_of_best": gain,
-            "replanned": gain > REPLAN_GAIN,
-        }
+        noted = first.details["calibration"] | {"gain_of_best": gain, "replanned": False}
+        first = replace(first, details={**first.details, "calibration": noted})
         if found is None or gain <= REPLAN_GAIN:
-            return replace(plan, predicted=cost, details={**plan.details, "calibration": noted})
+            return first, None
         log.warning("calibration: another policy is %.0f %% faster; loading it", 100 * (gain - 1))
         warning = (
             f"the machine's {_slowest(calibration)} than profiled: planned again, "
             f"{100 * (gain - 1):.0f} % faster"
         )
         other = self._plan(replace(plan.request, profile=profile), found)
-        return replace(
+        other = replace(
             other,
             # The run's record holds the machine's profile as measured before.
             request=plan.request,
-            details={**other.details, "calibration": noted},
+            details={**other.details, "calibration": noted | {"replanned": True}},
             warnings=(*plan.warnings, warning),
         )
+        return first, other
+
+    def _tried(self, plan: Plan, engine: FlexgenEngine) -> Plan:
+        """A plan that a calibration led to, at the rates that its own engine shows."""
+        calibration, profile = _probed(plan, engine)
+        log.info("calibration of the other policy: %s", calibration)
+        tried = _at(plan, engine, calibration, profile)
+        led = plan.details["calibration"]
+        noted = {"gain_of_best": led["gain_of_best"], "replanned": True, "first": led}
+        return replace(tried, details={**tried.details, "calibration": tried.details["calibration"] | noted})
+
+
+def _probed(plan: Plan, engine: FlexgenEngine) -> tuple[Calibration, HardwareProfile]:
+    """How the loaded engine differs from the profile, and the profile that it shows."""
+    profile, placement = plan.request.profile, engine.engine.placement
+    assert profile is not None
+    steps = 0 < _step_s(plan) < _LONG_STEP_S
+    calibration = calibrate(placement, profile, engine.engine.probe(steps=steps))
+    return calibration, corrected(profile, calibration, placement)
+
+
+def _at(plan: Plan, engine: FlexgenEngine, calibration: Calibration, profile: HardwareProfile) -> Plan:
+    """The plan of what is loaded as predicted by a corrected profile."""
+    cost = engine_cost(engine.engine.placement, profile)
+    assert cost is not None
+    before = None if plan.predicted is None else plan.predicted.generation_tok_s
+    noted = {**asdict(calibration), "predicted_before_tok_s": before}
+    return replace(plan, predicted=cost, details={**plan.details, "calibration": noted})
+
+
+def _seconds(plan: Plan) -> float:
+    """Predicted seconds of the whole workload."""
+    assert plan.predicted is not None
+    return plan.predicted.prefill_s + plan.predicted.decode_s
 
 
 def _step_s(plan: Plan) -> float:

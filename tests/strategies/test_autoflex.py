@@ -12,12 +12,14 @@ import torch
 
 from flexllmgen.errors import PlanInfeasible
 from flexllmgen.models.published import published_config
+from flexllmgen.policy import Policy
 from flexllmgen.spec import ModelSpec
 from flexllmgen.workload import Workload
 from profiling.calibration import Calibration
 from strategies.autoflex import AutoflexStrategy, create, policy_of
 from strategies.autoflex_config import Config
 from strategies.base import Machine, ModelSource, PlanRequest
+from strategies.flexgen_engine import load_policy
 from strategies.registry import find_strategy
 
 sys.path.append(str(Path(__file__).parents[1] / "profiling"))
@@ -140,6 +142,49 @@ def test_it_plans_again_where_another_policy_is_better_and_the_tokens_stay(
     assert any("planned again" in warning for warning in changed.warnings)
     assert changed.predicted is not None
     assert torch.equal(tokens_of(mine, request, plan), want)
+
+
+def test_another_policy_is_predicted_by_what_its_own_engine_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, _request, plan = replanning(tmp_path, monkeypatch)
+    shown = iter([Calibration(disk=1000.0), Calibration(disk=1200.0)])
+    monkeypatch.setattr("strategies.autoflex.calibrate", lambda *_: next(shown))
+    with mine.build(plan) as engine:
+        changed = engine.plan
+    noted = changed.details["calibration"]
+    assert (noted["disk"], noted["first"]["disk"]) == (1200.0, 1000.0)
+    assert noted["replanned"] is True
+    assert changed.predicted is not None
+    assert changed.predicted.generation_tok_s < 0.9 * noted["predicted_before_tok_s"]
+
+
+def test_a_policy_that_proves_slower_than_the_first_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, request, plan = replanning(tmp_path, monkeypatch)
+    want = tokens_of(strategy(calibrate=False), request, plan)
+    shown = [Calibration(disk=1000.0), Calibration(disk=1000.0, pace=1e6)]
+    monkeypatch.setattr("strategies.autoflex.calibrate", lambda *_: shown.pop(0))
+    loaded = []
+    real = load_policy
+
+    def load(plan: Any, policy: Policy, folder: Path) -> Any:
+        loaded.append(policy)
+        return real(plan, policy, folder)
+
+    monkeypatch.setattr("strategies.autoflex.load_policy", load)
+    assert torch.equal(tokens_of(mine, request, plan), want)
+    assert loaded[0] == loaded[2] == policy_of(plan) != loaded[1]
+    assert not shown, "the first is not timed again"
+    shown = [Calibration(disk=1000.0), Calibration(disk=1000.0, pace=1e6)]
+    with mine.build(plan) as engine:
+        assert policy_of(engine.plan) == policy_of(plan)
+        noted = engine.plan.details["calibration"]
+        assert (noted["pace"], noted["other"]["pace"]) == (1.0, 1e6)
+        assert noted["replanned"] is False
+        assert any("back to the first" in warning for warning in engine.plan.warnings)
+        assert engine.plan.predicted is not None
 
 
 def test_what_the_first_engine_holds_on_disk_counts_as_free(
