@@ -18,7 +18,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from policy_run import goes_back
+from replanning import goes_back
 
 Row = dict[str, Any]
 Case = tuple[str, float, tuple[int, int, int]]
@@ -77,7 +77,7 @@ def measured(rows: Sequence[Row], policy: str | None = None) -> list[Row]:
     if policy == "autoflex":
         own = [row for row in ran if is_own(row)]
         # What it stayed with: where it planned again, that, unless it proved slower.
-        return own[:1] if len(own) > 1 and goes_back(*own) else own[-1:]
+        return own[:1] if len(own) > 1 and goes_back(*own[:2]) else own[-1:]
     if policy is not None:
         return [row for row in ran if row["policy"] == policy]
     return sorted((row for row in ran if not is_own(row)), key=lambda row: -row["tok_s"])

@@ -50,16 +50,6 @@ from strategies.flexgen_engine import plan_of
 from strategies.search import Found, find_policy
 
 
-def goes_back(first: dict[str, Any], again: dict[str, Any]) -> bool:
-    """Whether autoflex, having planned again, loads its first policy after all: by what the calibration of each says.
-
-    >>> goes_back({"tok_s": 80, "calibrated_error": 0.05}, {"tok_s": 78, "calibrated_error": 0.0})
-    True
-    """
-    rates = [result["tok_s"] * (1 + result["calibrated_error"]) for result in (first, again)]
-    return bool(rates[0] > REPLAN_GAIN * rates[1])
-
-
 class AliasedArena(HostArena):
     """Regions of about the same size take turns in `alias_bytes` of memory: more than any cache holds."""
 

@@ -27,6 +27,7 @@ from peers import PEERS
 from peers.case import DEVICE, Case
 from processes import SO_FAR, end_with_parent
 from record_rows import ENGINE, ROWS
+from replanning import goes_back
 
 
 def main() -> None:
@@ -88,6 +89,11 @@ def peer(name: str, case: Case) -> dict[str, Any]:
     return result
 
 
+def brief(result: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of the policy that was given up."""
+    return {name: result[name] for name in ("cut", "shares", "tok_s", "prediction_error", "calibration")}
+
+
 def autoflex(case: Case, tell: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """The search's policy (or the case's own), planned, loaded and run.
 
@@ -139,18 +145,13 @@ def autoflex(case: Case, tell: Callable[[dict[str, Any]], None]) -> dict[str, An
     result = run.run(policy, probed=True)
     if not case.policy and (again := run.replanned(policy, result, allow_lossy=case.lossy)) is not None:
         tell(whole(dict(result)) | {SO_FAR: True})
-
-        def noted(other: dict[str, Any]) -> dict[str, Any]:
-            names = ("cut", "shares", "tok_s", "prediction_error", "calibration")
-            return {name: other[name] for name in names}
-
         before, first = result, policy
         run, policy = again
         result = run.run(policy, probed=True)
-        if "tok_s" in result and policy_run.goes_back(before, result):
-            result, policy = before | {"planned_again": noted(result)}, first
+        if "tok_s" in result and goes_back(before, result):
+            result, policy = before | {"planned_again": brief(result)}, first
         else:
-            result |= {"planned_before": noted(before)}
+            result |= {"planned_before": brief(before)}
     return whole(result)
 
 

@@ -15,8 +15,6 @@ from flexllmgen.errors import PlanInfeasible
 from flexllmgen.images import pack
 from flexllmgen.memory.pack import packed_bytes
 from flexllmgen.policy import Placement, Policy
-from profiling.calibration import Calibration, calibrate, corrected
-from profiling.cost_model import engine_cost
 from profiling.hardware import free_disk_bytes
 from profiling.profile import HardwareProfile
 from strategies.autoflex_config import Config
@@ -35,12 +33,11 @@ from strategies.flexgen_engine import (
     policy_details,
     spec_of,
 )
+from strategies.recalibration import Shown, back_to, noted, seconds_of, shown_by, slowest, tried_after
 from strategies.search import Found, find_policy
 
 log = logging.getLogger(__name__)
 
-_LONG_STEP_S = 2.0
-"""Steps that take longer are not tried out for a calibration."""
 _FEWEST_BITS = 4
 """least_bits that rules nothing out."""
 _MOST_OF = 0.9
@@ -86,23 +83,26 @@ class AutoflexStrategy:
         """
         folder = offload_folder(plan.request, self.config.path)
         with load_policy(plan, policy_of(plan), folder) as engine:
-            first, other = self._calibrated(plan, engine) if self.config.calibrate else (plan, None)
+            if not self.config.calibrate:
+                yield engine
+                return
+            shown = shown_by(plan, engine, plan.request.profile)
+            first, other = self._other(plan, engine, shown)
             if other is None:
                 engine.plan = first
                 yield engine
                 return
         with load_policy(other, policy_of(other), folder) as engine:
-            tried = self._tried(other, engine)
-            if (loss := _seconds(tried) / _seconds(first)) <= REPLAN_GAIN:
+            shown_then = shown_by(other, engine, shown.profile)
+            tried = tried_after(first, other, shown_then)
+            loss = seconds_of(tried) / seconds_of(first)
+            # What steps take is compared only where those of both were timed.
+            if loss <= REPLAN_GAIN or shown.stepped != shown_then.stepped:
                 engine.plan = tried
                 yield engine
                 return
         log.warning("calibration: the other policy is %.0f %% slower; back to the first", 100 * (loss - 1))
-        warning = f"planned again, but what that found proved {100 * (loss - 1):.0f} % slower: back to the first policy"
-        noted = first.details["calibration"] | {"other": tried.details["calibration"]}
-        first = replace(
-            first, details={**first.details, "calibration": noted}, warnings=(*first.warnings, warning)
-        )
+        first = back_to(first, tried, loss)
         with load_policy(first, policy_of(first), folder) as engine:
             yield engine
 
@@ -168,71 +168,28 @@ class AutoflexStrategy:
         except PlanInfeasible:  # The disk has filled meanwhile: what is loaded is what there is.
             return None
 
-    def _calibrated(self, plan: Plan, engine: FlexgenEngine) -> tuple[Plan, Plan | None]:
+    def _other(self, plan: Plan, engine: FlexgenEngine, shown: Shown) -> tuple[Plan, Plan | None]:
         """The plan at the rates that the loaded engine shows; and another one if it is worth loading anew."""
-        calibration, profile = _probed(plan, engine)
-        first = _at(plan, engine, calibration, profile)
-        found = self._search_again(plan, profile, engine)
-        gain = _seconds(first) / found.best.seconds if found is not None else 1.0
-        log.info("calibration: %s; the best other policy takes %.2f of the time", calibration, 1 / gain)
-        noted = first.details["calibration"] | {"gain_of_best": gain, "replanned": False}
-        first = replace(first, details={**first.details, "calibration": noted})
+        found = self._search_again(plan, shown.profile, engine)
+        gain = shown.seconds / found.best.seconds if found is not None else 1.0
+        log.info("calibration: %s; the best other policy takes %.2f of the time", shown.calibration, 1 / gain)
+        found_out = {
+            **asdict(shown.calibration),
+            "predicted_before_tok_s": None if plan.predicted is None else plan.predicted.generation_tok_s,
+            "gain_of_best": gain,
+            "replanned": False,
+        }
+        first = noted(replace(plan, predicted=shown.cost), found_out)
         if found is None or gain <= REPLAN_GAIN:
             return first, None
         log.warning("calibration: another policy is %.0f %% faster; loading it", 100 * (gain - 1))
         warning = (
-            f"the machine's {_slowest(calibration)} than profiled: planned again, "
+            f"the machine's {slowest(shown.calibration)} than profiled: planned again, "
             f"{100 * (gain - 1):.0f} % faster"
         )
-        other = self._plan(replace(plan.request, profile=profile), found)
-        other = replace(
-            other,
-            # The run's record holds the machine's profile as measured before.
-            request=plan.request,
-            details={**other.details, "calibration": noted | {"replanned": True}},
-            warnings=(*plan.warnings, warning),
-        )
-        return first, other
-
-    def _tried(self, plan: Plan, engine: FlexgenEngine) -> Plan:
-        """A plan that a calibration led to, at the rates that its own engine shows."""
-        calibration, profile = _probed(plan, engine)
-        log.info("calibration of the other policy: %s", calibration)
-        tried = _at(plan, engine, calibration, profile)
-        led = plan.details["calibration"]
-        noted = {"gain_of_best": led["gain_of_best"], "replanned": True, "first": led}
-        return replace(tried, details={**tried.details, "calibration": tried.details["calibration"] | noted})
-
-
-def _probed(plan: Plan, engine: FlexgenEngine) -> tuple[Calibration, HardwareProfile]:
-    """How the loaded engine differs from the profile, and the profile that it shows."""
-    profile, placement = plan.request.profile, engine.engine.placement
-    assert profile is not None
-    steps = 0 < _step_s(plan) < _LONG_STEP_S
-    calibration = calibrate(placement, profile, engine.engine.probe(steps=steps))
-    return calibration, corrected(profile, calibration, placement)
-
-
-def _at(plan: Plan, engine: FlexgenEngine, calibration: Calibration, profile: HardwareProfile) -> Plan:
-    """The plan of what is loaded as predicted by a corrected profile."""
-    cost = engine_cost(engine.engine.placement, profile)
-    assert cost is not None
-    before = None if plan.predicted is None else plan.predicted.generation_tok_s
-    noted = {**asdict(calibration), "predicted_before_tok_s": before}
-    return replace(plan, predicted=cost, details={**plan.details, "calibration": noted})
-
-
-def _seconds(plan: Plan) -> float:
-    """Predicted seconds of the whole workload."""
-    assert plan.predicted is not None
-    return plan.predicted.prefill_s + plan.predicted.decode_s
-
-
-def _step_s(plan: Plan) -> float:
-    """Predicted seconds of a decode step of a block; 0 if there is none."""
-    workload, predicted = plan.request.workload, plan.predicted
-    steps = -(-workload.num_sequences // plan.batch_size) * (workload.gen_tokens - 1)
-    return predicted.decode_s / steps if predicted is not None and steps else 0.0
+        other = self._plan(replace(plan.request, profile=shown.profile), found)
+        # The run's record holds the machine's profile as measured before.
+        return first, replace(other, request=plan.request, warnings=(*plan.warnings, warning))
 
 
 def policy_of(plan: Plan) -> Policy:
@@ -296,8 +253,3 @@ def _why(other: Candidate, best: Candidate) -> str:
     if more[name] <= 0.2 * (other.seconds - best.seconds):
         return "more waiting between loads and compute"
     return f"{more[name]:.2f} s more on the {name}"
-
-
-def _slowest(calibration: Calibration) -> str:
-    name, factor = max(asdict(calibration).items(), key=lambda item: abs(item[1] - 1))
-    return f"{name} {abs(factor - 1) * 100:.0f} % {'slower' if factor > 1 else 'faster'}"

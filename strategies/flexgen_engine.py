@@ -210,7 +210,7 @@ def policy_details(policy: Policy) -> dict[str, object]:
 
 
 def _share_details(placement: PlacementPlan) -> dict[str, dict[str, float]]:
-    """The shares that came out, in percent; within 1 % of those asked for."""
+    """The shares that came out, in percent; within 2 % of those asked for."""
     kinds = {
         "weights": placement.weights,
         "kv_cache": placement.kv_cache,

@@ -2,7 +2,8 @@
 
 The query, key and value of a step come down, the CPU appends and attends where the KV lies, and what it found goes up:
 a few rows instead of all cached positions, written and read by the device's kernels over the link, since a copy engine
-would queue them behind the weights under way. On CUDA all of it is queued on a stream of its own and the host goes on;
+would queue them behind the weights under way. On CUDA calls are queued on a stream of their own, what comes back on
+another, and the host goes on;
 elsewhere one thread takes the micro-batches in turn. The kernel has threads of its own. Knows nothing of weights, slots
 or schedules.
 """

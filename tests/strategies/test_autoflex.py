@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ def test_without_a_profile_it_says_so(tmp_path: Path) -> None:
 
 
 def test_a_calibration_corrects_the_prediction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("strategies.autoflex.calibrate", lambda *_: Calibration(pace=2.0))
+    monkeypatch.setattr("strategies.recalibration.calibrate", lambda *_: Calibration(pace=2.0))
     mine, request = strategy(), request_for(tmp_path)
     plan = mine.plan(request)
     assert plan.predicted is not None
@@ -123,7 +124,8 @@ def replanning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Autofle
 
     The KV cache, which a fast disk made room for a larger block with, then makes for smaller ones.
     """
-    monkeypatch.setattr("strategies.autoflex.calibrate", lambda *_: Calibration(disk=1000.0))
+    shown = itertools.cycle([Calibration(disk=1000.0), Calibration()])
+    monkeypatch.setattr("strategies.recalibration.calibrate", lambda *_: next(shown))
     mine = strategy()
     request = request_for(tmp_path, cpu_mib=290, disk_read_bytes_per_s=1e12, disk_write_bytes_per_s=1e12)
     return mine, request, mine.plan(request)
@@ -148,15 +150,28 @@ def test_another_policy_is_predicted_by_what_its_own_engine_shows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine, _request, plan = replanning(tmp_path, monkeypatch)
-    shown = iter([Calibration(disk=1000.0), Calibration(disk=1200.0)])
-    monkeypatch.setattr("strategies.autoflex.calibrate", lambda *_: next(shown))
+    shown = iter([Calibration(disk=1000.0), Calibration(disk=1.2)])
+    profiles = []
+
+    def calibrated(placement: Any, profile: Any, probe: Any) -> Calibration:
+        profiles.append(profile.typical.disk_read_bytes_per_s)
+        return next(shown)
+
+    monkeypatch.setattr("strategies.recalibration.calibrate", calibrated)
     with mine.build(plan) as engine:
         changed = engine.plan
     noted = changed.details["calibration"]
-    assert (noted["disk"], noted["first"]["disk"]) == (1200.0, 1000.0)
+    assert (noted["disk"], noted["first"]["disk"]) == (1.2, 1000.0)
+    assert profiles[1] == pytest.approx(profiles[0] / 1000), "the second's comes on top of the first's"
     assert noted["replanned"] is True
     assert changed.predicted is not None
-    assert changed.predicted.generation_tok_s < 0.9 * noted["predicted_before_tok_s"]
+    assert plan.predicted is not None
+    assert noted["predicted_before_tok_s"] == plan.predicted.generation_tok_s, "before anything was loaded"
+    slowed = changed.predicted.generation_tok_s
+    shown = iter([Calibration(disk=1000.0), Calibration()])
+    with mine.build(plan) as engine:
+        assert engine.plan.predicted is not None
+        assert slowed < 0.9 * engine.plan.predicted.generation_tok_s
 
 
 def test_a_policy_that_proves_slower_than_the_first_is_given_up(
@@ -164,8 +179,8 @@ def test_a_policy_that_proves_slower_than_the_first_is_given_up(
 ) -> None:
     mine, request, plan = replanning(tmp_path, monkeypatch)
     want = tokens_of(strategy(calibrate=False), request, plan)
-    shown = [Calibration(disk=1000.0), Calibration(disk=1000.0, pace=1e6)]
-    monkeypatch.setattr("strategies.autoflex.calibrate", lambda *_: shown.pop(0))
+    shown = [Calibration(disk=1000.0), Calibration(pace=1e6)]
+    monkeypatch.setattr("strategies.recalibration.calibrate", lambda *_: shown.pop(0))
     loaded = []
     real = load_policy
 
@@ -177,14 +192,26 @@ def test_a_policy_that_proves_slower_than_the_first_is_given_up(
     assert torch.equal(tokens_of(mine, request, plan), want)
     assert loaded[0] == loaded[2] == policy_of(plan) != loaded[1]
     assert not shown, "the first is not timed again"
-    shown = [Calibration(disk=1000.0), Calibration(disk=1000.0, pace=1e6)]
+    shown = [Calibration(disk=1000.0), Calibration(pace=1e6)]
     with mine.build(plan) as engine:
         assert policy_of(engine.plan) == policy_of(plan)
         noted = engine.plan.details["calibration"]
         assert (noted["pace"], noted["other"]["pace"]) == (1.0, 1e6)
-        assert noted["replanned"] is False
+        assert (noted["replanned"], noted["went_back"]) == (False, True)
         assert any("back to the first" in warning for warning in engine.plan.warnings)
         assert engine.plan.predicted is not None
+
+
+def test_it_does_not_go_back_where_steps_of_one_policy_only_were_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, _request, plan = replanning(tmp_path, monkeypatch)
+    shown = [Calibration(disk=1000.0), Calibration(pace=1e6)]
+    monkeypatch.setattr("strategies.recalibration.calibrate", lambda *_: shown.pop(0))
+    steps = iter([3.0, 1.0])
+    monkeypatch.setattr("strategies.recalibration._step_s", lambda _: next(steps))
+    with mine.build(plan) as engine:
+        assert policy_of(engine.plan) != policy_of(plan)
 
 
 def test_what_the_first_engine_holds_on_disk_counts_as_free(

@@ -1,0 +1,94 @@
+"""What a loaded engine shows of its plan, and which of two policies is kept: autoflex's calibration."""
+
+import logging
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from profiling.calibration import Calibration, calibrate, corrected
+from profiling.cost_model import CostEstimate, engine_cost
+from profiling.profile import HardwareProfile
+from strategies.base import Plan
+from strategies.flexgen_engine import FlexgenEngine
+
+log = logging.getLogger(__name__)
+
+_LONG_STEP_S = 2.0
+"""Steps that take longer are not tried out for a calibration."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What a loaded engine shows: how it differs from a profile, the profile it shows, and its own plan's cost by that.
+
+    Args:
+        stepped: whether decode steps were timed, and not only a load.
+    """
+
+    calibration: Calibration
+    profile: HardwareProfile
+    cost: CostEstimate
+    stepped: bool
+
+    @property
+    def seconds(self) -> float:
+        """Predicted, of the whole workload."""
+        return self.cost.prefill_s + self.cost.decode_s
+
+
+def shown_by(plan: Plan, engine: FlexgenEngine, profile: HardwareProfile | None) -> Shown:
+    """Calibrates against a profile: the machine's, or the one that led to this plan, so that corrections add up."""
+    placement = engine.engine.placement
+    assert profile is not None
+    stepped = 0 < _step_s(plan) < _LONG_STEP_S
+    calibration = calibrate(placement, profile, engine.engine.probe(steps=stepped))
+    profile = corrected(profile, calibration, placement)
+    cost = engine_cost(placement, profile)
+    assert cost is not None
+    return Shown(calibration, profile, cost, stepped)
+
+
+def tried_after(first: Plan, other: Plan, shown: Shown) -> Plan:
+    """The plan that a calibration led to, as predicted by its own, which comes on top of the first's."""
+    led = first.details["calibration"]
+    log.info("calibration of the other policy, on top: %s", shown.calibration)
+    found_out = {
+        **asdict(shown.calibration),
+        "predicted_before_tok_s": led["predicted_before_tok_s"],
+        "gain_of_best": led["gain_of_best"],
+        "replanned": True,
+        "first": led,
+    }
+    return noted(replace(other, predicted=shown.cost), found_out)
+
+
+def back_to(first: Plan, tried: Plan, loss: float) -> Plan:
+    """The first plan, with what was learnt of the other."""
+    warning = (
+        f"planned again, but what that found proved {100 * (loss - 1):.0f} % slower: back to the first policy"
+    )
+    found_out = first.details["calibration"] | {"other": tried.details["calibration"], "went_back": True}
+    return noted(replace(first, warnings=(*first.warnings, warning)), found_out)
+
+
+def noted(plan: Plan, calibration: dict[str, Any]) -> Plan:
+    """The plan, with what a calibration found out among its details."""
+    return replace(plan, details={**plan.details, "calibration": calibration})
+
+
+def seconds_of(plan: Plan) -> float:
+    """Predicted seconds of the whole workload."""
+    assert plan.predicted is not None
+    return plan.predicted.prefill_s + plan.predicted.decode_s
+
+
+def _step_s(plan: Plan) -> float:
+    """Predicted seconds of a decode step of a block; 0 if there is none."""
+    workload, predicted = plan.request.workload, plan.predicted
+    steps = -(-workload.num_sequences // plan.batch_size) * (workload.gen_tokens - 1)
+    return predicted.decode_s / steps if predicted is not None and steps else 0.0
+
+
+def slowest(calibration: Calibration) -> str:
+    """What differs most from its profile, in words."""
+    name, factor = max(asdict(calibration).items(), key=lambda item: abs(item[1] - 1))
+    return f"{name} {abs(factor - 1) * 100:.0f} % {'slower' if factor > 1 else 'faster'}"
