@@ -80,6 +80,27 @@ def test_steps_that_wait_for_the_cpu_are_explained_by_its_attention(factor: floa
     assert found.pace == 1.0
 
 
+@pytest.mark.parametrize(("weights", "seen"), [(ON_CPU, "link"), (ON_DISK, "disk")])
+def test_a_load_that_is_slower_alone_than_in_a_step_gives_way_to_the_step(
+    weights: Placement, seen: str
+) -> None:
+    """What it takes to start a short load is hidden by others: the steps say what the rate is."""
+    profile = machine(SPEC)
+    plan = plan_placement(SPEC, Policy(micro_batch_size=8, weights=weights), WORKLOAD, 2)
+    rate = 5.5e10 if seen == "link" else 1.75e9
+    alone_s = 2.6 * SPEC.layer_weight_bytes(2) / rate
+    true = Calibration(**{seen: 1.1})
+    found = calibrate(plan, profile, probe(alone_s, step_s(plan, corrected(profile, true, plan))))
+    assert getattr(found, seen) == pytest.approx(1.1, rel=0.03)
+    assert (found.pace, found.attention) == (1.0, 1.0)
+
+
+def test_a_cpu_may_be_slower_by_much() -> None:
+    profile = machine(SPEC, "cpu")
+    plan = plan_placement(SPEC, Policy(micro_batch_size=8), WORKLOAD, 2, in_place=True)
+    assert calibrate(plan, profile, probe(None, 5 * step_s(plan, profile))).pace == pytest.approx(5, rel=0.05)
+
+
 def test_what_a_pace_cannot_explain_changes_nothing() -> None:
     profile = machine(SPEC)
     plan = plan_placement(SPEC, Policy(micro_batch_size=8, weights=ON_CPU), WORKLOAD, 2)
