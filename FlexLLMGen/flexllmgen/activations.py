@@ -12,7 +12,7 @@ import torch
 
 from flexllmgen.memory.arena import HostArena
 from flexllmgen.memory.tiers import BlockSize, Lanes, TieredBlocks
-from flexllmgen.memory.transfer import Event
+from flexllmgen.memory.transfer import Event, copy_whole
 from flexllmgen.placement import PlacementPlan
 from flexllmgen.units import PAGE, round_up
 
@@ -87,9 +87,9 @@ class ActivationStore:
         whole, resident = self._whole[slot], self._resident[micro_batch]
 
         def join() -> None:
-            whole[:gpu].copy_(resident[:gpu])
-            whole[gpu : gpu + cpu].copy_(self._homes.cpu_part(micro_batch, slot)[:cpu])
-            whole[gpu + cpu : gpu + cpu + disk].copy_(self._homes.disk_part(micro_batch, slot)[:disk])
+            copy_whole(whole[:gpu], resident[:gpu])
+            copy_whole(whole[gpu : gpu + cpu], self._homes.cpu_part(micro_batch, slot)[:cpu])
+            copy_whole(whole[gpu + cpu : gpu + cpu + disk], self._homes.disk_part(micro_batch, slot)[:disk])
 
         self._loads[slot] = self._lanes.up_to(slot).submit(join, [fetched])
         self._homes.release(slot, self._loads[slot])
@@ -106,9 +106,9 @@ class ActivationStore:
         whole, resident = self._whole[slot], self._resident[micro_batch]
 
         def part() -> None:
-            resident[:gpu].copy_(whole[:gpu])
-            self._homes.cpu_part(micro_batch, slot)[:cpu].copy_(whole[gpu : gpu + cpu])
-            self._homes.disk_part(micro_batch, slot)[:disk].copy_(whole[gpu + cpu : gpu + cpu + disk])
+            copy_whole(resident[:gpu], whole[:gpu])
+            copy_whole(self._homes.cpu_part(micro_batch, slot)[:cpu], whole[gpu : gpu + cpu])
+            copy_whole(self._homes.disk_part(micro_batch, slot)[:disk], whole[gpu + cpu : gpu + cpu + disk])
 
         apart = self._lanes.down.submit(part, [after])
         self._homes.store(micro_batch, slot, (0, cpu), (0, disk), apart)

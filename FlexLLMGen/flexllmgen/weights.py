@@ -23,7 +23,7 @@ from flexllmgen.memory.arena import HostArena, Region
 from flexllmgen.memory.disk import DirectFile, in_order
 from flexllmgen.memory.pack import Part
 from flexllmgen.memory.tiers import Lanes
-from flexllmgen.memory.transfer import Event, Lane
+from flexllmgen.memory.transfer import Event, Lane, copy_whole
 from flexllmgen.models.experts import expert_addresses
 from flexllmgen.placement import PlacementPlan
 from flexllmgen.units import PAGE, round_up
@@ -301,7 +301,7 @@ class WeightStore:
         offset = piece.staging_offset
         staging = self._arena.view(self._staging[slot], offset, offset + piece.num_bytes)
         target = self._slots[slot][piece.slot_offset : piece.slot_offset + piece.num_bytes]
-        target.copy_(staging, non_blocking=True)
+        copy_whole(target, staging)
         self._lanes.traffic.add("h2d", piece.num_bytes)
 
     def _copy_all(self, pieces: Sequence[Piece], slot: int) -> None:
@@ -316,7 +316,7 @@ class WeightStore:
             memory = self._arena.view(self._homes[piece.image])
             offset = piece.start - self._plan.images[piece.image].gpu_bytes
             self._lanes.traffic.add("h2d", piece.num_bytes)
-        target.copy_(memory[offset : offset + piece.num_bytes], non_blocking=True)
+        copy_whole(target, memory[offset : offset + piece.num_bytes])
 
     def _take_resident_memory(self) -> None:
         plan = self._plan
