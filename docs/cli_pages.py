@@ -32,7 +32,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     ),
     "plan": (
         "harness plan -m facebook/opt-30b --gpu-mem 16GiB -n 96 --input-len 512",
-        "harness plan -m facebook/opt-30b --hardware h200.json --json",
+        "harness plan -m facebook/opt-30b --hardware benchmarks/h200/profile-float16.json --json",
     ),
     "benchmark": (
         "harness benchmark --model builtin -n 8 -b 4 --launches 3",

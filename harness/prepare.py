@@ -274,13 +274,15 @@ def local_profile(
     request: PlanRequest, hardware: Hardware, tell: Callable[[str], None]
 ) -> "tuple[HardwareProfile, list[str]]":
     """This machine's profile, measured where none is kept, and warnings; `tell` is called with what takes time then."""
-    from profiling.profiler import BUILDING, forced, take_profile
+    from profiling.profiler import BUILDING, LAYERS, forced, take_profile
 
     told = ""
 
     def on_progress(part: str, *_: object) -> None:
         nonlocal told
-        phase = part if part == BUILDING else "profile the machine (once a week)"
+        phase = {BUILDING: part, LAYERS: "time layers of the model (once a week)"}.get(
+            part, "profile the machine (once a week)"
+        )
         if phase != told:
             tell(phase)
             told = phase

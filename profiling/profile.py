@@ -198,9 +198,9 @@ class HardwareProfile:
         Raises:
             UsageError: it is none, or of another schema version.
         """
-        if not isinstance(data, Mapping):
+        if not isinstance(data, Mapping) or data.get("schema_version") is None:
             raise UsageError("not a hardware profile; measure one with `harness profile`")
-        version = data.get("schema_version")
+        version = data["schema_version"]
         if version != SCHEMA_VERSION:
             raise UsageError(
                 f"a profile of schema version {version}, this harness reads {SCHEMA_VERSION}; "

@@ -31,6 +31,7 @@ MAX_AGE_S = 7 * 24 * 3600
 MAX_AGE_BUSY_S = 600
 """What was measured while others used the machine is measured again when they may have gone."""
 FORCE_VARIABLE = "FORCE_RERUN_PROFILER"
+LAYERS = "layers of the model"
 BUILDING = "build the kernel of attention on the CPU (once)"
 """What a caller is told while the compiler runs, which takes about as long as the rates."""
 _ROOM = 4
@@ -163,7 +164,7 @@ class _Taker:
         shapes = {table.shape for table in profile.layers}
         if spec is None or LayerShape.of(spec) in shapes:
             return profile
-        self.tell("layers of the model", self.done, self.done)
+        self.tell(LAYERS, self.done, self.done)
         started = time.perf_counter()
         try:
             table = measure_layer_times(spec, dtype=self.dtype, device=self.device)

@@ -33,7 +33,16 @@ from strategies.flexgen_engine import (
     policy_details,
     spec_of,
 )
-from strategies.recalibration import Shown, back_to, noted, seconds_of, shown_by, slowest, tried_after
+from strategies.recalibration import (
+    Shown,
+    back_to,
+    changed,
+    noted,
+    seconds_of,
+    shown_by,
+    slowest,
+    tried_after,
+)
 from strategies.search import Found, find_policy
 
 log = logging.getLogger(__name__)
@@ -179,7 +188,8 @@ class AutoflexStrategy:
             "gain_of_best": gain,
             "replanned": False,
         }
-        first = noted(replace(plan, predicted=shown.cost), found_out)
+        told = changed(shown.calibration, plan.predicted, shown.cost)
+        first = noted(replace(plan, predicted=shown.cost, warnings=(*plan.warnings, *told)), found_out)
         if found is None or gain <= REPLAN_GAIN:
             return first, None
         log.warning("calibration: another policy is %.0f %% faster; loading it", 100 * (gain - 1))

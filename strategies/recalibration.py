@@ -1,6 +1,7 @@
 """What a loaded engine shows of its plan, and which of two policies is kept: autoflex's calibration."""
 
 import logging
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -12,6 +13,8 @@ from strategies.flexgen_engine import FlexgenEngine
 
 log = logging.getLogger(__name__)
 
+_WORTH_TELLING = 0.1
+"""A prediction that changed by less is not spoken of."""
 _LONG_STEP_S = 2.0
 """Steps that take longer are not tried out for a calibration."""
 
@@ -45,6 +48,15 @@ def shown_by(plan: Plan, engine: FlexgenEngine, profile: HardwareProfile | None)
     cost = engine_cost(placement, profile)
     assert cost is not None
     return Shown(calibration, profile, cost, stepped)
+
+
+def changed(calibration: Calibration, before: CostEstimate | None, after: CostEstimate) -> Iterator[str]:
+    """A line for the user where the prediction that was shown before loading no longer holds."""
+    if before is None:
+        return
+    was, now = before.generation_tok_s, after.generation_tok_s
+    if abs(now / was - 1) > _WORTH_TELLING:
+        yield f"calibration: {slowest(calibration)} than profiled; predicted {now:.3g} tok/s now ({was:.3g} before loading)"
 
 
 def tried_after(first: Plan, other: Plan, shown: Shown) -> Plan:

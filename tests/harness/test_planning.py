@@ -193,6 +193,17 @@ def test_another_number_format_than_the_profiles_is_told_of(plan: Run) -> None:
     assert "measured in float16, this plan is for float32" in done.stderr
 
 
+def test_the_profile_that_the_readme_names_plans_for_a_machine_that_is_not_here(plan: Run) -> None:
+    file = Path(__file__).parents[2] / "benchmarks/h200/profile-float16.json"
+    done = plan(
+        None, "--hardware", file, "-m", "facebook/opt-30b", "--gpu-mem", "16GiB", "-n", 96, "--input-len", 512
+    )
+    assert done.exit_code == 0, done.output
+    assert "NVIDIA H200" in done.stdout
+    assert "attention on the CPU" in done.stdout
+    assert str(file.relative_to(file.parents[2])) in (file.parents[2] / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [

@@ -127,8 +127,13 @@ def test_limits_take_the_best_trial_and_predictions_the_median(laptop_profile: H
     assert profile.typical.h2d_bytes_per_s is None
 
 
-@pytest.mark.parametrize("version", [None, 1, SCHEMA_VERSION + 1])
-def test_another_schema_version_is_refused(laptop_profile: HardwareProfile, version: int | None) -> None:
+def test_what_has_no_version_is_no_profile(laptop_profile: HardwareProfile) -> None:
+    with pytest.raises(UsageError, match="not a hardware profile"):
+        HardwareProfile.from_dict({**laptop_profile.as_dict(), "schema_version": None})
+
+
+@pytest.mark.parametrize("version", [1, SCHEMA_VERSION + 1])
+def test_another_schema_version_is_refused(laptop_profile: HardwareProfile, version: int) -> None:
     data = {**laptop_profile.as_dict(), "schema_version": version}
     with pytest.raises(UsageError, match=r"schema version .* `harness profile`"):
         HardwareProfile.from_dict(data)

@@ -117,6 +117,11 @@ def test_a_calibration_corrects_the_prediction(tmp_path: Path, monkeypatch: pyte
         assert noted["replanned"] is False
         assert noted["predicted_before_tok_s"] == plan.predicted.generation_tok_s
         assert policy_of(engine.plan) == policy_of(plan)
+        (told,) = set(engine.plan.warnings) - set(plan.warnings)
+        assert told.startswith("calibration: pace 100 % slower than profiled; predicted ")
+    monkeypatch.setattr("strategies.recalibration.calibrate", lambda *_: Calibration(pace=1.02))
+    with mine.build(plan) as engine:
+        assert engine.plan.warnings == plan.warnings, "a small change is not spoken of"
 
 
 def replanning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[AutoflexStrategy, PlanRequest, Any]:
