@@ -108,6 +108,9 @@ class _Simulation:
             loaded_kv=[stage.has_kv and plan.loads_kv(stage.layer) for stage in plan.stages],
             host_attention=self.durations.on_host,
         )
+        # Parts of a load follow one another at once where nothing else wants the disk or the way up.
+        loaded = self.shape.loaded_kv or ()
+        self.in_one = not (any(loaded) or self.shape.streamed_hidden or any(self.durations.chosen))
         self.clocks = _Clocks(together=plan.policy.overlap == 0, passes=1 + len(contexts))
         self.step = Step(Action.EMIT, 0, 0)
         self.issued = 0.0
@@ -160,20 +163,34 @@ class _Simulation:
         if self.durations.chooses(step):
             experts = self.durations.expert_bytes[step.stage]
             loaded = tuple(all_ - theirs for all_, theirs in zip(loaded, experts, strict=True))
+        if self.in_one and step.part:
+            return
         free = self.weight_busy.get(step.slot, 0.0) if step.part == 0 else 0.0
         # Reads are started for all parts of a stage, and with overlap for the next stage too.
         under_way = loaded[2] * (2 if self.plan.policy.overlap else 1)
-        end = self._bring(step, max(free, self.issued), loaded, 1 / len(self.batches), under_way)
+        parts = len(self.batches)
+        share, reads = (1.0, parts) if self.in_one else (1 / parts, 1)
+        end = self._bring(step, max(free, self.issued), loaded, share, under_way, reads=reads)
         self.weight_ready[step.slot] = max(end, self.weight_ready.get(step.slot, 0.0) if step.part else 0.0)
 
     def _bring(
-        self, step: Step, ready: float, streamed: tuple[float, ...], share: float, under_way: float
+        self,
+        step: Step,
+        ready: float,
+        streamed: tuple[float, ...],
+        share: float,
+        under_way: float,
+        *,
+        reads: int = 1,
     ) -> float:
-        """Copies a share of streamed weights into a slot; returns the end. `under_way` bytes are read at about the same time."""
+        """Copies a share of streamed weights into a slot; returns the end.
+
+        `under_way` bytes are read at about the same time, in so many `reads` one after another.
+        """
         resident, host, disk = (num_bytes * share for num_bytes in streamed)
         end = ready
         if disk:
-            end = self._disk("weights disk", ready, disk, step.token, under_way=under_way)
+            end = self._disk("weights disk", ready, disk, step.token, under_way=under_way, reads=reads)
         if not self.on_cpu and (host or disk):
             copied = ready
             if host:
@@ -182,7 +199,7 @@ class _Simulation:
             if disk:
                 copied = self._up("weights up", copied, disk, step.token)
                 # Copies follow their reads, and the lane waits for the last one.
-                copied = max(copied, end + min(disk, READ_BYTES) / self._up_rate)
+                copied = max(copied, end + min(disk / reads, READ_BYTES) / self._up_rate)
                 self.clocks.free["weights up"] = copied
             end = copied
         if resident:
@@ -262,15 +279,16 @@ class _Simulation:
         *,
         write: bool = False,
         under_way: float | None = None,
+        reads: int = 1,
     ) -> float:
-        """Reads or writes; `under_way` bytes are asked for at about the same time, else only these."""
+        """Reads or writes, so many times; `under_way` bytes are asked for at about the same time, else only these."""
         self.clocks.moved[token][DISK_WRITE if write else DISK_READ] += num_bytes
         rates = self.rates
         if write:
             rate, per_s = rates.disk_write_bytes_per_s, rates.disk_writes_per_s
         else:
             rate, per_s = self.durations.read_rate(under_way or num_bytes), rates.disk_reads_per_s
-        return self.clocks.run(DISK, lane, ready, num_bytes / rate + (1 / per_s if per_s else 0.0), token)
+        return self.clocks.run(DISK, lane, ready, num_bytes / rate + (reads / per_s if per_s else 0.0), token)
 
     # Compute
 

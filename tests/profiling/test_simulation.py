@@ -15,6 +15,7 @@ from flexllmgen.placement import plan_placement
 from flexllmgen.policy import ON_CPU, ON_DISK, ON_GPU, Placement, Policy
 from flexllmgen.spec import ModelSpec
 from flexllmgen.workload import Workload
+from profiling import simulation
 from profiling.cost_model import CostEstimate, engine_cost
 
 SPEC = ModelSpec.from_hf_config({**published_config("opt-1.3b"), "num_hidden_layers": 6}, "opt-1.3b")
@@ -384,3 +385,27 @@ def test_a_ragged_block_makes_anew_what_there_is() -> None:
         )
         extra.append(anew - kept)
     assert extra[0] / extra[1] == pytest.approx(17 / 32, rel=0.1)
+
+
+@pytest.mark.parametrize("overlap", [0, 1, 2])
+@pytest.mark.parametrize(
+    "weights", [ON_CPU, Placement(gpu=0.3, cpu=0.5, disk=0.2), Placement(gpu=0.4, disk=0.6)]
+)
+def test_parts_of_a_load_may_be_simulated_at_once(
+    monkeypatch: pytest.MonkeyPatch, weights: Placement, overlap: int
+) -> None:
+    """Where nothing comes between them they end when they would one by one."""
+    policy = Policy(micro_batch_size=4, num_micro_batches=4, weights=weights, overlap=overlap)
+    at_once = cost(policy)
+    made = simulation._Simulation.__init__
+
+    def one_by_one(self: Any, *arguments: Any) -> None:
+        made(self, *arguments)
+        assert self.in_one
+        self.in_one = False
+
+    monkeypatch.setattr(simulation._Simulation, "__init__", one_by_one)
+    parts = cost(policy)
+    assert at_once.decode_s == pytest.approx(parts.decode_s, rel=1e-9)
+    assert at_once.prefill_s == pytest.approx(parts.prefill_s, rel=1e-9)
+    assert at_once.decode_moved_bytes == pytest.approx(parts.decode_moved_bytes)
