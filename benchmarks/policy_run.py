@@ -150,7 +150,7 @@ class PolicyRun:
         cost = engine_cost(plan, profile)
         assert cost is not None
         best = self.search(profile, allow_lossy=allow_lossy).best
-        gain = (cost.prefill_s + cost.decode_s) / best.seconds
+        gain = cost.seconds / best.seconds
         if gain <= REPLAN_GAIN or best.policy == policy:
             return None
         return dataclasses.replace(self, profile=profile), best.policy

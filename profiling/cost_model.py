@@ -47,6 +47,11 @@ class CostEstimate:
     decode_moved_bytes: Mapping[str, float] = field(default_factory=dict)
     peak_bytes: Mapping[str, int] = field(default_factory=dict)
 
+    @property
+    def seconds(self) -> float:
+        """Of both phases."""
+        return self.prefill_s + self.decode_s
+
 
 def engine_cost(plan: PlacementPlan, profile: "HardwareProfile") -> CostEstimate | None:
     """What our engine should take for this placement: its schedule, simulated at the machine's typical rates.

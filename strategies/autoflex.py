@@ -38,7 +38,6 @@ from strategies.recalibration import (
     back_to,
     changed,
     noted,
-    seconds_of,
     shown_by,
     slowest,
     tried_after,
@@ -104,7 +103,7 @@ class AutoflexStrategy:
         with load_policy(other, policy_of(other), folder) as engine:
             shown_then = shown_by(other, engine, shown.profile)
             tried = tried_after(first, other, shown_then)
-            loss = seconds_of(tried) / seconds_of(first)
+            loss = shown_then.cost.seconds / shown.cost.seconds
             # What steps take is compared only where those of both were timed.
             if loss <= REPLAN_GAIN or shown.stepped != shown_then.stepped:
                 engine.plan = tried
@@ -180,7 +179,7 @@ class AutoflexStrategy:
     def _other(self, plan: Plan, engine: FlexgenEngine, shown: Shown) -> tuple[Plan, Plan | None]:
         """The plan at the rates that the loaded engine shows; and another one if it is worth loading anew."""
         found = self._search_again(plan, shown.profile, engine)
-        gain = shown.seconds / found.best.seconds if found is not None else 1.0
+        gain = shown.cost.seconds / found.best.seconds if found is not None else 1.0
         log.info("calibration: %s; the best other policy takes %.2f of the time", shown.calibration, 1 / gain)
         found_out = {
             **asdict(shown.calibration),

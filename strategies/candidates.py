@@ -26,7 +26,7 @@ class Candidate:
 
     @property
     def seconds(self) -> float:
-        return self.cost.prefill_s + self.cost.decode_s
+        return self.cost.seconds
 
 
 def kind_of(candidate: Candidate) -> Kind:

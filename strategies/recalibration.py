@@ -32,11 +32,6 @@ class Shown:
     cost: CostEstimate
     stepped: bool
 
-    @property
-    def seconds(self) -> float:
-        """Predicted, of the whole workload."""
-        return self.cost.prefill_s + self.cost.decode_s
-
 
 def shown_by(plan: Plan, engine: FlexgenEngine, profile: HardwareProfile | None) -> Shown:
     """Calibrates against a profile: the machine's, or the one that led to this plan, so that corrections add up."""
@@ -85,12 +80,6 @@ def back_to(first: Plan, tried: Plan, loss: float) -> Plan:
 def noted(plan: Plan, calibration: dict[str, Any]) -> Plan:
     """The plan, with what a calibration found out among its details."""
     return replace(plan, details={**plan.details, "calibration": calibration})
-
-
-def seconds_of(plan: Plan) -> float:
-    """Predicted seconds of the whole workload."""
-    assert plan.predicted is not None
-    return plan.predicted.prefill_s + plan.predicted.decode_s
 
 
 def _step_s(plan: Plan) -> float:

@@ -81,7 +81,7 @@ def _plan(job: Job, events: EventWriter) -> tuple[Strategy, Plan]:
 
 def _predicted_s(plan: Plan) -> float:
     """What generating takes by the plan, and scoring about as long again."""
-    return 0.0 if plan.predicted is None else 2 * (plan.predicted.prefill_s + plan.predicted.decode_s)
+    return 0.0 if plan.predicted is None else 2 * plan.predicted.seconds
 
 
 def _sample(task: ReferenceTask) -> Sample:
