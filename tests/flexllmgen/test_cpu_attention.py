@@ -133,6 +133,23 @@ def test_amx_computes_attention(
                 assert error(out, expected(short, numbers, length, bias, first)) < BOUNDS[dtype]
 
 
+def test_scores_that_grow_by_many_powers_of_two(with_and_without: tuple[Kernel, Kernel]) -> None:
+    """What was added up so far is scaled down again and again; of each query at other positions, and of some never."""
+    torch.manual_seed(0)
+    length, size = 300, 128
+    for dtype, bound in BOUNDS.items():
+        growing = torch.linspace(0, 6, length)[:, None, None, None]
+        kv = torch.randn(length, 2, 2, 2, size) * 0.3
+        q = torch.randn(2, 16, size)
+        q[:, ::3] *= 0.01
+        direction = torch.nn.functional.normalize(q.view(2, 2, 8, size).mean(2), dim=-1)
+        kv[:, 0] += growing * direction
+        short, numbers = (4 * q).to(dtype), kv.to(dtype)
+        right = expected(short, numbers, length, None, 0)
+        for kernel in (*with_and_without, built("avx2"), built("generic")):
+            assert error(attend(kernel, short, numbers, length, None, threads=1), right) < bound
+
+
 @pytest.mark.usefixtures("afresh")
 def test_the_environment_names_the_best_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(cpu_attention.VARIABLE, "generic")

@@ -2,8 +2,8 @@
 //
 // A piece is some key heads of one sequence over some positions. Its rows are read once, in the order in which
 // they lie: a few positions at a time, first the keys of all its heads, then the values, and while one is read
-// the other is fetched. Softmax runs along (the largest score and the sum so far are kept, Milakov and
-// Gimelshein 2018); what pieces of a sequence found is put together by their largest scores.
+// the other is fetched. Softmax runs along (a score that is nearly the largest and the sum so far are kept, Milakov
+// and Gimelshein 2018); what pieces of a sequence found is put together by their largest scores.
 
 #ifndef BF16_DOTS
 inline bool by_dots(const Call&) { return false; }

@@ -76,14 +76,6 @@ inline void pack_codes(Q type, const Call& c, const Piece& piece, float* q) {
     }
 }
 
-// Turns quarters of four vectors around: quarter i of vector j goes to quarter j of vector i.
-inline void in_order(V& a, V& b, V& c, V& d) {
-    const V w = _mm512_shuffle_f32x4(a, b, 0x44), x = _mm512_shuffle_f32x4(c, d, 0x44);
-    const V y = _mm512_shuffle_f32x4(a, b, 0xee), z = _mm512_shuffle_f32x4(c, d, 0xee);
-    a = _mm512_shuffle_f32x4(w, x, 0x88), b = _mm512_shuffle_f32x4(w, x, 0xdd);
-    c = _mm512_shuffle_f32x4(y, z, 0x88), d = _mm512_shuffle_f32x4(y, z, 0xdd);
-}
-
 // Turns sixteen vectors around: x[i] lane j goes to x[j] lane i.
 inline void turn(V* x) {
     V y[16];

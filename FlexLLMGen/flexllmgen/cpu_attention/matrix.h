@@ -50,7 +50,7 @@ inline void turn_queries(const Call& c, int heads, float* q) {
     }
 }
 
-// Scores of one head's block, [position][GT], and of what follows it up to LONG_BLOCK.
+// Scores of one head's block before they are scaled, [position][GT], and of what follows it up to LONG_BLOCK.
 template <int GT>
 inline void scores_matrix(const Call& c, const Rows& rows, const float* q, float* out, Fetcher& next) {
     static_assert(LONG_BLOCK == 32);
@@ -66,8 +66,6 @@ inline void scores_matrix(const Call& c, const Rows& rows, const float* q, float
     }
     tile_store<SUMS>(out, 4 * GT);
     tile_store<MORE_SUMS>(out + 16 * GT, 4 * GT);
-    const V factor = Simd::set1(c.factor * LOG2E);
-    for (int i = 0; i < LONG_BLOCK * GT; i += W) Simd::store(out + i, Simd::mul(factor, Simd::load(out + i)));
 }
 
 // Weights [position][GT] of a block as bf16, [GT][LONG_BLOCK].
@@ -75,16 +73,26 @@ template <int GT>
 inline void turn_weights(const float* weight, int count, uint16_t* to) {
     constexpr int EACH = PAIRS / GT;  // positions of a vector
     alignas(64) uint16_t order[PAIRS];
-    alignas(64) int64_t places[8];
     for (int i = 0; i < PAIRS; ++i) order[i] = uint16_t(i % EACH * GT + i / EACH);
-    for (int i = 0; i < 8; ++i) places[i] = i / (EACH / 4) * LONG_BLOCK * 2 + i % (EACH / 4) * 8;
-    for (int i = 0; i < GT; ++i, count -= PAIRS, weight += PAIRS, to += EACH) {
+    V x[GT];
+    for (int i = 0; i < GT; ++i, count -= PAIRS, weight += PAIRS) {
         const uint32_t some = count >= PAIRS ? ~0u : count > 0 ? (1u << count) - 1 : 0;
         const V low = _mm512_maskz_loadu_ps(__mmask16(some), weight);
         const V high = _mm512_maskz_loadu_ps(__mmask16(some >> 16), weight + W);
-        const Dots rounded = (Dots)_mm512_cvtne2ps_pbh(high, low);
-        _mm512_i64scatter_epi64(to, load_dots(places), _mm512_permutexvar_epi16(load_dots(order), rounded), 1);
+        x[i] = (V)_mm512_permutexvar_epi16(load_dots(order), (Dots)_mm512_cvtne2ps_pbh(high, low));
     }
+    // A quarter of a vector is a query's positions now, or of eight queries two queries' halves.
+    if constexpr (GT == 8) {
+        for (int i = 0; i < GT; i += 2) {
+            const __m512d a = (__m512d)x[i], b = (__m512d)x[i + 1];
+            x[i] = (V)_mm512_unpacklo_pd(a, b), x[i + 1] = (V)_mm512_unpackhi_pd(a, b);
+        }
+        in_order(x[0], x[2], x[4], x[6]);
+        in_order(x[1], x[3], x[5], x[7]);
+    } else {
+        in_order(x[0], x[1], x[2], x[3]);
+    }
+    for (int i = 0; i < GT; ++i) Simd::store((float*)(to + i * LONG_BLOCK), x[i]);
 }
 
 // Adds weighted values of one head.
@@ -94,7 +102,6 @@ inline void values_matrix(const Call& c, const Rows& rows, int block, const floa
     const int parts = int(c.H / PAIRS);
     alignas(64) uint16_t weights[GT * LONG_BLOCK];
     alignas(64) Dots x[2 * MOST_BYTES / 64][LONG_BLOCK / 2];
-    alignas(64) float sum[MOST_BYTES / 2 * GT];
     turn_weights<GT>(weight, block * GT, weights);
     for (int p = 0; p < LONG_BLOCK / 2; ++p) {
         const char *a = rows.data + 2 * p * rows.step, *b = a + rows.step;
@@ -106,17 +113,16 @@ inline void values_matrix(const Call& c, const Rows& rows, int block, const floa
         next.lines(2 * parts);
     }
     tile_load<WEIGHTS>(weights, LONG_BLOCK * 2);
+    // Once for many blocks: the largest score seldom moves.
+    if (std::any_of(alpha, alpha + GT, [](float each) { return each != 1; }))
+        for (int i = 0; i < 2 * parts * GT; ++i)
+            Simd::store(acc + i * W, Simd::mul(Simd::load(acc + i * W), Simd::set1(alpha[i % GT])));
     for (int i = 0; i < 2 * parts; ++i) {
-        tile_zero<OUT>();
+        tile_load<OUT>(acc + i * GT * W, 64);
         tile_load<VALUES>(x[i], 64);
         tile_bfloats<OUT, WEIGHTS, VALUES>();
-        tile_store<OUT>(sum + i * GT * W, 64);
+        tile_store<OUT>(acc + i * GT * W, 64);
     }
-    for (int i = 0; i < 2 * parts; ++i)
-        for (int g = 0; g < GT; ++g) {
-            const int at = (i * GT + g) * W;
-            Simd::store(acc + at, Simd::fma(Simd::load(acc + at), Simd::set1(alpha[g]), Simd::load(sum + at)));
-        }
 }
 
 // As attend_codes, of bf16.
@@ -130,6 +136,9 @@ inline void attend_matrix(const Call& c, int heads, int block, int g0, const cha
         const Rows keys(data + h * bytes, c.position_bytes, block, bytes, memory);
         scores_matrix<GT>(c, keys, q + h * packed_floats(c) + g0 * c.H, score + h * block * GT, values_now);
     }
+    // Not sooner: a vector that two rows of a tile make up can be loaded only once both lie in memory.
+    const V factor = Simd::set1(c.factor * LOG2E);
+    for (int i = 0; i < heads * block * GT; i += W) Simd::store(score + i, Simd::mul(factor, Simd::load(score + i)));
     weigh<GT>(heads, block, bias, score, to.m + g0 * heads, to.l + g0 * heads, alpha);
     for (int h = 0; h < heads; ++h) {
         const Rows values(data + c.half_bytes + h * bytes, c.position_bytes, block, bytes, memory);

@@ -10,7 +10,10 @@ constexpr bool TILES = true;
 constexpr bool TILES = false;
 #endif
 
-// 2 to the power of x <= 0, nothing under 2^-126: the series to the sixth power, off by 1e-7 at most.
+// Powers of two that a weight may come to before all sums so far are scaled down.
+constexpr float SLACK = 8;
+
+// 2 to the power of x <= SLACK, nothing under 2^-126: the series to the sixth power, off by 1e-7 at most.
 inline V exp2(V x) {
     const V least = Simd::set1(-126.0f), bounded = Simd::larger(x, least), n = Simd::nearest(bounded);
     const V f = Simd::fma(n, Simd::set1(-1.0f), bounded);
@@ -178,7 +181,8 @@ inline void scores(const Call& c, const Row* row, int rows, int g0, float* out, 
     }
 }
 
-// Turns scores into weights; moves the largest score `m`, leaves what all sums so far are multiplied by in `alpha`.
+// Turns scores into weights: `m` is the score that has the weight 1, and moves where one is larger by SLACK. Leaves what
+// all sums so far are multiplied by in `alpha`.
 template <int GT>
 inline void weigh(int heads, int block, const float* bias, float* score, float* m, float* l, float* alpha) {
     const int count = block * GT;
@@ -195,12 +199,17 @@ inline void weigh(int heads, int block, const float* bias, float* score, float* 
         for (int i = whole; i < count; ++i) lane[i - whole] = std::max(lane[i - whole], score[i]);
         for (int step = W; (step /= 2) >= GT;)
             for (int i = 0; i < step; ++i) lane[i] = std::max(lane[i], lane[i + step]);
+        bool moved = false;
         for (int g = 0; g < GT; ++g) {
-            lane[g] = std::max(lane[g], m[g]);
+            lane[g] = lane[g] > m[g] + SLACK ? lane[g] : m[g];
             change[g] = m[g] - lane[g];
             m[g] = lane[g];
+            moved |= change[g] != 0;
         }
-        Simd::store(change, exp2(Simd::load(change)));
+        if (moved)
+            Simd::store(change, exp2(Simd::load(change)));
+        else
+            std::fill_n(change, GT, 1.0f);
         for (int i = GT; i < W; ++i) lane[i] = lane[i - GT];
         const V minus = Simd::mul(Simd::load(lane), Simd::set1(-1.0f)), one = Simd::set1(1.0f);
         for (int i = 0; i < whole; i += W) {
