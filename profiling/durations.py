@@ -23,6 +23,9 @@ from flexllmgen.workspace import exchange_row, row_bytes
 from profiling.layer_times import LayerTimes
 from profiling.profile import Rates
 
+_FINISH = Action.FINISH
+"""Looked up once: an enum's members are slow to look up."""
+
 
 class Durations:
     """Seconds and bytes of the steps of one block.
@@ -107,10 +110,22 @@ class Durations:
         self.on_host = [stage.has_kv and plan.attends_on_host for stage in plan.stages]
         exchange = exchange_row(plan.spec, plan.dtype_bytes, plan.policy)
         self.query_bytes, self.outcome_bytes = exchange.down, exchange.outcome
+        self._row_bytes, self._layers = plan.kv_row_bytes, [stage.layer for stage in plan.stages]
+        self._alike = self._compute_alike()
+        self._work_cache: dict[tuple[object, ...], tuple[float, float]] = {}
         self._compute_cache: dict[tuple[object, ...], float] = {}
         self._recompute_cache: dict[tuple[int, int], float] = {}
         self._issue_cache: dict[tuple[object, ...], float] = {}
         self._attention_rates: dict[int, float] = {}
+
+    def work(self, step: Step) -> tuple[float, float]:
+        """Seconds of the device, and of the host to issue them."""
+        action, token, stage, micro_batch, _, kv_slot, _, _ = step
+        key = token, self._alike[stage], micro_batch, action is _FINISH, kv_slot >= 0
+        known = self._work_cache.get(key)
+        if known is None:
+            known = self._work_cache[key] = self.compute_s(step), self.issue_s(step)
+        return known
 
     def compute_s(self, step: Step) -> float:
         """Seconds of the device, with what it makes of compressed or recomputed numbers."""
@@ -121,8 +136,8 @@ class Durations:
 
     def attention_s(self, step: Step) -> float:
         """Seconds in which the CPU attends."""
-        rows = self.rows[self.plan.stages[step.stage].layer][step.micro_batch]
-        cached = rows * self.plan.kv_row_bytes * self._attended_positions(step)
+        rows = self.rows[self._layers[step.stage]][step.micro_batch]
+        cached = rows * self._row_bytes * self._attended_positions(step)
         return cached / self._attention_rate(step.stage)
 
     def chosen_experts_s(self, step: Step, share: float) -> float:
@@ -152,6 +167,23 @@ class Durations:
 
     def attends_on_host(self, step: Step) -> bool:
         return step.token > 0 and self.on_host[step.stage]
+
+    def _compute_alike(self) -> list[int]:
+        """By stage, a number that those share whose work takes equally long: most layers differ in what is loaded only."""
+        numbers: dict[tuple[object, ...], int] = {}
+        alike = []
+        for index, stage in enumerate(self.plan.stages):
+            key = (
+                stage.kind,
+                self._windows[index],
+                self.chosen[index],
+                self.expert_dense_bytes[index],
+                stage_dequantised_bytes(self.plan.images, stage),
+                tuple(self.rows[stage.layer]) if stage.has_kv else (),
+                tuple(self._made[stage.layer]) if stage.has_kv and self._made else (),
+            )
+            alike.append(numbers.setdefault(key, len(numbers)))
+        return alike
 
     def _attended_positions(self, step: Step) -> int:
         context, window = self.contexts[step.token - 1], self._windows[step.stage]

@@ -6,9 +6,11 @@ needs has ended, exactly as the executor's events order it. So fill and drain of
 and overlap need no formula of their own. Pure: measures nothing, allocates nothing.
 """
 
+import functools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from flexllmgen.memory.disk import READ_BYTES
 from flexllmgen.placement import PlacementPlan
@@ -43,11 +45,15 @@ class Passes:
 
 @dataclass(slots=True)
 class _Clocks:
-    """When each resource is next free, and the work it did in each of a number of passes."""
+    """When each resource is next free, and the work it did in each of a number of passes.
+
+    With `together` nothing begins before everything else has ended, of which the last does at `latest`.
+    """
 
     together: bool
     passes: int
     free: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    latest: float = 0.0
     busy: list[dict[str, float]] = field(init=False)
     moved: list[dict[str, float]] = field(init=False)
 
@@ -57,14 +63,50 @@ class _Clocks:
 
     def run(self, resource: str, lane: str, ready: float, seconds: float, token: int) -> float:
         """Occupies a resource from when it and its lane are free; returns the end."""
+        # Called for every piece of work: comparisons are faster than max().
         free, busy = self.free, self.busy[token]
-        start = max(ready, free[resource], free[lane])
-        if self.together:  # Without overlap nothing begins before everything else has ended.
-            start = max([start, *free.values()])
+        start = free[resource]
+        if free[lane] > start:
+            start = free[lane]
+        if ready > start:
+            start = ready
+        if self.together and self.latest > start:
+            start = self.latest
         end = start + seconds
         free[resource] = free[lane] = end
+        if end > self.latest:
+            self.latest = end
         busy[resource] = busy.get(resource, 0.0) + seconds
         return end
+
+    def hold(self, lane: str, until: float) -> None:
+        """Keeps a lane busy, and no resource."""
+        self.free[lane] = until
+        if until > self.latest:
+            self.latest = until
+
+
+class _Load(NamedTuple):
+    """A share of a stage's streamed weights: bytes in host memory and on disk, and the seconds of each part of the way.
+
+    Args:
+        last_s: to copy what was read last.
+        resident_s: to copy the resident part of a tensor that is cut.
+    """
+
+    host: float
+    disk: float
+    read_s: float
+    host_s: float
+    disk_s: float
+    last_s: float
+    resident_s: float
+
+
+@functools.lru_cache(maxsize=8)
+def _schedule(shape: Shape) -> tuple[Step, ...]:
+    # Kept, since the policies that a search compares often have the same one.
+    return tuple(zigzag(shape))
 
 
 def simulate_block(
@@ -100,13 +142,13 @@ class _Simulation:
         self.shape = Shape(
             num_tokens=1 + len(contexts),
             num_micro_batches=len(micro_batches),
-            streamed_weights=[any(each) for each in self.durations.weight_bytes],
-            streamed_kv=[stage.has_kv and plan.streams_kv(stage.layer) for stage in plan.stages],
+            streamed_weights=tuple(any(each) for each in self.durations.weight_bytes),
+            streamed_kv=tuple(stage.has_kv and plan.streams_kv(stage.layer) for stage in plan.stages),
             streamed_hidden=plan.hidden_slots > 0,
             depth=plan.policy.overlap,
             spare_kv_slots=plan.spare_kv_slots,
-            loaded_kv=[stage.has_kv and plan.loads_kv(stage.layer) for stage in plan.stages],
-            host_attention=self.durations.on_host,
+            loaded_kv=tuple(stage.has_kv and plan.loads_kv(stage.layer) for stage in plan.stages),
+            host_attention=tuple(self.durations.on_host),
         )
         # Parts of a load follow one another at once where nothing else wants the disk or the way up.
         loaded = self.shape.loaded_kv or ()
@@ -114,41 +156,46 @@ class _Simulation:
         self.clocks = _Clocks(together=plan.policy.overlap == 0, passes=1 + len(contexts))
         self.step = Step(Action.EMIT, 0, 0)
         self.issued = 0.0
-        self.weight_ready: dict[int, float] = {}
-        self.weight_busy: dict[int, float] = {}
-        self.kv_ready: dict[int, float] = {}
-        self.kv_busy: dict[int, float] = {}
-        self.hidden_ready: dict[int, float] = {}
-        self.hidden_busy: dict[int, float] = {}
+        slots, kv_slots, hidden_slots = (
+            range(count) for count in (self.shape.weight_slots, self.shape.kv_slots, plan.hidden_slots)
+        )
+        self.weight_ready, self.weight_busy = [0.0 for _ in slots], [0.0 for _ in slots]
+        self.kv_ready, self.kv_busy = [0.0 for _ in kv_slots], [0.0 for _ in kv_slots]
+        self.hidden_ready, self.hidden_busy = [0.0 for _ in hidden_slots], [0.0 for _ in hidden_slots]
+        self.kv_lanes = [f"kv up {slot}" for slot in kv_slots]
+        self.layers = [stage.layer for stage in plan.stages]
         self.stored: dict[tuple[int, int], float] = {}
         self.hidden_stored: dict[int, float] = {}
         self.attended: dict[int, float] = {}
         self.computed = 0.0
+        self._loads: dict[tuple[int, bool], _Load] = {}
 
     def run(self) -> Passes:
         emitted: list[float] = []
-        for step in zigzag(self.shape):
+        # An enum's members are slow to look up and to hash; the most frequent steps come first.
+        compute, load_weights, load_kv = Action.COMPUTE, Action.LOAD_WEIGHTS, Action.LOAD_KV
+        store_kv, finish, load_hidden = Action.STORE_KV, Action.FINISH, Action.LOAD_HIDDEN
+        emit = Action.EMIT
+        for step in _schedule(self.shape):
             self.step = step
-            match step.action:
-                case Action.LOAD_WEIGHTS:
-                    self._load_weights(step)
-                case Action.LOAD_KV:
-                    self._load_kv(step)
-                case Action.LOAD_HIDDEN:
-                    self._load_hidden(step)
-                case Action.COMPUTE:
-                    self._compute(step)
-                    if self.durations.attends_on_host(step):
-                        self._attend_on_host(step)
-                case Action.FINISH:
-                    self._finish(step)
-                case Action.STORE_KV:
-                    self._store_kv(step)
-                case Action.STORE_HIDDEN:
-                    self._store_hidden(step)
-                case Action.EMIT:
-                    self.issued = max(self.issued, self.computed)
-                    emitted.append(self.computed)
+            action = step.action
+            if action is compute:
+                self._compute(step)
+            elif action is load_weights:
+                self._load_weights(step)
+            elif action is load_kv:
+                self._load_kv(step)
+            elif action is store_kv:
+                self._store_kv(step)
+            elif action is finish:
+                self._finish(step)
+            elif action is load_hidden:
+                self._load_hidden(step)
+            elif action is emit:
+                self.issued = max(self.issued, self.computed)
+                emitted.append(self.computed)
+            else:
+                self._store_hidden(step)
         starts = [0.0, *emitted[:-1]]
         return Passes(
             seconds=tuple(end - start for start, end in zip(starts, emitted, strict=True)),
@@ -159,86 +206,105 @@ class _Simulation:
     # Loads and stores. Each lane is a queue of its own; the disk and the links are shared by all lanes.
 
     def _load_weights(self, step: Step) -> None:
-        loaded = self.durations.weight_bytes[step.stage]
-        if self.durations.chooses(step):
-            experts = self.durations.expert_bytes[step.stage]
-            loaded = tuple(all_ - theirs for all_, theirs in zip(loaded, experts, strict=True))
         if self.in_one and step.part:
             return
-        free = self.weight_busy.get(step.slot, 0.0) if step.part == 0 else 0.0
+        slot, ready = step.slot, self.issued
+        if step.part == 0 and self.weight_busy[slot] > ready:
+            ready = self.weight_busy[slot]
+        key = step.stage, step.token > 0
+        load = self._loads.get(key) or self._part_of_load(*key)
+        end = self._bring(load, ready, step.token)
+        if step.part == 0 or end > self.weight_ready[slot]:
+            self.weight_ready[slot] = end
+
+    def _part_of_load(self, stage: int, decodes: bool) -> _Load:
+        """What a step brings in of a stage's weights."""
+        loaded = self.durations.weight_bytes[stage]
+        if decodes and self.durations.chosen[stage]:
+            experts = self.durations.expert_bytes[stage]
+            loaded = tuple(all_ - theirs for all_, theirs in zip(loaded, experts, strict=True))
         # Reads are started for all parts of a stage, and with overlap for the next stage too.
         under_way = loaded[2] * (2 if self.plan.policy.overlap else 1)
         parts = len(self.batches)
         share, reads = (1.0, parts) if self.in_one else (1 / parts, 1)
-        end = self._bring(step, max(free, self.issued), loaded, share, under_way, reads=reads)
-        self.weight_ready[step.slot] = max(end, self.weight_ready.get(step.slot, 0.0) if step.part else 0.0)
+        load = self._loads[stage, decodes] = self._load(
+            loaded, share, under_way, self.durations.up_rates[decodes], reads=reads
+        )
+        return load
 
-    def _bring(
-        self,
-        step: Step,
-        ready: float,
-        streamed: tuple[float, ...],
-        share: float,
-        under_way: float,
-        *,
-        reads: int = 1,
-    ) -> float:
-        """Copies a share of streamed weights into a slot; returns the end.
-
-        `under_way` bytes are read at about the same time, in so many `reads` one after another.
-        """
+    def _load(
+        self, streamed: tuple[float, ...], share: float, under_way: float, up_rate: float, *, reads: int = 1
+    ) -> _Load:
+        """A share of streamed weights; `under_way` bytes are read at about the same time, in so many `reads`."""
         resident, host, disk = (num_bytes * share for num_bytes in streamed)
-        end = ready
+        paged = 0.0 if self.plan.policy.pin_weight else self.rates.h2d_pageable_bytes_per_s
+        return _Load(
+            host=host,
+            disk=disk,
+            read_s=self._read_s(disk, under_way=under_way, reads=reads) if disk else 0.0,
+            host_s=host / (paged or up_rate),
+            disk_s=disk / up_rate,
+            last_s=min(disk / reads, READ_BYTES) / up_rate,
+            resident_s=resident / self.durations.copy_rate,
+        )
+
+    def _bring(self, load: _Load, ready: float, token: int) -> float:
+        """Copies weights into a slot; returns the end."""
+        host, disk, read_s, host_s, disk_s, last_s, resident_s = load
+        clocks, end = self.clocks, ready
+        moved = clocks.moved[token]
         if disk:
-            end = self._disk("weights disk", ready, disk, step.token, under_way=under_way, reads=reads)
+            moved[DISK_READ] += disk
+            end = clocks.run(DISK, "weights disk", ready, read_s, token)
         if not self.on_cpu and (host or disk):
             copied = ready
             if host:
-                paged = 0.0 if self.plan.policy.pin_weight else self.rates.h2d_pageable_bytes_per_s
-                copied = self._up("weights up", ready, host, step.token, rate=paged or None)
+                moved[H2D] += host
+                copied = clocks.run(UP, "weights up", ready, host_s, token)
             if disk:
-                copied = self._up("weights up", copied, disk, step.token)
+                moved[H2D] += disk
+                copied = clocks.run(UP, "weights up", copied, disk_s, token)
                 # Copies follow their reads, and the lane waits for the last one.
-                copied = max(copied, end + min(disk / reads, READ_BYTES) / self._up_rate)
-                self.clocks.free["weights up"] = copied
+                copied = max(copied, end + last_s)
+                clocks.hold("weights up", copied)
             end = copied
-        if resident:
-            end = max(end, ready + resident / self.durations.copy_rate)
+        if resident_s:
+            end = max(end, ready + resident_s)
         return end
 
     def _load_kv(self, step: Step) -> None:
-        layer = self.plan.stages[step.stage].layer
+        layer, slot, token = self.layers[step.stage], step.slot, step.token
         cpu, disk = self.durations.loaded_row[layer][step.micro_batch]
-        positions = self.contexts[step.token - 1] - 1
-        ready = max(
-            self.kv_busy.get(step.slot, 0.0), self.stored.get((layer, step.micro_batch), 0.0), self.issued
-        )
-        end = ready
+        positions = self.contexts[token - 1] - 1
+        end = max(self.kv_busy[slot], self.stored.get((layer, step.micro_batch), 0.0), self.issued)
+        lane = self.kv_lanes[slot]
         if disk:
-            end = self._disk(f"kv up {step.slot}", ready, disk * positions, step.token)
+            end = self._disk(lane, end, disk * positions, token)
         if not self.on_cpu and cpu + disk:
-            end = self._up(f"kv up {step.slot}", end, (cpu + disk) * positions, step.token)
-        self.kv_ready[step.slot] = end
+            end = self._up(lane, end, (cpu + disk) * positions, token)
+        self.kv_ready[slot] = end
 
     def _store_kv(self, step: Step) -> None:
-        layer = self.plan.stages[step.stage].layer
-        rows = self.durations.loaded_row if step.token else self.durations.stored_row
-        cpu, disk = rows[layer][step.micro_batch]
-        positions = self.prompt if step.token == 0 else 1
-        if step.slot < 0:
+        slot, token = step.slot, step.token
+        if slot < 0:
             return
+        layer = self.layers[step.stage]
+        rows = self.durations.loaded_row if token else self.durations.stored_row
+        cpu, disk = rows[layer][step.micro_batch]
+        positions = 1 if token else self.prompt
         end = self.computed
         if not self.on_cpu and cpu + disk:
-            end = self._down("kv down", end, (cpu + disk) * positions, step.token)
+            end = self._down("kv down", end, (cpu + disk) * positions, token)
         if disk:
-            end = self._disk("kv down", end, disk * positions, step.token, write=True)
+            end = self._disk("kv down", end, disk * positions, token, write=True)
         self.stored[layer, step.micro_batch] = end
-        self.kv_busy[step.slot] = max(end, self.kv_busy.get(step.slot, 0.0))
+        if end > self.kv_busy[slot]:
+            self.kv_busy[slot] = end
 
     def _load_hidden(self, step: Step) -> None:
         gpu, cpu, disk = self.durations.hidden_bytes(step.micro_batch, step.token)
         ready = max(
-            self.hidden_busy.get(step.slot, 0.0), self.hidden_stored.get(step.micro_batch, 0.0), self.issued
+            self.hidden_busy[step.slot], self.hidden_stored.get(step.micro_batch, 0.0), self.issued
         )
         if disk:
             ready = self._disk("hidden up", ready, disk, step.token)
@@ -260,63 +326,64 @@ class _Simulation:
         self.hidden_stored[step.micro_batch] = end
         self.hidden_busy[step.slot] = end
 
-    def _up(
-        self, lane: str, ready: float, num_bytes: float, token: int, *, rate: float | None = None
-    ) -> float:
+    def _up(self, lane: str, ready: float, num_bytes: float, token: int) -> float:
         self.clocks.moved[token][H2D] += num_bytes
-        return self.clocks.run(UP, lane, ready, num_bytes / (rate or self._up_rate), token)
+        return self.clocks.run(UP, lane, ready, num_bytes / self.durations.up_rates[token > 0], token)
 
     def _down(self, lane: str, ready: float, num_bytes: float, token: int) -> float:
         self.clocks.moved[token][D2H] += num_bytes
         return self.clocks.run(DOWN, lane, ready, num_bytes / self.durations.down_rate, token)
 
-    def _disk(
-        self,
-        lane: str,
-        ready: float,
-        num_bytes: float,
-        token: int,
-        *,
-        write: bool = False,
-        under_way: float | None = None,
-        reads: int = 1,
-    ) -> float:
-        """Reads or writes, so many times; `under_way` bytes are asked for at about the same time, else only these."""
+    def _disk(self, lane: str, ready: float, num_bytes: float, token: int, *, write: bool = False) -> float:
         self.clocks.moved[token][DISK_WRITE if write else DISK_READ] += num_bytes
-        rates = self.rates
-        if write:
-            rate, per_s = rates.disk_write_bytes_per_s, rates.disk_writes_per_s
-        else:
-            rate, per_s = self.durations.read_rate(under_way or num_bytes), rates.disk_reads_per_s
-        return self.clocks.run(DISK, lane, ready, num_bytes / rate + (reads / per_s if per_s else 0.0), token)
+        if not write:
+            return self.clocks.run(DISK, lane, ready, self._read_s(num_bytes), token)
+        rates, per_s = self.rates, self.rates.disk_writes_per_s
+        seconds = num_bytes / rates.disk_write_bytes_per_s + (1 / per_s if per_s else 0.0)
+        return self.clocks.run(DISK, lane, ready, seconds, token)
+
+    def _read_s(self, num_bytes: float, *, under_way: float | None = None, reads: int = 1) -> float:
+        """Seconds of so many reads from disk; `under_way` bytes are asked for at about the same time, else only these."""
+        rate, per_s = self.durations.read_rate(under_way or num_bytes), self.rates.disk_reads_per_s
+        return num_bytes / rate + (reads / per_s if per_s else 0.0)
 
     # Compute
 
     def _compute(self, step: Step) -> None:
-        ready = max(
-            self.weight_ready.get(step.slot, 0.0) if step.slot >= 0 else 0.0,
-            self._kv_wait(step),
-            self.hidden_ready.get(step.hidden_slot, 0.0) if step.hidden_slot >= 0 else 0.0,
-        )
-        seconds = self.durations.compute_s(step)
-        issue = self.durations.issue_s(step)
+        _, token, stage, _, slot, kv_slot, hidden_slot, _ = step
+        durations = self.durations
+        ready = 0.0
+        if slot >= 0:
+            ready = self.weight_ready[slot]
+        if kv_slot >= 0:
+            # A prompt writes the slot, so that its last user must have ended; a step reads what was loaded.
+            held = (self.kv_ready if token else self.kv_busy)[kv_slot]
+            if held > ready:
+                ready = held
+        if hidden_slot >= 0 and self.hidden_ready[hidden_slot] > ready:
+            ready = self.hidden_ready[hidden_slot]
+        seconds, issue = durations.work(step)
         if self.on_cpu:
             seconds, issue = seconds + issue, 0.0
-        if self.durations.chooses(step) and not self.durations.attends_on_host(step):
+        asks = token > 0 and durations.on_host[stage]
+        if token and durations.chosen[stage] and not asks:
             end = self._compute_and_choose(step, ready, seconds, issue)
         else:
             self.issued += issue
-            end = self.clocks.run(COMPUTE, "main", max(ready, self.issued), seconds, step.token)
+            if self.issued > ready:
+                ready = self.issued
+            end = self.clocks.run(COMPUTE, COMPUTE, ready, seconds, token)
         self.computed = end
         if self.on_cpu:
             self.issued = max(self.issued, end)
-        for slot, busy in (
-            (step.slot, self.weight_busy),
-            (step.kv_slot, self.kv_busy),
-            (step.hidden_slot, self.hidden_busy),
-        ):
-            if slot >= 0:
-                busy[slot] = end
+        if slot >= 0:
+            self.weight_busy[slot] = end
+        if kv_slot >= 0:
+            self.kv_busy[kv_slot] = end
+        if hidden_slot >= 0:
+            self.hidden_busy[hidden_slot] = end
+        if asks:
+            self._attend_on_host(step)
 
     # Experts by choice
 
@@ -324,58 +391,47 @@ class _Simulation:
         """The device computes up to the router, its choice is brought in, and then it computes the experts."""
         experts_s = min(seconds, self.times.step_s("mlp", self.batches[step.micro_batch], 0))
         self.issued += issue / 2
-        routed = self.clocks.run(COMPUTE, "main", max(ready, self.issued), seconds - experts_s, step.token)
+        routed = self.clocks.run(COMPUTE, COMPUTE, max(ready, self.issued), seconds - experts_s, step.token)
         # The choice comes down as a query for the CPU does, and the host waits for it.
         self.issued = max(self.issued, routed) + self.times.exchange_s / 2
         share = self.durations.chosen_share(step)
-        streamed = self.durations.expert_bytes[step.stage]
-        came = self._bring(step, self.issued, streamed, share, streamed[2] * share)
+        streamed, up_rate = self.durations.expert_bytes[step.stage], self.durations.up_rates[step.token > 0]
+        load = self._load(streamed, share, streamed[2] * share, up_rate)
+        came = self._bring(load, self.issued, step.token)
         self.issued += issue / 2
         experts_s += self.durations.chosen_experts_s(step, share)
-        return self.clocks.run(COMPUTE, "main", max(came, self.issued), experts_s, step.token)
+        return self.clocks.run(COMPUTE, COMPUTE, max(came, self.issued), experts_s, step.token)
 
     # Attention on the CPU
 
     def _attend_on_host(self, step: Step) -> None:
         """The query, key and value go down, and the CPU attends, a micro-batch after the other."""
-        layer = self.plan.stages[step.stage].layer
-        rows = self.durations.rows[layer][step.micro_batch]
+        layer, micro_batch = self.layers[step.stage], step.micro_batch
+        rows = self.durations.rows[layer][micro_batch]
         if not rows:
             return
         down = self._down("exchange down", self.computed, rows * self.durations.query_bytes, step.token)
         # A micro-batch's query comes and its answer goes while the CPU attends for another.
         half_s = self.times.exchange_s / 2
-        ready = max(down + half_s, self.stored.get((layer, step.micro_batch), 0.0))
-        end = self.clocks.run(CPU, "attention", ready, self.durations.attention_s(step), step.token)
-        self.attended[step.micro_batch] = end + half_s
+        ready = max(down + half_s, self.stored.get((layer, micro_batch), 0.0))
+        end = self.clocks.run(CPU, CPU, ready, self.durations.attention_s(step), step.token)
+        self.attended[micro_batch] = end + half_s
 
     def _finish(self, step: Step) -> None:
         """What the CPU found goes up, and the device computes the rest of the layer."""
-        rows = self.durations.rows[self.plan.stages[step.stage].layer][step.micro_batch]
+        durations, token, stage = self.durations, step.token, step.stage
+        rows = durations.rows[self.layers[stage]][step.micro_batch]
         ready = self.attended.pop(step.micro_batch, 0.0)
         # The host has issued it long before: the device waits.
-        issue = self.durations.issue_s(step)
-        if not self.durations.chooses(step):
-            self.issued += issue
+        seconds, issue = durations.work(step)
         if rows:
-            up = rows * self.durations.outcome_bytes
-            ready += up / self._up_rate
-            self.clocks.moved[step.token][H2D] += up
-        seconds = self.durations.compute_s(step)
-        if self.durations.chooses(step):
+            up = rows * durations.outcome_bytes
+            ready += up / durations.up_rates[token > 0]
+            self.clocks.moved[token][H2D] += up
+        if token and durations.chosen[stage]:
             self.computed = self._compute_and_choose(step, ready, seconds, issue)
         else:
-            self.computed = self.clocks.run(COMPUTE, "main", max(ready, self.issued), seconds, step.token)
+            self.issued += issue
+            self.computed = self.clocks.run(COMPUTE, COMPUTE, max(ready, self.issued), seconds, token)
         if step.slot >= 0:
             self.weight_busy[step.slot] = self.computed
-
-    def _kv_wait(self, step: Step) -> float:
-        if step.kv_slot < 0:
-            return 0.0
-        # A prompt writes the slot, so that its last user must have ended; a step reads what was loaded.
-        held = self.kv_busy if step.token == 0 else self.kv_ready
-        return held.get(step.kv_slot, 0.0)
-
-    @property
-    def _up_rate(self) -> float:
-        return self.durations.up_rates[self.step.token > 0]

@@ -87,6 +87,8 @@ def zigzag(shape: Shape) -> Iterator[Step]:
     [('load weights', 1), ('compute', 0), ('load weights', 2), ('compute', 1), ('compute', 2), ('emit', 2)]
     """
     stages, batches = len(shape.streamed_weights), shape.num_micro_batches
+    depth, hidden_depth = shape.depth, shape.hidden_depth
+    weight_slots, kv_slots, hidden_slots = shape.weight_slots, shape.kv_slots, hidden_depth + 1
     weighted = [stage for stage in range(stages) if shape.streamed_weights[stage]]
     cached = [stage for stage in range(stages) if shape.streamed_kv[stage]]
     loaded = shape.streamed_kv if shape.loaded_kv is None else shape.loaded_kv
@@ -95,14 +97,14 @@ def zigzag(shape: Shape) -> Iterator[Step]:
         len(weighted) * shape.num_tokens,
         len(cached) * batches * shape.num_tokens,
     )
+    # A search walks hundreds of schedules, and members of an enum are slow to look up.
+    weights_action, kv_action, hidden_action = Action.LOAD_WEIGHTS, Action.LOAD_KV, Action.LOAD_HIDDEN
+    compute_action, store_action = Action.COMPUTE, Action.STORE_KV
 
-    def load_weights(index: int, parts: range) -> Iterator[Step]:
+    def load_weights(index: int, part: int) -> Iterator[Step]:
         if index < num_weight_loads:
             token, position = divmod(index, len(weighted))
-            for part in parts:
-                yield Step(
-                    Action.LOAD_WEIGHTS, token, weighted[position], slot=index % shape.weight_slots, part=part
-                )
+            yield Step(weights_action, token, weighted[position], 0, index % weight_slots, -1, -1, part)
 
     def load_kv(index: int) -> Iterator[Step]:
         if index < num_kv_loads:
@@ -110,58 +112,48 @@ def zigzag(shape: Shape) -> Iterator[Step]:
             token, position = divmod(unit, len(cached))
             # The prompt's KV does not exist before it is computed: token 0 only stores.
             if token and loaded[cached[position]]:
-                slot = index % shape.kv_slots
-                yield Step(Action.LOAD_KV, token, cached[position], micro_batch, slot=slot)
+                yield Step(kv_action, token, cached[position], micro_batch, index % kv_slots)
 
     def load_hidden(unit: int) -> Iterator[Step]:
         visit, micro_batch = divmod(unit, batches)
         token, stage = divmod(visit, stages)
         # The first stage makes hidden states from tokens, so it loads none.
-        if shape.streamed_hidden and token < shape.num_tokens and stage:
-            slot = unit % (shape.hidden_depth + 1)
-            yield Step(Action.LOAD_HIDDEN, token, stage, micro_batch, slot=slot)
+        if token < shape.num_tokens and stage:
+            yield Step(hidden_action, token, stage, micro_batch, unit % hidden_slots)
 
     everything = range(batches)
-    for ahead in range(shape.depth):
-        yield from load_weights(ahead, everything)
+    for ahead in range(depth):
+        for part in everything:
+            yield from load_weights(ahead, part)
     # How far KV may be loaded ahead: what it loads must have been stored, one token before.
-    kv_depth = min(shape.depth, len(cached) * batches - 1) if cached else 0
+    kv_depth = min(depth, len(cached) * batches - 1) if cached else 0
     # KV of the first unit after the prompt is loaded by the loop below, since the prompt loads none.
     weights_used = kv_used = unit = 0
     for token in range(shape.num_tokens):
         for stage in range(stages):
             streams, caches = shape.streamed_weights[stage], shape.streamed_kv[stage]
             moves = caches and (token == 0 or loaded[stage])
+            weight_slot = weights_used % weight_slots if streams else -1
+            kv_slot = hidden_slot = -1
+            if depth == 0 and streams:
+                for part in everything:
+                    yield from load_weights(weights_used, part)
             for micro_batch in everything:
-                if shape.depth == 0 and streams and micro_batch == 0:
-                    yield from load_weights(weights_used, everything)
                 if caches:
-                    if kv_depth == 0:
-                        yield from load_kv(kv_used)
-                    else:
-                        yield from load_kv(kv_used + kv_depth)
-                if shape.depth and streams:
-                    yield from load_weights(weights_used + shape.depth, range(micro_batch, micro_batch + 1))
-                if shape.hidden_depth == 0 or unit == 0:
-                    for ahead in range(shape.hidden_depth + 1):
+                    yield from load_kv(kv_used + kv_depth)
+                if depth and streams:
+                    yield from load_weights(weights_used + depth, micro_batch)
+                if shape.streamed_hidden:
+                    first = 0 if hidden_depth == 0 or unit == 0 else hidden_depth
+                    for ahead in range(first, hidden_slots):
                         yield from load_hidden(unit + ahead)
-                else:
-                    yield from load_hidden(unit + shape.hidden_depth)
-                hidden_slot = unit % (shape.hidden_depth + 1) if shape.streamed_hidden else -1
-                kv_slot = kv_used % shape.kv_slots if moves else -1
-                weight_slot = weights_used % shape.weight_slots if streams else -1
-                yield Step(
-                    Action.COMPUTE,
-                    token,
-                    stage,
-                    micro_batch,
-                    slot=weight_slot,
-                    kv_slot=kv_slot,
-                    hidden_slot=hidden_slot,
-                )
+                    hidden_slot = unit % hidden_slots
+                if moves:
+                    kv_slot = kv_used % kv_slots
+                yield Step(compute_action, token, stage, micro_batch, weight_slot, kv_slot, hidden_slot)
                 # Last token: nothing will read its KV, so it is not stored.
                 if moves and token < shape.num_tokens - 1:
-                    yield Step(Action.STORE_KV, token, stage, micro_batch, slot=kv_slot)
+                    yield Step(store_action, token, stage, micro_batch, kv_slot)
                 if shape.streamed_hidden and stage < stages - 1:
                     yield Step(Action.STORE_HIDDEN, token, stage, micro_batch, slot=hidden_slot)
                 kv_used += caches
