@@ -5,6 +5,7 @@ nothing of the order of steps or of what waits for what: that is simulation.py. 
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from flexllmgen.images import (
     TierBytes,
@@ -88,19 +89,10 @@ class Durations:
         self._windows = [
             plan.spec.sliding_window(stage.layer) if stage.layer >= 0 else 0 for stage in plan.stages
         ]
-        self.rows = [
-            [split.first(count).cpu for split, count in zip(splits, self.batches, strict=False)]
-            for splits in plan.kv_splits
-        ]
-        self.stored_row, self.loaded_row = (
-            [[self._kv_row(split, loaded=loaded) for split in splits] for splits in plan.kv_splits]
-            for loaded in (False, True)
+        by_split = {splits: self._by_micro_batch(splits) for splits in set(plan.kv_splits)}
+        self.rows, self.stored_row, self.loaded_row, self._made = (
+            [by_split[splits][part] for splits in plan.kv_splits] for part in range(4)
         )
-        # Sequences whose keys and values a step makes of inputs; none where no inputs are kept.
-        self._made = [
-            [split.first(count).inputs for split, count in zip(splits, self.batches, strict=False)]
-            for splits in (plan.kv_splits if plan.input_bytes else ())
-        ]
         self.copy_rate = rates.device_copy_bytes_per_s or rates.device_bytes_per_s / 2
         alone = rates.h2d_bytes_per_s or self.copy_rate
         # Copies wait for memory that the CPU reads, too, and it does so for most of a step.
@@ -168,6 +160,12 @@ class Durations:
     def attends_on_host(self, step: Step) -> bool:
         return step.token > 0 and self.on_host[step.stage]
 
+    def _by_micro_batch(self, splits: Sequence[Split]) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
+        """Of a layer, by micro-batch: rows, stored_row, loaded_row, and sequences whose keys and values a step makes of inputs."""
+        firsts = [split.first(count) for split, count in zip(splits, self.batches, strict=False)]
+        stored, loaded = ([self._kv_row(split, loaded=loads) for split in splits] for loads in (False, True))
+        return [first.cpu for first in firsts], stored, loaded, [first.inputs for first in firsts]
+
     def _compute_alike(self) -> list[int]:
         """By stage, a number that those share whose work takes equally long: most layers differ in what is loaded only."""
         numbers: dict[tuple[object, ...], int] = {}
@@ -180,7 +178,7 @@ class Durations:
                 self.expert_dense_bytes[index],
                 stage_dequantised_bytes(self.plan.images, stage),
                 tuple(self.rows[stage.layer]) if stage.has_kv else (),
-                tuple(self._made[stage.layer]) if stage.has_kv and self._made else (),
+                tuple(self._made[stage.layer]) if stage.has_kv else (),
             )
             alike.append(numbers.setdefault(key, len(numbers)))
         return alike
@@ -258,7 +256,7 @@ class Durations:
     def _recompute_seconds(self, step: Step) -> float:
         """A step makes keys and values of a unit's inputs, of some sequences at a time."""
         stage = self.plan.stages[step.stage]
-        if not self._made or not step.token or not stage.has_kv:
+        if not self.plan.input_bytes or not step.token or not stage.has_kv:
             return 0.0
         at_once = self.plan.recomputed_sequences
         positions = made_positions(self._attended_positions(step), self.plan.max_context)

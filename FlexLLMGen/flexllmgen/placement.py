@@ -18,7 +18,7 @@ from flexllmgen.images import (
 )
 from flexllmgen.policy import Policy, Tier
 from flexllmgen.spec import ModelSpec
-from flexllmgen.splits import Split, keep_inputs, micro_batch_sizes, split_sequences
+from flexllmgen.splits import Split, micro_batch_sizes, split_layers, split_sequences
 from flexllmgen.units import PAGE, GiB, round_up
 from flexllmgen.workload import Workload
 from flexllmgen.workspace import (
@@ -97,9 +97,8 @@ class PlacementPlan:
         """Per micro-batch, the most sequences of a layer that are attended to on the CPU."""
         if not self.attends_on_host:
             return ()
-        return tuple(
-            max(row[index].cpu for row in self.kv_splits) for index in range(len(self.micro_batches))
-        )
+        rows = set(self.kv_splits)
+        return tuple(max(row[index].cpu for row in rows) for index in range(len(self.micro_batches)))
 
     @property
     def exchange_row_bytes(self) -> int:
@@ -260,10 +259,7 @@ def plan_placement(
             "lower --input-len or --gen-len"
         )
     context = round_up(workload.max_context, 8)
-    flat = keep_inputs(split_sequences(list(sizes) * spec.num_layers, policy.kv_cache), policy.recompute)
-    kv_splits = tuple(
-        tuple(flat[layer * len(sizes) : (layer + 1) * len(sizes)]) for layer in range(spec.num_layers)
-    )
+    kv_splits, units = split_layers(sizes, spec.num_layers, policy.kv_cache, policy.recompute)
     hidden_splits = tuple(split_sequences(list(sizes), policy.activations))
     hidden_row = spec.hidden_bytes(workload.prompt_tokens, dtype_bytes)
 
@@ -271,12 +267,12 @@ def plan_placement(
         return row_bytes(spec, policy, sequences, dtype_bytes, tier=tier) * context if sequences else 0
 
     input_row = spec.hidden_bytes(context, dtype_bytes)
-    most_inputs = max(each.inputs for row in kv_splits for each in row)
-    input_bytes = sum(each.inputs for row in kv_splits for each in row) * input_row
+    most_inputs = max(each.inputs for each in units)
+    input_bytes = sum(number * each.inputs for each, number in units.items()) * input_row
     kv = TierBytes(
-        gpu=sum(kv_tier(each.gpu, "gpu") for row in kv_splits for each in row),
-        cpu=sum(kv_tier(each.cpu, "cpu") for row in kv_splits for each in row) + input_bytes,
-        disk=sum(kv_tier(each.disk, "disk") for row in kv_splits for each in row),
+        gpu=sum(number * kv_tier(each.gpu, "gpu") for each, number in units.items()),
+        cpu=sum(number * kv_tier(each.cpu, "cpu") for each, number in units.items()) + input_bytes,
+        disk=sum(number * kv_tier(each.disk, "disk") for each, number in units.items()),
     )
     hidden = TierBytes(
         gpu=sum(each.gpu for each in hidden_splits) * hidden_row,
@@ -284,9 +280,9 @@ def plan_placement(
         disk=sum(each.disk for each in hidden_splits) * hidden_row,
     )
     slot_hidden = max((each.count * hidden_row for each in hidden_splits if each.gpu < each.count), default=0)
-    slot_kv_cpu = 0 if in_place else max(kv_tier(each.cpu, "cpu") for row in kv_splits for each in row)
+    slot_kv_cpu = 0 if in_place else max(kv_tier(each.cpu, "cpu") for each in units)
     slot_inputs = 0 if in_place else most_inputs * input_row
-    slot_kv_disk = max(kv_tier(each.disk, "disk") for row in kv_splits for each in row)
+    slot_kv_disk = max(kv_tier(each.disk, "disk") for each in units)
     slot_weights = max(
         sum(
             streamed_bytes(images[index], in_place=in_place, embedding=stage.kind == "embed")
@@ -322,7 +318,7 @@ def plan_placement(
         streamed_weights=weights.cpu + weights.disk > 0,
         streamed_others=kv_slots + hidden_slots > 0,
     )
-    parts = [(each.gpu, each.cpu, each.disk) for row in kv_splits for each in row]
+    parts = [(each.gpu, each.cpu, each.disk) for each in units]
     scratch_sequences, scratch_bytes = kv_scratch(spec, policy, workload, dtype_bytes, max(map(max, parts)))
     recomputed, recompute_bytes = recompute_scratch(spec, policy, workload, dtype_bytes, most_inputs)
     plan = None

@@ -1,5 +1,8 @@
 """How sequences are divided: a block into micro-batches, and the sequences of each over the tiers. Pure."""
 
+import functools
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from flexllmgen.policy import Placement, Policy
@@ -33,6 +36,7 @@ def split_sequences(counts: list[int], shares: Placement) -> list[Split]:
     [1, 1, 2, 1]
     """
     splits, before, gpu_done, disk_done = [], 0, 0, 0
+    known: dict[tuple[int, int, int], Split] = {}
     for count in counts:
         before += count
         gpu = min(max(round(shares.gpu * before) - gpu_done, 0), count)
@@ -42,7 +46,11 @@ def split_sequences(counts: list[int], shares: Placement) -> list[Split]:
             gpu = count - disk
         gpu_done += gpu
         disk_done += disk
-        splits.append(Split(gpu=gpu, cpu=count - gpu - disk, disk=disk))
+        parts = gpu, count - gpu - disk, disk
+        # Most are alike.
+        if parts not in known:
+            known[parts] = Split(gpu=gpu, cpu=parts[1], disk=disk)
+        splits.append(known[parts])
     return splits
 
 
@@ -59,6 +67,21 @@ def keep_inputs(splits: list[Split], share: float) -> list[Split]:
         Split(gpu=split.gpu, cpu=part.cpu, inputs=part.gpu, disk=split.disk)
         for split, part in zip(splits, parts, strict=True)
     ]
+
+
+@functools.lru_cache(maxsize=16)
+def split_layers(
+    sizes: tuple[int, ...], layers: int, shares: Placement, inputs: float
+) -> tuple[tuple[tuple[Split, ...], ...], Mapping[Split, int]]:
+    """How each layer's sequences are divided, by micro-batch, and how many units are divided alike.
+
+    `inputs` is the share of those in host memory that are kept as the layer's inputs.
+    """
+    # Kept, since a search moves weights from tier to tier and leaves the sequences where they are.
+    flat = keep_inputs(split_sequences(list(sizes) * layers, shares), inputs)
+    count = len(sizes)
+    rows = tuple(tuple(flat[layer * count : (layer + 1) * count]) for layer in range(layers))
+    return rows, Counter(flat)
 
 
 def micro_batch_sizes(num_sequences: int, policy: Policy) -> tuple[int, ...]:
