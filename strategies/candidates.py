@@ -54,19 +54,20 @@ def distinct(candidates: Sequence[Candidate]) -> Iterator[Candidate]:
 
 
 def with_preference(candidate: Candidate) -> float:
-    """Its seconds, and a little for each thing that can go wrong in ways that no model sees.
+    """Its seconds, and a little for what is odd about it: of policies that are as good as equal the plainest is taken."""
+    return candidate.seconds * (1 + oddness(candidate.policy, candidate.placement))
 
-    Of policies that are as good as equal the plainest is taken.
-    """
-    policy, plan = candidate.policy, candidate.placement
+
+def oddness(policy: Policy, plan: PlacementPlan) -> float:
+    """A little for each thing that can go wrong in ways that no model sees, as a share of a policy's seconds."""
     odd = _ODD * ((plan.disk_bytes > 0) + policy.sep_layer + (policy.overlap > 1) + plan.attends_on_host)
     odd += _ODD * (policy.chosen_experts + (policy.recompute > 0))
     odd += QUERY_ODD * policy.num_micro_batches * plan.attends_on_host
-    odd += lossy_odd(Variant.of(policy))
+    odd += lossy_odd(policy)
     # Hidden states are small and wanted at once: behind the copies of weights they wait longer than predicted.
-    return candidate.seconds * (1 + odd + _HIDDEN_ODD * (plan.hidden_slots > 0))
+    return odd + _HIDDEN_ODD * (plan.hidden_slots > 0)
 
 
-def lossy_odd(variant: Variant) -> float:
+def lossy_odd(compressed: Policy | Variant) -> float:
     """A loss of precision must be worth it."""
-    return _LOSSY_ODD * ((variant.weight_bits is not None) + (variant.kv_bits is not None))
+    return _LOSSY_ODD * ((compressed.weight_bits is not None) + (compressed.kv_bits is not None))

@@ -24,6 +24,7 @@ from flexllmgen.workspace import kv_scratch, recompute_scratch, row_bytes, works
 from profiling.layer_times import LayerTimes
 from profiling.profile import HardwareProfile
 from strategies.choices import Cut, Kind, Limits, Variant
+from strategies.multipliers import Multipliers, Rows, too_large
 
 # Where each share stands among the program's variables; X is that of the KV that is kept as layer inputs. Last come the seconds
 # of a prompt's pass and of a step, of a full block and of the ragged one at the end.
@@ -31,6 +32,8 @@ W, K, A, X = (0, 1, 2), (3, 4, 5), (6, 7, 8), 9
 _FULL, _RAGGED, _SIZE = (10, 11), (12, 13), 14
 _CRUMB = 1e-4
 """Relative price of a share off the device, so that of equal solutions the nearest to it is taken."""
+_KEPT = 3
+"""Solutions whose prices bound what others can come to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +95,9 @@ class PlacementProgram:
         self.recompute = not self.on_cpu and self.variant.kv_bits is None and input_share < 1
         self.input_share = input_share if self.recompute else 1.0
         self._cheap: dict[Cut, float] = {}
+        self._known_rows: dict[Cut, Rows] = {}
+        self._solved: dict[tuple[Cut, Kind], Solved | None] = {}
+        self._multipliers: list[Multipliers] = []
 
     def replaced(
         self, *, limits: Limits | None = None, depth: int | None = None, sep_layer: bool | None = None
@@ -182,38 +188,35 @@ class PlacementProgram:
         outside = max(0, self.weights - self.rest - held)
         return self._awaited_s(self.expert_share(block)) * outside / self.weights
 
+    def at_least(self, cut: Cut, kind: Kind) -> float:
+        """Seconds that `solve` will not be below, by what was solved before; infinite where that shows that nothing fits."""
+        rows, groups = self._rows(cut), self._groups(kind)
+        if not kind.disk and too_large(rows, rows.memory - 1, groups):
+            return float("inf")
+        crumbs = 6 * _CRUMB * self.cheap_bound(cut)
+        bounds = (each.bound_s(rows, groups) - crumbs for each in self._multipliers)
+        return max(self.cheap_bound(cut), *bounds, 0.0)
+
     def solve(self, cut: Cut, kind: Kind) -> Solved | None:
         """The best shares for a cut, as if nothing ever waited; None if it cannot fit."""
-        rows, bounds = self._memory(cut)
-        for row, bound in self._time(cut):
-            rows.append(row)
-            bounds.append(bound)
-        objective = np.zeros(_SIZE)
-        for count, _, (prefill, step) in self._blocks(cut):
-            objective[prefill] = count
-            objective[step] = count * (self.workload.gen_tokens - 1)
-        crumb = _CRUMB * self.cheap_bound(cut)
-        for index in (W[1], K[1], A[1]):
-            objective[index] = crumb
-        objective[X] = 1.5 * crumb
-        for index in (W[2], K[2], A[2]):
-            objective[index] = 2 * crumb
+        if (cut, kind) not in self._solved:
+            self._solved[cut, kind] = self._solve(cut, kind)
+        return self._solved[cut, kind]
+
+    def _solve(self, cut: Cut, kind: Kind) -> Solved | None:
+        rows = self._rows(cut)
         equal = np.zeros((3, _SIZE))
         for index, variables in enumerate((W, K, A)):
             equal[index, list(variables)] = 1.0
         equal[1, X] = 1.0
-        matrix, limit = np.array(rows), np.array(bounds)
         # Bytes beside seconds would be badly scaled.
-        scale = np.maximum(np.abs(matrix).max(axis=1), 1e-30)
-        most = [1.0] * 9 + [float(self.recompute)]
-        if not kind.disk:
-            most[W[2]] = most[K[2]] = most[A[2]] = 0.0
-        if not kind.hidden_elsewhere:
-            most[A[1]] = most[A[2]] = 0.0
+        scale = np.maximum(np.abs(rows.matrix).max(axis=1), 1e-30)
+        allowed = {index for group in self._groups(kind) for index in group}
+        most = [float(index in allowed) for index in range(X + 1)]
         result = linprog(
-            objective,
-            A_ub=matrix / scale[:, None],
-            b_ub=limit / scale,
+            rows.objective,
+            A_ub=rows.matrix / scale[:, None],
+            b_ub=rows.limit / scale,
             A_eq=equal,
             b_eq=np.ones(3),
             bounds=[(0.0, each) for each in most] + [(0.0, None)] * (_SIZE - len(most)),
@@ -221,11 +224,45 @@ class PlacementProgram:
         )
         if result.status != 0:
             return None
+        prices = np.maximum(0.0, -result.ineqlin.marginals) / scale
+        self._multipliers = [Multipliers.of(rows, prices), *self._multipliers[: _KEPT - 1]]
         return Solved(
             cut=cut,
-            bound_s=max(float(result.fun) - 6 * crumb, self.cheap_bound(cut)),
+            bound_s=max(float(result.fun) - 6 * _CRUMB * self.cheap_bound(cut), self.cheap_bound(cut)),
             shares=tuple(float(share) for share in result.x[: len(most)]),
         )
+
+    def _groups(self, kind: Kind) -> tuple[tuple[int, ...], ...]:
+        """The shares that a kind may use, of weights, KV and hidden states: each adds up to 1."""
+        tiers = 3 if kind.disk else 2
+        hidden = tiers if kind.hidden_elsewhere else 1
+        return W[:tiers], (*K[:tiers], *((X,) if self.recompute else ())), A[:hidden]
+
+    def _rows(self, cut: Cut) -> Rows:
+        """What a cut's programs have in common, whatever their kind."""
+        if cut in self._known_rows:
+            return self._known_rows[cut]
+        rows, bounds = self._memory(cut)
+        memory, passes = len(rows), []
+        objective = np.zeros(_SIZE)
+        for count, block, variables in self._blocks(cut):
+            for row, bound in self._block_time(cut, block, variables):
+                rows.append(row)
+                bounds.append(bound)
+            for variable, times in zip(variables, (count, count * (self.workload.gen_tokens - 1)), strict=True):
+                objective[variable] = times
+                of_pass = [index for index in range(memory, len(rows)) if rows[index][variable]]
+                passes.append((slice(of_pass[0], of_pass[-1] + 1), variable, variable == variables[0]))
+        crumb = _CRUMB * self.cheap_bound(cut)
+        for index in (W[1], K[1], A[1]):
+            objective[index] = crumb
+        objective[X] = 1.5 * crumb
+        for index in (W[2], K[2], A[2]):
+            objective[index] = 2 * crumb
+        known = self._known_rows[cut] = Rows(
+            matrix=np.array(rows), limit=np.array(bounds), objective=objective, memory=memory, passes=passes
+        )
+        return known
 
     # The program
 
@@ -279,11 +316,6 @@ class PlacementProgram:
             yield full, cut.size * cut.count, _FULL
         if ragged:
             yield 1, ragged, _RAGGED
-
-    def _time(self, cut: Cut) -> Iterator[tuple[np.ndarray, float]]:
-        """Each resource's seconds, at most those of its pass."""
-        for _, block, variables in self._blocks(cut):
-            yield from self._block_time(cut, block, variables)
 
     def _block_time(
         self, cut: Cut, block: int, variables: tuple[int, int]

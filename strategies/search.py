@@ -6,7 +6,8 @@ say. Cuts are taken in the order of a cheap bound, solved while that is below th
 promising of them simulated. Pure: looks at no machine, loads nothing.
 """
 
-from collections.abc import Sequence
+import heapq
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -18,8 +19,8 @@ from flexllmgen.workload import Workload
 from profiling.cost_model import engine_cost
 from profiling.layer_times import layer_times_for
 from profiling.profile import HardwareProfile
-from strategies.candidates import QUERY_ODD, Candidate, distinct, kind_of, lossy_odd, with_preference
-from strategies.choices import Cut, Limits, Variant, alike, all_cuts, all_variants, cuts_beside, kinds_of
+from strategies.candidates import QUERY_ODD, Candidate, distinct, kind_of, lossy_odd, oddness, with_preference
+from strategies.choices import Cut, Kind, Limits, Variant, alike, all_cuts, all_variants, cuts_beside, kinds_of
 from strategies.fitting import fit, least_change, place
 from strategies.placement_program import PlacementProgram, Solved
 
@@ -130,13 +131,13 @@ def _best_of(searches: "Sequence[_Search]", found: list[Candidate], wanted: int 
         mine = [each.seconds for each in search._mine()]
         if mine and min(mine) <= _CLOSE * best_s:
             search.look_around(wanted)
-    best = min(found, key=with_preference)
+    best, best_s = min(found, key=with_preference), min(each.seconds for each in found)
     others = sorted((each for each in found if each is not best), key=lambda each: each.seconds)
     return Found(
         best=best,
         runners_up=tuple(distinct(others))[:5],
-        # Cuts that were passed over may be better by what is not worth looking for.
-        bound_s=min(each.bound_s for each in searches) / (1 + _WORTH),
+        # Cuts that were passed over may be better than what was found by what is not worth looking for.
+        bound_s=min(best_s, *(each.bound_s for each in searches)) / (1 + _WORTH),
         cuts=sum(each.num_cuts for each in searches),
         simulated=sum(each.simulated for each in searches),
     )
@@ -160,16 +161,8 @@ class _Search:
         for kind in kinds_of(self.program.variant):
             # Some at a time: what is found early spares the rest.
             for start in range(0, len(cuts), _AT_ONCE):
-                best_s = self._best_s()
-                hopeful = [
-                    cut
-                    for cut in cuts[start : start + _AT_ONCE]
-                    if self.program.cheap_bound(cut) * (1 + _WORTH) < best_s
-                ]
-                solved = [
-                    each for each in (self.program.solve(cut, kind) for cut in hopeful) if each is not None
-                ]
-                self._simulate(sorted(solved, key=lambda each: each.bound_s), most=_MAX_SIMULATED)
+                some = cuts[start : start + _AT_ONCE]
+                self._simulate(self._by_bound(some, kind), most=_MAX_SIMULATED)
 
     def look_around(self, wanted: int | None) -> None:
         """Adds what is near the best: other cuts beside it, deeper prefetch, attention and MLP apart."""
@@ -194,22 +187,57 @@ class _Search:
         """What a policy of this variant must be faster than; where less is lost than by the best it may be a little slower."""
         mine = lossy_odd(self.program.variant)
         return min(
-            (each.seconds * (1 + max(0.0, lossy_odd(Variant.of(each.policy)) - mine)) for each in self.found),
+            (each.seconds * (1 + max(0.0, lossy_odd(each.policy) - mine)) for each in self.found),
             default=float("inf"),
         )
 
-    def _simulate(self, solved: Sequence[Solved], *, most: int, slack: float = 0.0) -> None:
+    def _by_bound(self, cuts: Sequence[Cut], kind: Kind) -> Iterator[Solved]:
+        """The cuts' best shares, the lowest bound first, while they may be better than the best.
+
+        Only what must be is solved: most are seen to come later by bounds that take nothing to solve.
+        """
+        program, results = self.program, dict[int, Solved]()
+        waiting = [(program.cheap_bound(cut), index) for index, cut in enumerate(cuts)]
+        heapq.heapify(waiting)
+        while waiting:
+            bound_s, index = heapq.heappop(waiting)
+            if not self._hopeful(bound_s):
+                return
+            if index in results:
+                yield results[index]
+                continue
+            # What was solved meanwhile may have shown more.
+            least_s = program.at_least(cuts[index], kind)
+            if waiting and least_s > max(bound_s, waiting[0][0]):
+                heapq.heappush(waiting, (least_s, index))
+            elif self._hopeful(least_s) and (solved := program.solve(cuts[index], kind)) is not None:
+                results[index] = solved
+                heapq.heappush(waiting, (solved.bound_s, index))
+
+    def _hopeful(self, bound_s: float, slack: float = 0.0) -> bool:
+        """Whether a bound leaves room for something better than the best, or no more than `slack` worse."""
+        return bound_s * (1 + _WORTH) < self._best_s() * (1 + slack)
+
+    def _simulate(self, solved: Iterable[Solved], *, most: int, slack: float = 0.0) -> None:
         """Prices what its bound says may be better than the best, or no more than `slack` worse."""
         priced = 0
         for each in solved:
             self.bound_s = min(self.bound_s, each.bound_s)
-            if priced == most or each.bound_s * (1 + _WORTH) >= self._best_s() * (1 + slack):
+            if not self._hopeful(each.bound_s, slack):
                 continue
             fitting = fit(self.program, each)
+            if fitting is None:
+                continue
+            # As odd as it is, at its bound it would not be preferred.
+            preferred_s = min(map(with_preference, self.found), default=float("inf"))
+            if each.bound_s * (1 + oddness(*fitting)) >= preferred_s:
+                continue
             # Other variants, kinds and chunks may come to a policy that is known.
-            if fitting is not None and all(fitting[0] != known.policy for known in self.found):
+            if all(fitting[0] != known.policy for known in self.found):
                 priced += 1
                 self.found.append(self._priced(*fitting, cut=each.cut))
+            if priced == most:
+                return
 
     def _climb(self, cuts: Sequence[Cut]) -> None:
         """Walks to cuts beside while they are better: what bounds cannot tell apart, simulation can."""
@@ -219,19 +247,18 @@ class _Search:
             for _ in range(_STEPS_UP):
                 beside = [cut for cut in cuts_beside(best.cut, cuts) if cut not in tried]
                 tried |= set(beside)
-                kind = kind_of(best)
-                solved = [
-                    each for each in (self.program.solve(cut, kind) for cut in beside) if each is not None
-                ]
-                known = len(self.found)
-                self._simulate(sorted(solved, key=lambda each: each.bound_s), most=len(solved))
+                kind, known = kind_of(best), len(self.found)
+                self._simulate(self._by_bound(beside, kind), most=len(beside))
                 if best.placement.attends_on_host:
                     priced = {each.cut for each in self.found[known:]}
-                    fewer = [
-                        each for each in solved if each.cut.count < best.cut.count and each.cut not in priced
-                    ]
+                    fewer = [cut for cut in beside if cut.count < best.cut.count and cut not in priced]
                     slack = QUERY_ODD * best.cut.count
-                    self._simulate(sorted(fewer, key=lambda each: each.cut.count), most=_FEWER, slack=slack)
+                    solved = (
+                        self.program.solve(cut, kind)
+                        for cut in sorted(fewer, key=lambda cut: cut.count)
+                        if self._hopeful(self.program.at_least(cut, kind), slack)
+                    )
+                    self._simulate(filter(None, solved), most=_FEWER, slack=slack)
                 reached = min([best, *self.found[known:]], key=with_preference)
                 if reached is best:
                     break
