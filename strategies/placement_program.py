@@ -8,7 +8,7 @@ and every tier to be filled to the byte, so that its optimum bounds what any pla
 # W bytes of weights  K bytes of KV of a block  A bytes of hidden states of a block
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -94,6 +94,7 @@ class PlacementProgram:
         input_share = spec.num_layers * spec.hidden_bytes(1, dtype_bytes) / self.kv_position
         self.recompute = not self.on_cpu and self.variant.kv_bits is None and input_share < 1
         self.input_share = input_share if self.recompute else 1.0
+        self._windows = Counter(spec.sliding_window(layer) for layer in range(spec.num_layers))
         self._cheap: dict[Cut, float] = {}
         self._known_rows: dict[Cut, Rows] = {}
         self._solved: dict[tuple[Cut, Kind], Solved | None] = {}
@@ -342,9 +343,11 @@ class PlacementProgram:
             awaited = self._awaited_s(share)
             weights_s = dict.fromkeys(W[1:], awaited) if awaited else {}
             rest_s = awaited * self.rest / self.weights
-            yield self._at_most(variable, {**attended, **weights_s}, busy - rest_s)
+            works = [self._at_most(variable, {**attended, **weights_s}, busy - rest_s)]
             if on_host and read:
-                yield self._attended_on_host(variable, token_kv * read, spec.attended_share(int(read)), share)
+                works.append(
+                    self._attended_on_host(variable, token_kv * read, spec.attended_share(int(read)), share)
+                )
             if not self.on_cpu and rates.h2d_bytes_per_s and rates.d2h_bytes_per_s:
                 up = 1 / rates.h2d_bytes_per_s
                 paged = not self.pin_weight and rates.h2d_pageable_bytes_per_s
@@ -357,7 +360,7 @@ class PlacementProgram:
                     loads[A[tier]] = hidden / 2 * up
                 loads[X] = self.input_share * token_kv * read * up
                 # What of the weights is never streamed takes host memory first.
-                yield self._at_most(variable, loads, -self.rest * up - spared * slowest)
+                works.append(self._at_most(variable, loads, -self.rest * up - spared * slowest))
                 if spared:
                     # As if all that is streamed were experts: they are, up to the bytes that there are.
                     fewer = {**loads, **{tier: share * loads[tier] for tier in W[1:]}}
@@ -367,16 +370,20 @@ class PlacementProgram:
                 for tier in (1, 2):
                     stores[K[tier]] = token_kv * written * down
                     stores[A[tier]] = hidden / 2 * down
-                yield self._at_most(variable, stores, 0.0)
+                works.append(self._at_most(variable, stores, 0.0))
             from_disk, to_disk = 1 / rates.disk_read_bytes_per_s, 1 / rates.disk_write_bytes_per_s
             moved = {
                 W[2]: self.weights * from_disk,
                 K[2]: token_kv * (read * from_disk + written * to_disk),
                 A[2]: hidden / 2 * (from_disk + to_disk),
             }
-            yield self._at_most(variable, moved, -spared * from_disk)
+            works.append(self._at_most(variable, moved, -spared * from_disk))
             if spared:
                 yield self._at_most(variable, {**moved, W[2]: share * moved[W[2]]}, 0.0)
+            yield from works
+            # Without overlap one resource works after the other. The wait for experts is a load already.
+            if self.depth == 0 and read and not weights_s:
+                yield _in_turn(variable, works)
 
     def _awaited_s(self, share: float) -> float:
         """Seconds that the device waits for a `share` of all experts; none where they come ahead.
@@ -451,10 +458,9 @@ class PlacementProgram:
 
     def _layers_s(self, size: int, context: int) -> float:
         """Seconds of a step of all layers; one with a window attends to no more than that."""
-        windows = Counter(self.spec.sliding_window(layer) for layer in range(self.spec.num_layers))
         return sum(
             count * self.times.step_s("layer", size, min(context, window or context))
-            for window, count in windows.items()
+            for window, count in self._windows.items()
         )
 
     def _prompt_s(self, cut: Cut, size: int) -> float:
@@ -468,3 +474,12 @@ class PlacementProgram:
             row[index] = seconds
         row[variable] = -1.0
         return row, -constant
+
+
+def _in_turn(
+    variable: int, works: Sequence[tuple[np.ndarray, float]]
+) -> tuple[np.ndarray, float]:
+    """All resources' seconds one after another, as a row of the program."""
+    row = np.sum([row for row, _ in works], axis=0)
+    row[variable] = -1.0
+    return row, sum(bound for _, bound in works)

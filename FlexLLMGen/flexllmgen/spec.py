@@ -248,6 +248,8 @@ class ModelSpec:
 
     def attended_positions(self, context: int) -> int:
         """Positions that a step attends to, its own included, summed over the layers: a window where a layer has one."""
+        if not self.sliding_windows:
+            return self.num_layers * context
         return sum(min(self.sliding_window(layer) or context, context) for layer in range(self.num_layers))
 
     def attended_share(self, context: int) -> float:
