@@ -90,6 +90,29 @@ def engine_cost(plan: PlacementPlan, profile: "HardwareProfile") -> CostEstimate
     )
 
 
+def least_seconds(plan: PlacementPlan, profile: "HardwareProfile") -> float:
+    """Seconds that `engine_cost` says at least, for a small part of what that takes; 0 where it knows nothing."""
+    from profiling.least_time import least_block
+
+    times = layer_times_for(plan.spec, profile.layers)
+    if times is None:
+        return 0.0
+    steps = _sampled_steps(plan)
+
+    def phases(block: int) -> tuple[Phase, Phase]:
+        prompt_s, *steps_s = least_block(
+            plan,
+            times,
+            profile.typical,
+            micro_batches=micro_batch_sizes(block, plan.policy),
+            contexts=[plan.workload.prompt_tokens + step for step in steps],
+        )
+        decode_s = sum(count * seconds for count, seconds in zip(steps.values(), steps_s, strict=True))
+        return Phase(seconds=prompt_s), Phase(seconds=decode_s)
+
+    return cost_of_blocks(plan.workload, plan.policy.block_size, phases).seconds
+
+
 def _sampled_steps(plan: PlacementPlan) -> dict[int, int]:
     """The decode steps that are simulated, from 1 on, and how many each stands for."""
     steps, ends = plan.workload.gen_tokens - 1, 1 + 4 * plan.policy.overlap // len(plan.stages)

@@ -5,7 +5,7 @@ nothing of the order of steps or of what waits for what: that is simulation.py. 
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import NamedTuple
 
 from flexllmgen.images import (
     TierBytes,
@@ -28,6 +28,15 @@ _FINISH = Action.FINISH
 """Looked up once: an enum's members are slow to look up."""
 
 
+class _Units(NamedTuple):
+    """Of a layer, by micro-batch: `rows`, `stored_row` and `loaded_row`; and sequences whose keys a step makes of inputs."""
+
+    rows: list[int]
+    stored: list[tuple[int, int]]
+    loaded: list[tuple[int, int]]
+    made: list[int]
+
+
 class Durations:
     """Seconds and bytes of the steps of one block.
 
@@ -41,6 +50,7 @@ class Durations:
         rows: by layer and micro-batch, the sequences that the CPU attends to; of a ragged one fewer than lie there.
         stored_row, loaded_row: by layer and micro-batch, bytes of one position in host memory and on disk: of all, and
             of what steps load.
+        alike: by stage and micro-batch, a number that those share whose work takes equally long.
         on_host: by stage, whether the CPU attends to what lies in host memory.
         query_bytes, outcome_bytes: of a sequence that the CPU attends to, down and up.
         copy_rate: bytes a second that are copied within the compute device's memory.
@@ -89,10 +99,13 @@ class Durations:
         self._windows = [
             plan.spec.sliding_window(stage.layer) if stage.layer >= 0 else 0 for stage in plan.stages
         ]
-        by_split = {splits: self._by_micro_batch(splits) for splits in set(plan.kv_splits)}
-        self.rows, self.stored_row, self.loaded_row, self._made = (
-            [by_split[splits][part] for splits in plan.kv_splits] for part in range(4)
-        )
+        # Layers whose sequences are divided alike share what is worked out for one.
+        divisions = {id(splits): splits for splits in plan.kv_splits}
+        units = {key: self._units(splits) for key, splits in divisions.items()}
+        layers = [units[id(splits)] for splits in plan.kv_splits]
+        self.rows = [each.rows for each in layers]
+        self.stored_row, self.loaded_row = [each.stored for each in layers], [each.loaded for each in layers]
+        self._made = [each.made for each in layers]
         self.copy_rate = rates.device_copy_bytes_per_s or rates.device_bytes_per_s / 2
         alone = rates.h2d_bytes_per_s or self.copy_rate
         # Copies wait for memory that the CPU reads, too, and it does so for most of a step.
@@ -103,7 +116,7 @@ class Durations:
         exchange = exchange_row(plan.spec, plan.dtype_bytes, plan.policy)
         self.query_bytes, self.outcome_bytes = exchange.down, exchange.outcome
         self._row_bytes, self._layers = plan.kv_row_bytes, [stage.layer for stage in plan.stages]
-        self._alike = self._compute_alike()
+        self.alike = self._units_alike()
         self._work_cache: dict[tuple[object, ...], tuple[float, float]] = {}
         self._compute_cache: dict[tuple[object, ...], float] = {}
         self._recompute_cache: dict[tuple[int, int], float] = {}
@@ -113,7 +126,7 @@ class Durations:
     def work(self, step: Step) -> tuple[float, float]:
         """Seconds of the device, and of the host to issue them."""
         action, token, stage, micro_batch, _, kv_slot, _, _ = step
-        key = token, self._alike[stage], micro_batch, action is _FINISH, kv_slot >= 0
+        key = token, self.alike[stage][micro_batch], action is _FINISH, kv_slot >= 0
         known = self._work_cache.get(key)
         if known is None:
             known = self._work_cache[key] = self.compute_s(step), self.issue_s(step)
@@ -147,6 +160,13 @@ class Durations:
         pieces = min(threads, max(1.0, num_bytes / READ_BYTES))
         return alone + (full - alone) * (pieces - 1) / (DISK_THREADS - 1)
 
+    def streamed(self, stage: int, *, decodes: bool) -> tuple[float, ...]:
+        """Bytes that a pass brings in ahead, from the device, host memory and disk: in a step no experts by choice."""
+        loaded = self.weight_bytes[stage]
+        if not (decodes and self.chosen[stage]):
+            return loaded
+        return tuple(all_ - theirs for all_, theirs in zip(loaded, self.expert_bytes[stage], strict=True))
+
     def chooses(self, step: Step) -> bool:
         return step.token > 0 and self.chosen[step.stage]
 
@@ -160,27 +180,39 @@ class Durations:
     def attends_on_host(self, step: Step) -> bool:
         return step.token > 0 and self.on_host[step.stage]
 
-    def _by_micro_batch(self, splits: Sequence[Split]) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
-        """Of a layer, by micro-batch: rows, stored_row, loaded_row, and sequences whose keys and values a step makes of inputs."""
+    def _units(self, splits: Sequence[Split]) -> _Units:
         firsts = [split.first(count) for split, count in zip(splits, self.batches, strict=False)]
         stored, loaded = ([self._kv_row(split, loaded=loads) for split in splits] for loads in (False, True))
-        return [first.cpu for first in firsts], stored, loaded, [first.inputs for first in firsts]
+        return _Units(
+            rows=[first.cpu for first in firsts],
+            stored=stored,
+            loaded=loaded,
+            made=[first.inputs for first in firsts],
+        )
 
-    def _compute_alike(self) -> list[int]:
-        """By stage, a number that those share whose work takes equally long: most layers differ in what is loaded only."""
+    def _units_alike(self) -> list[tuple[int, ...]]:
+        """Most layers differ only in what is loaded, and most micro-batches not at all."""
         numbers: dict[tuple[object, ...], int] = {}
-        alike = []
+        known: dict[tuple[object, ...], tuple[int, ...]] = {}
+        nothing, alike = [0] * len(self.batches), []
         for index, stage in enumerate(self.plan.stages):
-            key = (
+            common = (
                 stage.kind,
                 self._windows[index],
                 self.chosen[index],
                 self.expert_dense_bytes[index],
                 stage_dequantised_bytes(self.plan.images, stage),
-                tuple(self.rows[stage.layer]) if stage.has_kv else (),
-                tuple(self._made[stage.layer]) if stage.has_kv else (),
             )
-            alike.append(numbers.setdefault(key, len(numbers)))
+            rows, made = (
+                (self.rows[stage.layer], self._made[stage.layer]) if stage.has_kv else (nothing, nothing)
+            )
+            key = (*common, id(rows))
+            if key not in known:
+                units = enumerate(zip(self.batches, rows, made, strict=True))
+                known[key] = tuple(
+                    numbers.setdefault((*common, index == 0, *unit), len(numbers)) for index, unit in units
+                )
+            alike.append(known[key])
         return alike
 
     def _attended_positions(self, step: Step) -> int:

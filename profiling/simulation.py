@@ -219,10 +219,7 @@ class _Simulation:
 
     def _part_of_load(self, stage: int, decodes: bool) -> _Load:
         """What a step brings in of a stage's weights."""
-        loaded = self.durations.weight_bytes[stage]
-        if decodes and self.durations.chosen[stage]:
-            experts = self.durations.expert_bytes[stage]
-            loaded = tuple(all_ - theirs for all_, theirs in zip(loaded, experts, strict=True))
+        loaded = self.durations.streamed(stage, decodes=decodes)
         # Reads are started for all parts of a stage, and with overlap for the next stage too.
         under_way = loaded[2] * (2 if self.plan.policy.overlap else 1)
         parts = len(self.batches)
@@ -303,9 +300,7 @@ class _Simulation:
 
     def _load_hidden(self, step: Step) -> None:
         gpu, cpu, disk = self.durations.hidden_bytes(step.micro_batch, step.token)
-        ready = max(
-            self.hidden_busy[step.slot], self.hidden_stored.get(step.micro_batch, 0.0), self.issued
-        )
+        ready = max(self.hidden_busy[step.slot], self.hidden_stored.get(step.micro_batch, 0.0), self.issued)
         if disk:
             ready = self._disk("hidden up", ready, disk, step.token)
         if not self.on_cpu and cpu + disk:

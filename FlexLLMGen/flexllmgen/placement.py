@@ -97,7 +97,7 @@ class PlacementPlan:
         """Per micro-batch, the most sequences of a layer that are attended to on the CPU."""
         if not self.attends_on_host:
             return ()
-        rows = set(self.kv_splits)
+        rows = {id(row): row for row in self.kv_splits}.values()
         return tuple(max(row[index].cpu for row in rows) for index in range(len(self.micro_batches)))
 
     @property

@@ -101,30 +101,35 @@ def zigzag(shape: Shape) -> Iterator[Step]:
     weights_action, kv_action, hidden_action = Action.LOAD_WEIGHTS, Action.LOAD_KV, Action.LOAD_HIDDEN
     compute_action, store_action = Action.COMPUTE, Action.STORE_KV
 
-    def load_weights(index: int, part: int) -> Iterator[Step]:
-        if index < num_weight_loads:
-            token, position = divmod(index, len(weighted))
-            yield Step(weights_action, token, weighted[position], 0, index % weight_slots, -1, -1, part)
+    def load_weights(index: int, part: int) -> Step | None:
+        if index >= num_weight_loads:
+            return None
+        token, position = divmod(index, len(weighted))
+        return Step(weights_action, token, weighted[position], 0, index % weight_slots, -1, -1, part)
 
-    def load_kv(index: int) -> Iterator[Step]:
-        if index < num_kv_loads:
-            unit, micro_batch = divmod(index, batches)
-            token, position = divmod(unit, len(cached))
-            # The prompt's KV does not exist before it is computed: token 0 only stores.
-            if token and loaded[cached[position]]:
-                yield Step(kv_action, token, cached[position], micro_batch, index % kv_slots)
+    def load_kv(index: int) -> Step | None:
+        if index >= num_kv_loads:
+            return None
+        unit, micro_batch = divmod(index, batches)
+        token, position = divmod(unit, len(cached))
+        # The prompt's KV does not exist before it is computed: token 0 only stores.
+        if not token or not loaded[cached[position]]:
+            return None
+        return Step(kv_action, token, cached[position], micro_batch, index % kv_slots)
 
-    def load_hidden(unit: int) -> Iterator[Step]:
+    def load_hidden(unit: int) -> Step | None:
         visit, micro_batch = divmod(unit, batches)
         token, stage = divmod(visit, stages)
         # The first stage makes hidden states from tokens, so it loads none.
-        if token < shape.num_tokens and stage:
-            yield Step(hidden_action, token, stage, micro_batch, unit % hidden_slots)
+        if token >= shape.num_tokens or not stage:
+            return None
+        return Step(hidden_action, token, stage, micro_batch, unit % hidden_slots)
 
     everything = range(batches)
     for ahead in range(depth):
         for part in everything:
-            yield from load_weights(ahead, part)
+            if step := load_weights(ahead, part):
+                yield step
     # How far KV may be loaded ahead: what it loads must have been stored, one token before.
     kv_depth = min(depth, len(cached) * batches - 1) if cached else 0
     # KV of the first unit after the prompt is loaded by the loop below, since the prompt loads none.
@@ -137,16 +142,18 @@ def zigzag(shape: Shape) -> Iterator[Step]:
             kv_slot = hidden_slot = -1
             if depth == 0 and streams:
                 for part in everything:
-                    yield from load_weights(weights_used, part)
+                    if step := load_weights(weights_used, part):
+                        yield step
             for micro_batch in everything:
-                if caches:
-                    yield from load_kv(kv_used + kv_depth)
-                if depth and streams:
-                    yield from load_weights(weights_used + depth, micro_batch)
+                if caches and (step := load_kv(kv_used + kv_depth)):
+                    yield step
+                if depth and streams and (step := load_weights(weights_used + depth, micro_batch)):
+                    yield step
                 if shape.streamed_hidden:
                     first = 0 if hidden_depth == 0 or unit == 0 else hidden_depth
                     for ahead in range(first, hidden_slots):
-                        yield from load_hidden(unit + ahead)
+                        if step := load_hidden(unit + ahead):
+                            yield step
                     hidden_slot = unit % hidden_slots
                 if moves:
                     kv_slot = kv_used % kv_slots

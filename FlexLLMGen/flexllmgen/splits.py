@@ -80,8 +80,10 @@ def split_layers(
     # Kept, since a search moves weights from tier to tier and leaves the sequences where they are.
     flat = keep_inputs(split_sequences(list(sizes) * layers, shares), inputs)
     count = len(sizes)
-    rows = tuple(tuple(flat[layer * count : (layer + 1) * count]) for layer in range(layers))
-    return rows, Counter(flat)
+    known: dict[tuple[Split, ...], tuple[Split, ...]] = {}
+    rows = (tuple(flat[layer * count : (layer + 1) * count]) for layer in range(layers))
+    # Layers that are divided alike share what they are divided into, so that one look at it is enough.
+    return tuple(known.setdefault(row, row) for row in rows), Counter(flat)
 
 
 def micro_batch_sizes(num_sequences: int, policy: Policy) -> tuple[int, ...]:
