@@ -29,8 +29,8 @@ class Rows:
     memory: int
     passes: Sequence[tuple[slice, int, bool]]
 
-    def least(self, prices: np.ndarray, groups: Sequence[Sequence[int]], objective: bool = True) -> float:
-        """The least of objective and priced rows where in each group one share, or a mix, is 1. Seconds cost what they save."""
+    def least(self, prices: np.ndarray, groups: Sequence[Sequence[int]], *, objective: bool = True) -> float:
+        """The least of objective and priced rows where the shares of each group add up to 1. Seconds cost what they save."""
         costs = prices @ self.matrix
         if objective:
             costs = costs + self.objective
@@ -74,4 +74,5 @@ def too_large(rows: Rows, tiers: int, groups: Sequence[Sequence[int]]) -> bool:
     """Whether what must lie on the first tiers is more than all of them together hold."""
     prices = np.zeros(len(rows.limit))
     prices[:tiers] = 1.0
-    return rows.least(prices, groups, objective=False) > 0
+    # A solver takes what is over by rounding.
+    return rows.least(prices, groups, objective=False) > (1 - _SAFE) * float(abs(prices @ rows.limit))

@@ -250,7 +250,9 @@ class PlacementProgram:
             for row, bound in self._block_time(cut, block, variables):
                 rows.append(row)
                 bounds.append(bound)
-            for variable, times in zip(variables, (count, count * (self.workload.gen_tokens - 1)), strict=True):
+            for variable, times in zip(
+                variables, (count, count * (self.workload.gen_tokens - 1)), strict=True
+            ):
                 objective[variable] = times
                 of_pass = [index for index in range(memory, len(rows)) if rows[index][variable]]
                 passes.append((slice(of_pass[0], of_pass[-1] + 1), variable, variable == variables[0]))
@@ -476,9 +478,7 @@ class PlacementProgram:
         return row, -constant
 
 
-def _in_turn(
-    variable: int, works: Sequence[tuple[np.ndarray, float]]
-) -> tuple[np.ndarray, float]:
+def _in_turn(variable: int, works: Sequence[tuple[np.ndarray, float]]) -> tuple[np.ndarray, float]:
     """All resources' seconds one after another, as a row of the program."""
     row = np.sum([row for row, _ in works], axis=0)
     row[variable] = -1.0

@@ -3,12 +3,14 @@
 The integer choices (micro-batch, number of micro-batches, positions of prefill at once) are enumerated; for each the shares
 are a linear program (placement_program.py), whose optimum bounds what the simulation of the engine's schedule can
 say. Cuts are taken in the order of a cheap bound, solved while that is below the best so far, and the most
-promising of them simulated. Pure: looks at no machine, loads nothing.
+promising of them looked at: simulated where by the least that they take (profiling/least_time.py) they may be the preferred
+one, or where it matters which of them is better. Pure: looks at no machine, loads nothing.
 """
 
 import heapq
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Literal
 
 from flexllmgen.errors import PlanInfeasible
@@ -16,19 +18,40 @@ from flexllmgen.placement import PlacementPlan
 from flexllmgen.policy import Policy
 from flexllmgen.spec import ModelSpec
 from flexllmgen.workload import Workload
-from profiling.cost_model import engine_cost
+from profiling.cost_model import least_seconds
 from profiling.layer_times import layer_times_for
 from profiling.profile import HardwareProfile
-from strategies.candidates import QUERY_ODD, Candidate, distinct, kind_of, lossy_odd, oddness, with_preference
-from strategies.choices import Cut, Kind, Limits, Variant, alike, all_cuts, all_variants, cuts_beside, kinds_of
+from strategies.candidates import (
+    QUERY_ODD,
+    Candidate,
+    Outline,
+    distinct,
+    kind_of,
+    lossy_odd,
+    seconds_of,
+    with_preference,
+)
+from strategies.choices import (
+    Cut,
+    Kind,
+    Limits,
+    Variant,
+    alike,
+    all_cuts,
+    all_variants,
+    cuts_beside,
+    kinds_of,
+)
 from strategies.fitting import fit, least_change, place
+from strategies.known import Known
 from strategies.placement_program import PlacementProgram, Solved
 
 Objective = Literal["throughput", "latency"]
 
 _AT_ONCE = 24
-_MAX_SIMULATED = 3
-"""Of so many cuts at once, so many are simulated at most."""
+_MOST_LOOKED_AT = 3
+"""Of so many cuts at once, so many are looked at at most."""
+_RUNNERS_UP = 5
 _STEPS_UP, _WALKS, _FEWER = 4, 2, 2
 _REFINED = 4
 """Of the best so many are tried with deeper prefetch and with attention and MLP apart."""
@@ -49,7 +72,7 @@ class Found:
     """What a search came to.
 
     Args:
-        runners_up: other cuts, the best first.
+        runners_up: other cuts that were simulated, the best first.
         bound_s: no placement of the cuts searched takes less, by the program's relaxation: of all cuts with the slots
             of the first prefetch that fits, of the best ones with smaller slots too.
         cuts: how many cuts there are; `simulated` policies were looked at in full.
@@ -96,7 +119,7 @@ def find_policy(
         )
     wanted = min(batch_size, workload.num_sequences) if objective == "latency" else None
     for depth, sep_layer in _NARROWER:
-        found: list[Candidate] = []
+        known = Known(profile)
         searches = [
             _Search(
                 PlacementProgram(
@@ -111,35 +134,38 @@ def find_policy(
                     sep_layer=sep_layer,
                     variant=variant,
                 ),
-                found,
+                known,
             )
             for variant in all_variants(spec, profile, times, least_bits if allow_lossy else None)
         ]
         # What is found under one variant spares the next whatever cannot be better.
         for search in searches:
             search.run(wanted)
-        if found:
-            return _best_of(searches, found, wanted)
+        if known.looked_at:
+            return _best_of(searches, known, wanted)
     # The one that needs the least memory is the last that might have fitted.
     raise PlanInfeasible(least_change(searches[0].program, wanted))
 
 
-def _best_of(searches: "Sequence[_Search]", found: list[Candidate], wanted: int | None) -> Found:
+def _best_of(searches: "Sequence[_Search]", known: Known, wanted: int | None) -> Found:
     """The best of all variants, after a closer look around those that came near it."""
-    best_s = min(each.seconds for each in found)
+    near_s = _CLOSE * min(map(seconds_of, known.found))
     for search in searches:
-        mine = [each.seconds for each in search._mine()]
-        if mine and min(mine) <= _CLOSE * best_s:
+        mine = search._mine()
+        # What is simulated already mostly answers this.
+        if any(each.seconds <= near_s for each in mine if isinstance(each, Candidate)) or any(
+            each.seconds <= near_s for each in islice(known.in_order(mine, seconds_of), 1)
+        ):
             search.look_around(wanted)
-    best, best_s = min(found, key=with_preference), min(each.seconds for each in found)
-    others = sorted((each for each in found if each is not best), key=lambda each: each.seconds)
+    best, best_s = min(known.found, key=with_preference), min(map(seconds_of, known.found))
+    others = sorted((each for each in known.found if each is not best), key=seconds_of)
     return Found(
         best=best,
-        runners_up=tuple(distinct(others))[:5],
+        runners_up=tuple(islice(distinct(others), _RUNNERS_UP)),
         # Cuts that were passed over may be better than what was found by what is not worth looking for.
         bound_s=min(best_s, *(each.bound_s for each in searches)) / (1 + _WORTH),
         cuts=sum(each.num_cuts for each in searches),
-        simulated=sum(each.simulated for each in searches),
+        simulated=known.simulated,
     )
 
 
@@ -147,12 +173,12 @@ class _Search:
     """The search of one variant.
 
     Args:
-        found: the candidates found so far, of this variant and of others.
+        known: the candidates known so far, of this variant and of others.
     """
 
-    def __init__(self, program: PlacementProgram, found: list[Candidate]) -> None:
-        self.program, self.found = program, found
-        self.bound_s, self.simulated, self.num_cuts = float("inf"), 0, 0
+    def __init__(self, program: PlacementProgram, known: Known) -> None:
+        self.program, self.known = program, known
+        self.bound_s, self.num_cuts = float("inf"), 0
 
     def run(self, wanted: int | None) -> None:
         """Adds the best policies; with `wanted`, of those that serve blocks of so many."""
@@ -162,7 +188,7 @@ class _Search:
             # Some at a time: what is found early spares the rest.
             for start in range(0, len(cuts), _AT_ONCE):
                 some = cuts[start : start + _AT_ONCE]
-                self._simulate(self._by_bound(some, kind), most=_MAX_SIMULATED)
+                self._look_at(self._by_bound(some, kind), most=_MOST_LOOKED_AT)
 
     def look_around(self, wanted: int | None) -> None:
         """Adds what is near the best: other cuts beside it, deeper prefetch, attention and MLP apart."""
@@ -180,14 +206,14 @@ class _Search:
             )
         return sorted(cuts, key=program.cheap_bound)
 
-    def _mine(self) -> list[Candidate]:
-        return [each for each in self.found if Variant.of(each.policy) == self.program.variant]
+    def _mine(self) -> list[Candidate | Outline]:
+        return [each for each in self.known.looked_at if Variant.of(each.policy) == self.program.variant]
 
     def _best_s(self) -> float:
         """What a policy of this variant must be faster than; where less is lost than by the best it may be a little slower."""
         mine = lossy_odd(self.program.variant)
         return min(
-            (each.seconds * (1 + max(0.0, lossy_odd(each.policy) - mine)) for each in self.found),
+            (each.seconds * (1 + max(0.0, lossy_odd(each.policy) - mine)) for each in self.known.found),
             default=float("inf"),
         )
 
@@ -218,26 +244,22 @@ class _Search:
         """Whether a bound leaves room for something better than the best, or no more than `slack` worse."""
         return bound_s * (1 + _WORTH) < self._best_s() * (1 + slack)
 
-    def _simulate(self, solved: Iterable[Solved], *, most: int, slack: float = 0.0) -> None:
+    def _look_at(
+        self, solved: Iterable[Solved], *, most: int, slack: float = 0.0
+    ) -> list[Candidate | Outline]:
         """Prices what its bound says may be better than the best, or no more than `slack` worse."""
-        priced = 0
+        looked_at: list[Candidate | Outline] = []
         for each in solved:
             self.bound_s = min(self.bound_s, each.bound_s)
             if not self._hopeful(each.bound_s, slack):
                 continue
             fitting = fit(self.program, each)
-            if fitting is None:
-                continue
-            # As odd as it is, at its bound it would not be preferred.
-            preferred_s = min(map(with_preference, self.found), default=float("inf"))
-            if each.bound_s * (1 + oddness(*fitting)) >= preferred_s:
-                continue
             # Other variants, kinds and chunks may come to a policy that is known.
-            if all(fitting[0] != known.policy for known in self.found):
-                priced += 1
-                self.found.append(self._priced(*fitting, cut=each.cut))
-            if priced == most:
-                return
+            if fitting is not None and all(fitting[0] != known.policy for known in self.known.looked_at):
+                looked_at.append(self._priced(*fitting, cut=each.cut))
+            if len(looked_at) == most:
+                break
+        return looked_at
 
     def _climb(self, cuts: Sequence[Cut]) -> None:
         """Walks to cuts beside while they are better: what bounds cannot tell apart, simulation can."""
@@ -247,10 +269,10 @@ class _Search:
             for _ in range(_STEPS_UP):
                 beside = [cut for cut in cuts_beside(best.cut, cuts) if cut not in tried]
                 tried |= set(beside)
-                kind, known = kind_of(best), len(self.found)
-                self._simulate(self._by_bound(beside, kind), most=len(beside))
+                kind = kind_of(best)
+                looked_at = self._look_at(self._by_bound(beside, kind), most=len(beside))
                 if best.placement.attends_on_host:
-                    priced = {each.cut for each in self.found[known:]}
+                    priced = {each.cut for each in looked_at}
                     fewer = [cut for cut in beside if cut.count < best.cut.count and cut not in priced]
                     slack = QUERY_ODD * best.cut.count
                     solved = (
@@ -258,8 +280,8 @@ class _Search:
                         for cut in sorted(fewer, key=lambda cut: cut.count)
                         if self._hopeful(self.program.at_least(cut, kind), slack)
                     )
-                    self._simulate(filter(None, solved), most=_FEWER, slack=slack)
-                reached = min([best, *self.found[known:]], key=with_preference)
+                    looked_at += self._look_at(filter(None, solved), most=_FEWER, slack=slack)
+                reached = next(self.known.in_order([best, *looked_at], with_preference))
                 if reached is best:
                     break
                 best = reached
@@ -267,36 +289,44 @@ class _Search:
     def _starts(self) -> list[Candidate]:
         """The best candidates whose blocks differ: a walk does not leave its block's neighbourhood."""
         starts: list[Candidate] = []
-        for each in sorted(self._mine(), key=with_preference):
-            block = each.cut.size * each.cut.count
-            if all(not alike(block, other.cut.size * other.cut.count) for other in starts):
-                starts.append(each)
-        return starts[:_WALKS]
+        mine = self._mine()
+        while mine and len(starts) < _WALKS:
+            start = next(self.known.in_order(mine, with_preference))
+            starts.append(start)
+            block = start.cut.size * start.cut.count
+            mine = [each for each in mine if not alike(each.cut.size * each.cut.count, block)]
+        return starts
 
     def _refine(self) -> None:
         """The best with deeper prefetch, and with attention and MLP apart; where slots are wide, placed anew with others."""
-        for near in sorted(self._mine(), key=lambda each: each.seconds)[:_REFINED]:
+        for near in self._best_few():
             for policy in (replace(near.policy, overlap=2), replace(near.policy, sep_layer=True)):
                 placement = place(self.program, policy)
                 if policy != near.policy and self.program.limits.fits(placement):
-                    self.found.append(self._priced(policy, placement, cut=near.cut))
+                    self._priced(policy, placement, cut=near.cut)
             if near.placement.slot_bytes > _WIDE * (
                 self.program.limits.gpu_bytes or near.placement.gpu_bytes
             ):
                 self._narrow(near)
 
+    def _best_few(self) -> list[Candidate]:
+        """The preferred ones; and the fastest that leave their hidden states where the preferred one does."""
+        mine = self._mine()
+        few = list(islice(self.known.in_order(mine, with_preference), _REFINED))
+        hidden = [kind_of(each).hidden_elsewhere for each in few[:1]]
+        plain = [each for each in self._mine() if [kind_of(each).hidden_elsewhere] == hidden]
+        fastest = islice(self.known.in_order(plain, seconds_of), _REFINED)
+        return few + [each for each in fastest if all(each is not other for other in few)]
+
     def _narrow(self, near: Candidate) -> None:
         for depth, sep_layer in _NARROWER:
             if (depth, not sep_layer) >= (near.policy.overlap, not near.policy.sep_layer):
                 continue
-            search = _Search(self.program.replaced(depth=depth, sep_layer=sep_layer), self.found)
+            search = _Search(self.program.replaced(depth=depth, sep_layer=sep_layer), self.known)
             if (solved := search.program.solve(near.cut, kind_of(near))) is not None:
-                search._simulate([solved], most=1)
-            self.simulated += search.simulated
+                search._look_at([solved], most=1)
             self.bound_s = min(self.bound_s, search.bound_s)
 
-    def _priced(self, policy: Policy, placement: PlacementPlan, *, cut: Cut) -> Candidate:
-        self.simulated += 1
-        cost = engine_cost(placement, self.program.profile)
-        assert cost is not None
-        return Candidate(policy=policy, placement=placement, cost=cost, cut=cut)
+    def _priced(self, policy: Policy, placement: PlacementPlan, *, cut: Cut) -> Candidate | Outline:
+        least_s = least_seconds(placement, self.program.profile)
+        return self.known.add(Outline(policy=policy, placement=placement, cut=cut, seconds=least_s))

@@ -1,0 +1,106 @@
+"""What spares a search work: bounds without solving, and policies that are not simulated. None of it changes what is found."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from flexllmgen.models.published import published_config
+from flexllmgen.placement import plan_placement
+from flexllmgen.policy import ON_CPU, Policy
+from flexllmgen.spec import ModelSpec
+from flexllmgen.units import GiB
+from flexllmgen.workload import Workload
+from profiling.cost_model import engine_cost
+from profiling.layer_times import layer_times_for
+from profiling.profile import HardwareProfile
+from strategies import search
+from strategies.candidates import with_preference
+from strategies.choices import KINDS, Cut, Limits, Variant, all_cuts, kinds_of
+from strategies.placement_program import PlacementProgram
+
+sys.path.append(str(Path(__file__).parents[1] / "profiling"))
+from machines import machine
+
+OPT_30B = ModelSpec.from_hf_config(published_config("opt-30b"), "opt-30b")
+WORKLOAD = Workload(num_sequences=96, prompt_tokens=512, gen_tokens=16)
+LIMITS = Limits(gpu_bytes=16 * GiB, cpu_bytes=70 * GiB, disk_bytes=200 * GiB)
+PROFILE = machine(OPT_30B, cpu_attention_bytes_per_s=9e10, cpu_attention_under_copies_bytes_per_s=5e10)
+
+
+def program_of(variant: Variant, *, depth: int = 1) -> PlacementProgram:
+    times = layer_times_for(OPT_30B, PROFILE.layers)
+    assert times is not None
+    return PlacementProgram(OPT_30B, PROFILE, times, WORKLOAD, LIMITS, 2, variant=variant, depth=depth)
+
+
+@pytest.mark.parametrize("variant", [Variant(), Variant(cpu_attention=True), Variant(kv_bits=4)])
+def test_no_solution_is_below_what_others_have_shown(variant: Variant) -> None:
+    program, fresh = program_of(variant), program_of(variant)
+    cuts = sorted(all_cuts(WORKLOAD, None, capped=True), key=program.cheap_bound)[::9]
+    told = 0
+    for kind in kinds_of(variant):
+        for cut in cuts:
+            least_s, solved = program.at_least(cut, kind), fresh.solve(cut, kind)
+            if solved is None:
+                continue
+            assert least_s <= solved.bound_s
+            told += least_s > 1.001 * program.cheap_bound(cut)
+            program.solve(cut, kind)
+    assert told > len(cuts)
+
+
+def test_what_can_nowhere_lie_is_not_solved() -> None:
+    program = program_of(Variant())
+    plain, on_disk = KINDS[0], KINDS[2]
+    cut = Cut(size=48, count=2, chunk=1)
+    assert program.at_least(cut, plain) == float("inf")
+    assert program.solve(cut, plain) is None
+    assert program.at_least(cut, on_disk) < float("inf")
+
+
+def test_no_bound_without_overlap_is_above_what_it_takes() -> None:
+    policy = Policy(
+        micro_batch_size=12,
+        num_micro_batches=4,
+        weights=ON_CPU,
+        kv_cache=ON_CPU,
+        cpu_attention=True,
+        overlap=0,
+    )
+    plan = plan_placement(OPT_30B, policy, WORKLOAD, 2, gpu_cap_bytes=LIMITS.gpu_bytes)
+    estimate = engine_cost(plan, PROFILE)
+    assert estimate is not None
+    cut = Cut(size=12, count=4, chunk=plan.chunk_tokens)
+    in_turn, beside = (
+        program_of(Variant(cpu_attention=True), depth=depth).solve(cut, KINDS[2]) for depth in (0, 1)
+    )
+    assert in_turn is not None
+    assert beside is not None
+    assert 1.1 * beside.bound_s < in_turn.bound_s <= estimate.seconds
+
+
+@pytest.mark.parametrize("cpu", [70, 200])
+@pytest.mark.parametrize("allow_lossy", [False, True])
+def test_what_is_not_simulated_would_not_have_been_found(
+    monkeypatch: pytest.MonkeyPatch, cpu: int, allow_lossy: bool
+) -> None:
+    def find() -> search.Found:
+        limits = Limits(gpu_bytes=LIMITS.gpu_bytes, cpu_bytes=cpu * GiB, disk_bytes=LIMITS.disk_bytes)
+        return search.find_policy(
+            OPT_30B, PROFILE, WORKLOAD, limits, dtype_bytes=2, batch_size=96, allow_lossy=allow_lossy
+        )
+
+    found = find()
+
+    def nothing(plan: object, profile: HardwareProfile) -> float:
+        return 0.0
+
+    monkeypatch.setattr(search, "least_seconds", nothing)
+    all_simulated = find()
+    assert found.simulated < all_simulated.simulated
+    # The same, or as good up to what is not worth looking for.
+    assert with_preference(found.best) <= 1.005 * with_preference(all_simulated.best)
+    assert found.bound_s <= found.best.seconds
