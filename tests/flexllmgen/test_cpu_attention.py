@@ -434,11 +434,12 @@ def test_the_fallback_leaves_torchs_threads_as_they_were() -> None:
 
 @pytest.fixture
 def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Stands for a compiler, in a cache of its own: notes each build, and takes a while over it."""
+    """Stands for a compiler, in a cache of its own: notes each library, and takes a while over all it makes."""
     script = tmp_path / "compiler"
     script.write_text(
         '#!/bin/sh\n[ "$1" = --version ] && echo 1 && exit\n'
-        f'echo built >> "{tmp_path}/builds"\nfor last; do :; done\necho half > "$last"\nsleep 0.3\n'
+        f'for last; do :; done\ncase "$last" in *.so) echo built >> "{tmp_path}/builds";; esac\n'
+        'echo half > "$last"\nsleep 0.3\n'
         f'[ -e "{tmp_path}/broken" ] && echo "kernel.cpp:1: error: no" >&2 && exit 1\necho whole >> "$last"\n'
     )
     script.chmod(script.stat().st_mode | stat.S_IXUSR)

@@ -217,7 +217,7 @@ inline void finish(Q type, const Call& c, const Piece& piece, const Partial* par
 }
 
 template <class T>
-inline void serve(const Call& c, const Plan& plan, Shared& shared) {
+void serve(const Call& c, const Plan& plan, Shared& shared) {
     static thread_local Bench bench;
     static thread_local std::vector<Partial> parts;
     static thread_local std::vector<float> shares;
@@ -249,6 +249,28 @@ inline void serve(const Call& c, const Plan& plan, Shared& shared) {
     leave_tiles();
 #endif
 }
+
+// Each part of the kernel compiles one of these, which is nearly all that there is to compile.
+#if FLEX_PART == 0
+template void serve<F32>(const Call&, const Plan&, Shared&);
+#else
+extern template void serve<F32>(const Call&, const Plan&, Shared&);
+#endif
+#if FLEX_PART == 1
+template void serve<F16>(const Call&, const Plan&, Shared&);
+#else
+extern template void serve<F16>(const Call&, const Plan&, Shared&);
+#endif
+#if FLEX_PART == 2
+template void serve<BF16>(const Call&, const Plan&, Shared&);
+#else
+extern template void serve<BF16>(const Call&, const Plan&, Shared&);
+#endif
+#if FLEX_PART == 3
+template void serve<U8>(const Call&, const Plan&, Shared&);
+#else
+extern template void serve<U8>(const Call&, const Plan&, Shared&);
+#endif
 
 inline void attend(const Call& c, const Plan& plan, Shared& shared) {
     by_type(c.kv_type, [&](auto kv) { serve<decltype(kv)>(c, plan, shared); });

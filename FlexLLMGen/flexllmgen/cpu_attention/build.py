@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -23,12 +24,13 @@ _FLAGS = (
     "-O3",  # With -O2 loops over registers are not unrolled, which makes the kernel two times slower.
     "-std=c++17",
     "-fPIC",
-    "-shared",
     "-pthread",
     "-fno-math-errno",
     "-fno-trapping-math",
     "-w",
 )
+_PARTS = {KERNEL: 4, PROCESSOR: 1}
+"""In so many parts a source is compiled at once; each is told its number."""
 _COMPILERS = ("g++", "c++", "clang++")
 _TIMEOUT_S = 300
 
@@ -78,27 +80,38 @@ def _place(source: str, flags: tuple[str, ...]) -> tuple[str, Path]:
 
 
 def _compile(compiler: str, flags: tuple[str, ...], source: str, path: Path) -> None:
-    """Compiles beside `path` and renames: what has the library's name is whole."""
+    """Compiles all parts at once beside `path` and renames: what has the library's name is whole."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
-        command = [compiler, *_FLAGS, *flags, str(SOURCES / source), "-o", str(made)]
-        try:
-            done = subprocess.run(
-                command,
-                capture_output=True,
-                text=True,
-                timeout=_TIMEOUT_S,
-                check=False,
-                stdin=subprocess.DEVNULL,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise BuildFailedError(f"{compiler} took more than {_TIMEOUT_S} s") from error
-        if done.returncode:
-            said = next(
-                (line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[-200:]
-            )
-            raise BuildFailedError(f"{compiler} failed: {said or f'exit code {done.returncode}'}")
+        parts = [made.with_suffix(f".{part}.o") for part in range(_PARTS[source])]
+        commands = [
+            [compiler, *_FLAGS, *flags, f"-DFLEX_PART={part}", "-c", str(SOURCES / source), "-o", str(file)]
+            for part, file in enumerate(parts)
+        ]
+        with ThreadPoolExecutor(len(parts)) as pool:
+            list(pool.map(_run, commands))
+        _run([compiler, "-shared", "-pthread", *map(str, parts), "-o", str(made)])
         made.replace(path)
+
+
+def _run(command: list[str]) -> None:
+    compiler = command[0]
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_S,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise BuildFailedError(f"{compiler} took more than {_TIMEOUT_S} s") from error
+    if done.returncode:
+        said = next(
+            (line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[-200:]
+        )
+        raise BuildFailedError(f"{compiler} failed: {said or f'exit code {done.returncode}'}")
 
 
 def _compiler() -> str:

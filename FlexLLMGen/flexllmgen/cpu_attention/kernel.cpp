@@ -1,6 +1,7 @@
 // Attention of a decode step on the CPU: a plain C interface, for ctypes.
 //
-// A library is built for the instructions of one level, FLEX_LEVEL of library.py, and serves where they are.
+// A library is built for the instructions of one level, FLEX_LEVEL of library.py, and serves where they are. It is compiled
+// in parts at once, FLEX_PART of build.py, each for one type of keys and values.
 
 #include <algorithm>
 #include <atomic>
@@ -203,6 +204,7 @@ namespace amx {
 namespace level = amx;
 #endif
 
+#if FLEX_PART == 0
 extern "C" {
 
 void flex_attend(const Call* call) {
@@ -235,3 +237,4 @@ float flex_read(const char* from, int64_t bytes, int64_t threads) {
     return total;
 }
 }
+#endif
