@@ -29,11 +29,9 @@ class Rows:
     memory: int
     passes: Sequence[tuple[slice, int, bool]]
 
-    def least(self, prices: np.ndarray, groups: Sequence[Sequence[int]], *, objective: bool = True) -> float:
+    def least(self, prices: np.ndarray, groups: Sequence[Sequence[int]]) -> float:
         """The least of objective and priced rows where the shares of each group add up to 1. Seconds cost what they save."""
-        costs = prices @ self.matrix
-        if objective:
-            costs = costs + self.objective
+        costs = self.objective + prices @ self.matrix
         least = sum(min(costs[index] for index in group) for group in groups)
         return float(least - prices @ self.limit)
 
@@ -70,9 +68,13 @@ class Multipliers:
         return rows.least(prices, groups) * _SAFE
 
 
-def too_large(rows: Rows, tiers: int, groups: Sequence[Sequence[int]]) -> bool:
-    """Whether what must lie on the first tiers is more than all of them together hold."""
-    prices = np.zeros(len(rows.limit))
-    prices[:tiers] = 1.0
+def too_large(rows: Rows, groups: Sequence[Sequence[int]]) -> bool:
+    """Whether what must lie on a tier is more than it holds, or on several tiers together more than they do."""
+    tiers = rows.memory
+    # Each alone, all together, and all but the disk, which may be all there is room on.
+    prices = np.vstack([np.eye(tiers), np.tri(2, tiers, tiers - 2)])
+    needs = prices @ rows.matrix[:tiers]
+    least = sum(needs[:, list(group)].min(axis=1) for group in groups)
+    held = prices @ rows.limit[:tiers]
     # A solver takes what is over by rounding.
-    return rows.least(prices, groups, objective=False) > (1 - _SAFE) * float(abs(prices @ rows.limit))
+    return bool((least - held > (1 - _SAFE) * np.abs(held)).any())

@@ -192,7 +192,7 @@ class PlacementProgram:
     def at_least(self, cut: Cut, kind: Kind) -> float:
         """Seconds that `solve` will not be below, by what was solved before; infinite where that shows that nothing fits."""
         rows, groups = self._rows(cut), self._groups(kind)
-        if not kind.disk and too_large(rows, rows.memory - 1, groups):
+        if too_large(rows, groups):
             return float("inf")
         crumbs = 6 * _CRUMB * self.cheap_bound(cut)
         bounds = (each.bound_s(rows, groups) - crumbs for each in self._multipliers)
