@@ -229,7 +229,8 @@ def streamed_from(image: Image, resident: int) -> int:
     """Offset from which an image goes through a slot: the start of its first tensor not wholly resident."""
     if resident >= image.num_bytes:
         return image.num_bytes
-    return min(tensor.offset for tensor in image.tensors.values() if tensor.end > resident)
+    # They lie one after another.
+    return next(tensor.offset for tensor in image.tensors.values() if tensor.end > resident)
 
 
 def streamed_bytes(image: Image, *, in_place: bool, embedding: bool) -> int:
@@ -267,10 +268,8 @@ def expert_of(name: str) -> int | None:
 
 def experts_from(image: Image) -> int:
     """Offset of an image's first expert; they come last. The image's end if it has none."""
-    return min(
-        (each.offset for name, each in image.tensors.items() if expert_of(name) is not None),
-        default=image.num_bytes,
-    )
+    offsets = (each.offset for name, each in image.tensors.items() if expert_of(name) is not None)
+    return next(offsets, image.num_bytes)
 
 
 def expert_bytes(images: Iterable[Image]) -> TierBytes:
