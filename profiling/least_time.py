@@ -45,7 +45,7 @@ class _Least:
         self.streams = [has_kv and plan.streams_kv(layer) for layer, has_kv in with_kv]
         self.loads = [has_kv and plan.loads_kv(layer) for layer, has_kv in with_kv]
         self._loaded: dict[bool, tuple[float, float, float, float]] = {}
-        self._parts: dict[tuple[int, tuple[int, ...]], tuple[float, float, float]] = {}
+        self._parts: dict[tuple[int, int, tuple[int, ...]], tuple[float, float, float]] = {}
 
     def pass_s(self, token: int) -> float:
         """Seconds of one pass, of the prompt's if `token` is 0."""
@@ -81,11 +81,11 @@ class _Least:
     def _device_s(self, token: int, stage: int) -> tuple[float, float, float]:
         """Seconds of a stage on the compute device: all, up to the first query, and from the last answer on."""
         durations = self.durations
-        key = token, durations.alike[stage]
-        if key in self._parts:
-            return self._parts[key]
         layer = self.plan.stages[stage]
         slot = 0 if (self.loads if token else self.streams)[stage] else -1
+        key = token, slot, durations.alike[stage]
+        if key in self._parts:
+            return self._parts[key]
         computes = [
             self._work_s(Step(Action.COMPUTE, token, stage, index, 0, slot)) for index in self.batches
         ]

@@ -347,9 +347,12 @@ class PlacementProgram:
             rest_s = awaited * self.rest / self.weights
             works = [self._at_most(variable, {**attended, **weights_s}, busy - rest_s)]
             if on_host and read:
-                works.append(
-                    self._attended_on_host(variable, token_kv * read, spec.attended_share(int(read)), share)
-                )
+                seen = spec.attended_share(int(read))
+                yield self._attended_on_host(variable, token_kv * read, seen, share)
+                if self.depth == 0:
+                    # At its full rate: copies slow it only as long as it lasts, which is no part of their time.
+                    alone = rates.attention_bytes_per_s(self.times, self.variant.kv_bits)[0]
+                    works.append(self._at_most(variable, {K[1]: token_kv * read * seen / alone}, 0.0))
             if not self.on_cpu and rates.h2d_bytes_per_s and rates.d2h_bytes_per_s:
                 up = 1 / rates.h2d_bytes_per_s
                 paged = not self.pin_weight and rates.h2d_pageable_bytes_per_s

@@ -4,6 +4,7 @@ import functools
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from flexllmgen.policy import Placement, Policy
 
@@ -83,7 +84,7 @@ def split_layers(
     known: dict[tuple[Split, ...], tuple[Split, ...]] = {}
     rows = (tuple(flat[layer * count : (layer + 1) * count]) for layer in range(layers))
     # Layers that are divided alike share what they are divided into, so that one look at it is enough.
-    return tuple(known.setdefault(row, row) for row in rows), Counter(flat)
+    return tuple(known.setdefault(row, row) for row in rows), MappingProxyType(Counter(flat))
 
 
 def micro_batch_sizes(num_sequences: int, policy: Policy) -> tuple[int, ...]:

@@ -48,6 +48,7 @@ shares = st.one_of(
     gen=st.sampled_from([1, 2, 12]),
     sequences=st.integers(1, 24),
     device=st.sampled_from(["cuda", "cpu"]),
+    issue_s=st.sampled_from([0.0, 1e-2]),
 )
 def test_it_is_never_above_the_simulation(
     spec: ModelSpec,
@@ -65,7 +66,9 @@ def test_it_is_never_above_the_simulation(
     gen: int,
     sequences: int,
     device: str,
+    issue_s: float,
 ) -> None:
+    """Whatever it takes to issue a load and to ask the CPU."""
     policy = Policy(
         micro_batch_size=size,
         num_micro_batches=count,
@@ -82,6 +85,10 @@ def test_it_is_never_above_the_simulation(
     workload = Workload(num_sequences=sequences, prompt_tokens=96, gen_tokens=gen)
     plan = plan_placement(spec, policy, workload, 2, in_place=device == "cpu")
     profile = machine(spec, device, **(ATTENDS if device == "cuda" else {}))
+    layers = tuple(
+        dataclasses.replace(each, kv_issue_s=issue_s, exchange_s=issue_s / 10) for each in profile.layers
+    )
+    profile = dataclasses.replace(profile, layers=layers)
     estimate = engine_cost(plan, profile)
     assert estimate is not None
     assert 0 < least_seconds(plan, profile) <= estimate.seconds

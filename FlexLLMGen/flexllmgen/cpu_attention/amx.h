@@ -13,8 +13,8 @@ struct Tiles {
 struct Tile {
     alignas(64) char at[16][64];
 };
-static thread_local Tiles tiles_now;
-static thread_local Tile tile[8];
+inline thread_local Tiles tiles_now;
+inline thread_local Tile tile[8];
 
 inline void configure(const Tiles& shapes) { tiles_now = shapes; }
 inline void release() { tiles_now = Tiles{}; }

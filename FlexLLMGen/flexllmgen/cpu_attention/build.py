@@ -90,7 +90,7 @@ def _compile(compiler: str, flags: tuple[str, ...], source: str, path: Path) -> 
         ]
         with ThreadPoolExecutor(len(parts)) as pool:
             list(pool.map(_run, commands))
-        _run([compiler, "-shared", "-pthread", *map(str, parts), "-o", str(made)])
+        _run([compiler, *_FLAGS, *flags, "-shared", *map(str, parts), "-o", str(made)])
         made.replace(path)
 
 
@@ -126,7 +126,9 @@ def _compiler() -> str:
 def _key(compiler: str, source: str, flags: tuple[str, ...]) -> str:
     """Changes with the sources, the flags, the compiler and the kind of machine."""
     digest = hashlib.sha256(
-        " ".join((platform.system(), platform.machine(), compiler, source, *_FLAGS, *flags)).encode()
+        " ".join(
+            (platform.system(), platform.machine(), compiler, source, str(_PARTS[source]), *_FLAGS, *flags)
+        ).encode()
     )
     version = subprocess.run(
         [compiler, "--version"], capture_output=True, check=False, stdin=subprocess.DEVNULL

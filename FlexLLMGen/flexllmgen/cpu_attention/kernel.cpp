@@ -3,6 +3,10 @@
 // A library is built for the instructions of one level, FLEX_LEVEL of library.py, and serves where they are. It is compiled
 // in parts at once, FLEX_PART of build.py, each for one type of keys and values.
 
+#ifndef FLEX_PART
+#error "FLEX_PART says which part to compile (build.py)"
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <cmath>

@@ -6,7 +6,7 @@
 // What the processor's tiles hold.
 constexpr int SUMS = 0, MORE_SUMS = 1, KEYS = 2, QUERIES = 3, OUT = 4, WEIGHTS = 6, VALUES = 7;
 
-static thread_local int shape_now = 0;
+inline thread_local int shape_now = 0;
 
 // For numbers of SIZE bytes and GT queries. Codes' queries always fill a row: eight high bytes, eight low ones.
 template <int SIZE, int GT>
