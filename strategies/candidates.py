@@ -1,4 +1,4 @@
-"""The policies that a search has looked at in full, and which of them is to be preferred."""
+"""The policies that a search has looked at, in full or in outline, and which of them is to be preferred."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
