@@ -250,31 +250,19 @@ void serve(const Call& c, const Plan& plan, Shared& shared) {
 #endif
 }
 
-// Each part of the kernel compiles one of these, which is nearly all that there is to compile.
+// Nearly all that there is to compile: each part of the kernel has one of these.
+using Served = std::tuple_element_t<FLEX_PART, std::tuple<F32, F16, BF16, U8>>;
+template void serve<Served>(const Call&, const Plan&, Shared&);
+
 #if FLEX_PART == 0
-template void serve<F32>(const Call&, const Plan&, Shared&);
-#else
-extern template void serve<F32>(const Call&, const Plan&, Shared&);
-#endif
-#if FLEX_PART == 1
-template void serve<F16>(const Call&, const Plan&, Shared&);
-#else
 extern template void serve<F16>(const Call&, const Plan&, Shared&);
-#endif
-#if FLEX_PART == 2
-template void serve<BF16>(const Call&, const Plan&, Shared&);
-#else
 extern template void serve<BF16>(const Call&, const Plan&, Shared&);
-#endif
-#if FLEX_PART == 3
-template void serve<U8>(const Call&, const Plan&, Shared&);
-#else
 extern template void serve<U8>(const Call&, const Plan&, Shared&);
-#endif
 
 inline void attend(const Call& c, const Plan& plan, Shared& shared) {
     by_type(c.kv_type, [&](auto kv) { serve<decltype(kv)>(c, plan, shared); });
 }
+#endif
 
 // Reads memory, and adds up what it reads.
 inline float read_all(const char* from, int64_t bytes) {
