@@ -67,6 +67,9 @@ class Executor:
         self._weights, self._kv, self._hidden = weights, kv, hidden
         self._recording = plan.recording if device.type == "cuda" else "none"
         self._records: dict[tuple[int, ...], RecordedDecode] = {}
+        # A copy engine ends all copies that one stream has queued before it begins another's: a part of the weights waits
+        # for the KV and hidden states that were asked for just before it, or these would come after the whole of a layer.
+        self._wanted_sooner: list[Event] = []
 
     def run(
         self,
@@ -87,6 +90,7 @@ class Executor:
                 prompt so much longer, and mean nothing.
         """
         prompt = skipped + ids_BT.shape[1]
+        self._wanted_sooner.clear()
         batches = self._begin(ids_BT, mask_BT, skipped)
         shape = self._shape(num_tokens, len(batches))
         record = self._record([batch.count for batch in batches])
@@ -256,10 +260,17 @@ class Executor:
         """Starts a load or a store; the first pass computes positions [skipped, prompt)."""
         layer = self._plan.stages[step.stage].layer
         if step.action is Action.LOAD_WEIGHTS:
-            experts = not self._chooses(step)
-            self._weights.load(step.stage, step.slot, step.part, shape.num_micro_batches, experts=experts)
+            self._weights.load(
+                step.stage,
+                step.slot,
+                step.part,
+                shape.num_micro_batches,
+                experts=not self._chooses(step),
+                after=self._wanted_sooner,
+            )
         elif step.action is Action.LOAD_KV:
             self._kv.load(layer, step.micro_batch, step.slot, prompt + step.token - 1)
+            self._wanted_sooner += self._kv.ready(step.slot, prompt=False)
         elif step.action is Action.STORE_KV:
             first, stop = (
                 (skipped, prompt) if step.token == 0 else (prompt + step.token - 1, prompt + step.token)
@@ -269,6 +280,7 @@ class Executor:
             )
         elif step.action is Action.LOAD_HIDDEN:
             self._hidden.load(step.micro_batch, step.slot)
+            self._wanted_sooner += self._hidden.ready(step.slot, first_stage=False)
         else:
             self._hidden.store(step.micro_batch, step.slot, self._computed)
 
@@ -284,6 +296,7 @@ class Executor:
             stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
             for event in needs:
                 event.order(stream)
+        self._wanted_sooner.clear()
         if record is None or step.token == 0:
             self._work(step, batches[step.micro_batch], head)
         else:

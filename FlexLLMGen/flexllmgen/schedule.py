@@ -2,8 +2,8 @@
 
 For each token, for each stage, for each micro-batch: a stage's weights are loaded once and serve all micro-
 batches (FlexGen, Sheng et al. 2023, section 4.1). Loads run ahead of the compute they are for. Weights come
-in as many parts as there are micro-batches, one between each two KV loads, so that neither queues behind the
-whole of the other. Knows nothing of bytes, devices or tensors; `executor.py` runs it.
+in as many parts as there are micro-batches, one between each two loads of KV and of hidden states, so that neither
+queues behind the whole of the other. Knows nothing of bytes, devices or tensors; `executor.py` runs it.
 """
 
 import enum
@@ -147,14 +147,14 @@ def zigzag(shape: Shape) -> Iterator[Step]:
             for micro_batch in everything:
                 if caches and (step := load_kv(kv_used + kv_depth)):
                     yield step
-                if depth and streams and (step := load_weights(weights_used + depth, micro_batch)):
-                    yield step
                 if shape.streamed_hidden:
                     first = 0 if hidden_depth == 0 or unit == 0 else hidden_depth
                     for ahead in range(first, hidden_slots):
                         if step := load_hidden(unit + ahead):
                             yield step
                     hidden_slot = unit % hidden_slots
+                if depth and streams and (step := load_weights(weights_used + depth, micro_batch)):
+                    yield step
                 if moves:
                     kv_slot = kv_used % kv_slots
                 yield Step(compute_action, token, stage, micro_batch, weight_slot, kv_slot, hidden_slot)

@@ -129,10 +129,20 @@ class WeightStore:
         """Whether a stage has experts of which a pass may bring in some."""
         return bool(self._expert_pieces[stage])
 
-    def load(self, stage: int, slot: int, part: int, parts: int, *, experts: bool = True) -> Event:
+    def load(
+        self,
+        stage: int,
+        slot: int,
+        part: int,
+        parts: int,
+        *,
+        experts: bool = True,
+        after: Iterable[Event] = (),
+    ) -> Event:
         """Starts loading the `part`-th of `parts` parts of a stage's streamed bytes into a slot.
 
-        Without `experts` all but those of a mixture's experts: `bring` follows with some of them.
+        Without `experts` all but those of a mixture's experts: `bring` follows with some of them. What comes over the link
+        does so `after` the events.
         """
         pieces = self._pieces[stage] if experts else self._but_experts[stage]
         mine = pieces[len(pieces) * part // parts : len(pieces) * (part + 1) // parts]
@@ -140,12 +150,12 @@ class WeightStore:
             self._earlier[slot], self._loads[slot] = self._loads[slot], []
             self._needs[slot], self._busy[slot] = self._busy[slot], []
             self._ordered[slot] = set()
-        events = self._start(mine, slot)
+        events = self._start(mine, slot, after)
         if not events:  # Fewer pieces than parts.
             events.append(Event())
         return events[-1]
 
-    def _start(self, mine: Sequence[Piece], slot: int) -> list[Event]:
+    def _start(self, mine: Sequence[Piece], slot: int, after: Iterable[Event] = ()) -> list[Event]:
         """Starts loading pieces into a slot."""
         link, inside = self._lanes.up[0], self._lanes.up[-1]
         within = [piece for piece in mine if piece.source == "resident" and inside is not link]
@@ -156,11 +166,11 @@ class WeightStore:
                 inside.submit(lambda: self._copy_all(within, slot), self._first_needs(slot, inside))
             )
         if others:
-            events.append(self._load_over(link, others, slot))
+            events.append(self._load_over(link, others, slot, after))
         self._loads[slot] += events
         return events
 
-    def _load_over(self, link: Lane, mine: Sequence[Piece], slot: int) -> Event:
+    def _load_over(self, link: Lane, mine: Sequence[Piece], slot: int, after: Iterable[Event]) -> Event:
         reads: list[tuple[Piece, Future[None]]] = []
         from_disk = [piece for piece in mine if piece.source == "disk"]
         started: Event | None = None
@@ -185,7 +195,7 @@ class WeightStore:
                 if self._staging:
                     self._copy_staged(piece, slot)
 
-        return link.submit(copy, [started, *self._first_needs(slot, link)])
+        return link.submit(copy, [started, *self._first_needs(slot, link), *after])
 
     def _first_needs(self, slot: int, lane: Lane) -> list[Event]:
         """What must end before a lane first writes to the slot; its later work is in order after that."""
