@@ -108,9 +108,9 @@ class Durations:
         self._made = [each.made for each in layers]
         self.copy_rate = rates.device_copy_bytes_per_s or rates.device_bytes_per_s / 2
         alone = rates.h2d_bytes_per_s or self.copy_rate
-        # Copies wait for memory that the CPU reads, too, and it does so for most of a step.
-        under = rates.h2d_under_attention_bytes_per_s or rates.h2d_under_reads_bytes_per_s or alone
-        self.up_rates = alone, min(alone, under) if plan.attends_on_host else alone
+        self._alone, self._under = alone, min(
+            alone, rates.h2d_under_attention_bytes_per_s or rates.h2d_under_reads_bytes_per_s or alone
+        )
         self.down_rate = rates.d2h_bytes_per_s or self.copy_rate
         self.on_host = [stage.has_kv and plan.attends_on_host for stage in plan.stages]
         exchange = exchange_row(plan.spec, plan.dtype_bytes, plan.policy)
@@ -122,6 +122,7 @@ class Durations:
         self._recompute_cache: dict[tuple[int, int], float] = {}
         self._issue_cache: dict[tuple[object, ...], float] = {}
         self._attention_rates: dict[int, float] = {}
+        self.up_rates = alone, self._step_up_rate()
 
     def work(self, step: Step) -> tuple[float, float]:
         """Seconds of the device, and of the host to issue them."""
@@ -223,15 +224,30 @@ class Durations:
         """Bytes of KV a second that the CPU attends to in a layer, part of the time beside copies up."""
         if stage not in self._attention_rates:
             alone, beside = self.rates.attention_bytes_per_s(self.times, self.plan.policy.kv_bits)
-            layer = self.plan.stages[stage].layer
-            positions, window = self.contexts[len(self.contexts) // 2], self._windows[stage]
-            batches = range(len(self.batches))
-            cached = min(positions, window or positions) * sum(self.rows[layer]) * self.plan.kv_row_bytes
-            loaded = positions * sum(sum(self.loaded_row[layer][index]) for index in batches)
-            copying_s = (sum(self.weight_bytes[stage][1:]) + loaded) / self.up_rates[1]
-            beside_s = min(copying_s, cached / beside)
-            self._attention_rates[stage] = cached / (beside_s + (cached - beside_s * beside) / alone)
+            cached, _, both_s = self._beside(stage)
+            self._attention_rates[stage] = cached / (both_s + (cached - both_s * beside) / alone)
         return self._attention_rates[stage]
+
+    def _step_up_rate(self) -> float:
+        """Bytes a second up in a step: copies wait for memory that the CPU reads, too, while it attends."""
+        if not self.contexts or not any(self.on_host):
+            return self._alone
+        stages = [self._beside(stage) for stage in range(len(self.plan.stages))]
+        copied, both_s = sum(stage[1] for stage in stages), sum(stage[2] for stage in stages)
+        if not copied:
+            return self._alone
+        return copied / (both_s + (copied - both_s * self._under) / self._alone)
+
+    def _beside(self, stage: int) -> tuple[float, float, float]:
+        """Of a stage in a step in the middle: bytes attended to on the CPU, bytes copied up, and seconds in which both are."""
+        layer, copied = self.plan.stages[stage].layer, sum(self.weight_bytes[stage][1:])
+        if not self.on_host[stage]:
+            return 0.0, copied, 0.0
+        positions, window = self.contexts[len(self.contexts) // 2], self._windows[stage]
+        cached = min(positions, window or positions) * sum(self.rows[layer]) * self.plan.kv_row_bytes
+        copied += positions * sum(map(sum, self.loaded_row[layer][: len(self.batches)]))
+        _, beside = self.rates.attention_bytes_per_s(self.times, self.plan.policy.kv_bits)
+        return cached, copied, min(copied / self._under, cached / beside)
 
     def issue_s(self, step: Step) -> float:
         """Host seconds to issue a compute step; a prompt's are issued for each of its chunks."""

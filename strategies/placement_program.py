@@ -364,6 +364,9 @@ class PlacementProgram:
                     loads[K[tier]] = lifted * up if read else 0.0
                     loads[A[tier]] = hidden / 2 * up
                 loads[X] = self.input_share * token_kv * read * up
+                if on_host and read:
+                    # Copies are slower while the CPU attends. Where that takes longer than they do, it bounds by itself.
+                    loads[K[1]] = self._slowed_up_s(token_kv * read * spec.attended_share(int(read)))
                 # What of the weights is never streamed takes host memory first.
                 works.append(self._at_most(variable, loads, -self.rest * up - spared * slowest))
                 if spared:
@@ -413,6 +416,16 @@ class PlacementProgram:
         shares = {K[1]: cached * attended / alone, W[1]: weights_s, W[2]: weights_s}
         shares |= {K[2]: cached * slowed, X: self.input_share * cached * slowed}
         return self._at_most(variable, shares, -self.rest * slowed * share)
+
+    def _slowed_up_s(self, attended: float) -> float:
+        """Seconds longer that copies up take because the CPU attends to so many bytes meanwhile."""
+        rates = self.rates
+        alone = rates.h2d_bytes_per_s
+        under = rates.h2d_under_attention_bytes_per_s or rates.h2d_under_reads_bytes_per_s
+        if not alone or not under:
+            return 0.0
+        attention_s = attended / rates.attention_bytes_per_s(self.times, self.variant.kv_bits)[0]
+        return max(0.0, attention_s * (1 - under / alone))
 
     def _attention_s(self, block: int) -> float:
         """Seconds of a step in the middle in which the device attends to the KV of a whole block."""

@@ -217,15 +217,35 @@ def test_attention_on_the_cpu_takes_kv_off_the_link() -> None:
     assert busiest <= in_place.decode_s < 1.35 * busiest
 
 
-def test_copies_are_as_fast_as_they_were_beside_attention() -> None:
+def test_copies_are_slower_while_the_cpu_attends() -> None:
+    """And no longer than that: a step's copies take what they do alone, and what attention costs them."""
     workload = Workload(num_sequences=96, prompt_tokens=512, gen_tokens=8)
     streams = Policy(micro_batch_size=24, num_micro_batches=4, weights=ON_CPU, kv_cache=ON_CPU)
     asks = dataclasses.replace(streams, cpu_attention=True)
-    fast = {"cpu_attention_bytes_per_s": 9e11, "cpu_attention_under_copies_bytes_per_s": 9e11}
-    slowed = {**fast, "h2d_under_attention_bytes_per_s": 4.4e10}
-    ratio = cost(asks, workload, **slowed).decode_s / cost(asks, workload, **fast).decode_s
-    assert ratio == pytest.approx(5.5 / 4.4, rel=0.03)
-    assert cost(streams, workload, **slowed).decode_s == cost(streams, workload, **fast).decode_s
+    attends = {"cpu_attention_bytes_per_s": 5e11, "cpu_attention_under_copies_bytes_per_s": 5e11}
+    slowed = {**attends, "h2d_under_attention_bytes_per_s": 4.4e10}
+    estimates = [cost(asks, workload, **rates) for rates in (attends, slowed)]
+    link_s = [each.decode_busy_s["host to device link"] for each in estimates]
+    attention_s = estimates[0].decode_busy_s["attention on the CPU"]
+    assert 0.2 * link_s[0] < attention_s < 0.8 * link_s[0]
+    assert link_s[1] - link_s[0] == pytest.approx(attention_s * (1 - 4.4 / 5.5), rel=0.03)
+    assert cost(streams, workload, **slowed).decode_s == cost(streams, workload, **attends).decode_s
+
+
+def test_copies_are_slower_all_the_time_where_the_cpu_attends_for_longer() -> None:
+    workload = Workload(num_sequences=96, prompt_tokens=512, gen_tokens=8)
+    asks = Policy(
+        micro_batch_size=24, num_micro_batches=4, weights=ON_CPU, kv_cache=ON_CPU, cpu_attention=True
+    )
+    attends = {"cpu_attention_bytes_per_s": 4e10, "cpu_attention_under_copies_bytes_per_s": 4e10}
+    alone, slowed = (
+        cost(asks, workload, **attends, h2d_under_attention_bytes_per_s=rate).decode_busy_s
+        for rate in (5.5e10, 4.4e10)
+    )
+    assert alone["attention on the CPU"] > alone["host to device link"]
+    layers = 7 * SPEC.num_layers * SPEC.layer_weight_bytes(2)
+    longer_s = slowed["host to device link"] - alone["host to device link"]
+    assert longer_s == pytest.approx(layers * (1 / 4.4e10 - 1 / 5.5e10), rel=0.02)
 
 
 def test_a_query_comes_while_the_cpu_attends_for_another_micro_batch() -> None:
