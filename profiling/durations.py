@@ -108,8 +108,9 @@ class Durations:
         self._made = [each.made for each in layers]
         self.copy_rate = rates.device_copy_bytes_per_s or rates.device_bytes_per_s / 2
         alone = rates.h2d_bytes_per_s or self.copy_rate
-        self._alone, self._under = alone, min(
-            alone, rates.h2d_under_attention_bytes_per_s or rates.h2d_under_reads_bytes_per_s or alone
+        self._alone, self._under = (
+            alone,
+            min(alone, rates.h2d_under_attention_bytes_per_s or rates.h2d_under_reads_bytes_per_s or alone),
         )
         self.down_rate = rates.d2h_bytes_per_s or self.copy_rate
         self.on_host = [stage.has_kv and plan.attends_on_host for stage in plan.stages]

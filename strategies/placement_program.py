@@ -29,7 +29,7 @@ from strategies.multipliers import Multipliers, Rows, too_large
 # Where each share stands among the program's variables; X is that of the KV that is kept as layer inputs. Last come the seconds
 # of a prompt's pass and of a step, of a full block and of the ragged one at the end.
 W, K, A, X = (0, 1, 2), (3, 4, 5), (6, 7, 8), 9
-_FULL, _RAGGED, _SIZE = (10, 11), (12, 13), 14
+_FULL, _RAGGED, SIZE = (10, 11), (12, 13), 14
 _CRUMB = 1e-4
 """Relative price of a share off the device, so that of equal solutions the nearest to it is taken."""
 _KEPT = 3
@@ -206,7 +206,7 @@ class PlacementProgram:
 
     def _solve(self, cut: Cut, kind: Kind) -> Solved | None:
         rows = self._rows(cut)
-        equal = np.zeros((3, _SIZE))
+        equal = np.zeros((3, SIZE))
         for index, variables in enumerate((W, K, A)):
             equal[index, list(variables)] = 1.0
         equal[1, X] = 1.0
@@ -220,7 +220,7 @@ class PlacementProgram:
             b_ub=rows.limit / scale,
             A_eq=equal,
             b_eq=np.ones(3),
-            bounds=[(0.0, each) for each in most] + [(0.0, None)] * (_SIZE - len(most)),
+            bounds=[(0.0, each) for each in most] + [(0.0, None)] * (SIZE - len(most)),
             method="highs",
         )
         if result.status != 0:
@@ -245,7 +245,7 @@ class PlacementProgram:
             return self._known_rows[cut]
         rows, bounds = self._memory(cut)
         memory, passes = len(rows), []
-        objective = np.zeros(_SIZE)
+        objective = np.zeros(SIZE)
         for count, block, variables in self._blocks(cut):
             for row, bound in self._block_time(cut, block, variables):
                 rows.append(row)
@@ -267,6 +267,11 @@ class PlacementProgram:
         )
         return known
 
+    def memory_rows(self, cut: Cut) -> tuple[np.ndarray, np.ndarray]:
+        """What each share takes of each memory, and how much of it there is: matrix [tiers, SIZE], limits [tiers]."""
+        rows = self._rows(cut)
+        return rows.matrix[: rows.memory], rows.limit[: rows.memory]
+
     # The program
 
     def _memory(self, cut: Cut) -> tuple[list[np.ndarray], list[float]]:
@@ -285,7 +290,7 @@ class PlacementProgram:
         slots = self.depth + 1
         work += self.dequantised + kv_scratch(self.spec, policy, workload, self.size, 1)[1]
         kv_slots = slots + spare_kv_slots(round(kv_unit), self.depth, in_place=self.on_cpu)
-        gpu, cpu, disk = (np.zeros(_SIZE) for _ in range(3))
+        gpu, cpu, disk = (np.zeros(SIZE) for _ in range(3))
         for row, tier in ((gpu, 0), (cpu, 1), (disk, 2)):
             row[W[tier]], row[K[tier]], row[A[tier]] = self.weights, kv, hidden
         rows, bounds = [], []
@@ -487,7 +492,7 @@ class PlacementProgram:
 
     def _at_most(self, variable: int, shares: dict[int, float], constant: float) -> tuple[np.ndarray, float]:
         """constant + sum of shares' seconds <= the pass's seconds, as a row of the program."""
-        row = np.zeros(_SIZE)
+        row = np.zeros(SIZE)
         for index, seconds in shares.items():
             row[index] = seconds
         row[variable] = -1.0

@@ -42,6 +42,7 @@ from strategies.choices import (
     cuts_beside,
     kinds_of,
 )
+from strategies.corners import corners
 from strategies.fitting import fit, least_change, place
 from strategies.known import Known
 from strategies.placement_program import PlacementProgram, Solved
@@ -253,13 +254,21 @@ class _Search:
             self.bound_s = min(self.bound_s, each.bound_s)
             if not self._hopeful(each.bound_s, slack):
                 continue
-            fitting = fit(self.program, each)
-            # Other variants, kinds and chunks may come to a policy that is known.
-            if fitting is not None and all(fitting[0] != known.policy for known in self.known.looked_at):
-                looked_at.append(self._priced(*fitting, cut=each.cut))
+            if (best := self._fitted(each)) is not None:
+                looked_at.append(best)
+            for corner in corners(self.program, each):
+                self._fitted(corner)
             if len(looked_at) == most:
                 break
         return looked_at
+
+    def _fitted(self, solved: Solved) -> Candidate | Outline | None:
+        """The policy that a cut's shares come to, priced; None if it is known already or does not fit."""
+        fitting = fit(self.program, solved)
+        # Other variants, kinds and chunks may come to a policy that is known.
+        if fitting is None or any(fitting[0] == known.policy for known in self.known.looked_at):
+            return None
+        return self._priced(*fitting, cut=solved.cut)
 
     def _climb(self, cuts: Sequence[Cut]) -> None:
         """Walks to cuts beside while they are better: what bounds cannot tell apart, simulation can."""

@@ -288,7 +288,8 @@ class Executor:
         self, step: Step, batches: Sequence[_MicroBatch], record: RecordedDecode | None, head: Head
     ) -> None:
         needs = [
-            *self._weights.ready(step.slot),
+            # The other micro-batches of a stage come after its first.
+            *(self._weights.ready(step.slot) if not step.micro_batch else ()),
             *self._kv.ready(step.kv_slot, prompt=step.token == 0),
             *self._hidden.ready(step.hidden_slot, first_stage=step.stage == 0),
         ]

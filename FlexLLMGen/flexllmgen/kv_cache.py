@@ -136,9 +136,12 @@ class KVCache:
         split = self._splits[unit]
         cpu = 0 if self._plan.attends_on_host else self._row(split.cpu, "cpu")
         disk = self._row(split.disk, "disk")
-        self._loads[slot] = [self._blocks.load(unit, slot, cpu * positions, disk * positions)]
-        if self._inputs is not None:
-            self._loads[slot].append(self._inputs.load(unit, slot, self._input_row(split) * positions, 0))
+        loads: list[Event] = []
+        if cpu or disk:
+            loads.append(self._blocks.load(unit, slot, cpu * positions, disk * positions))
+        if self._inputs is not None and (row := self._input_row(split)):
+            loads.append(self._inputs.load(unit, slot, row * positions, 0))
+        self._loads[slot] = loads
 
     def ready(self, slot: int, *, prompt: bool) -> list[Event]:
         """What must have ended before the slot is read, or for a prompt before it is written."""
@@ -192,9 +195,10 @@ class KVCache:
         disk = self._row(self._splits[unit].disk, "disk")
         if self._plan.attends_on_host and not prompt:
             cpu = 0  # Whoever attends there has written it.
-        self._blocks.store(unit, slot, (first * cpu, stop * cpu), (first * disk, stop * disk), after)
-        if self._inputs is not None:
-            row = self._input_row(self._splits[unit])
+        # Each takes the host a while, and is left out where there is nothing to move.
+        if cpu or disk:
+            self._blocks.store(unit, slot, (first * cpu, stop * cpu), (first * disk, stop * disk), after)
+        if self._inputs is not None and (row := self._input_row(self._splits[unit])):
             self._inputs.store(unit, slot, (first * row, stop * row), (0, 0), after)
 
     def release(self, slot: int, event: Event) -> None:

@@ -72,7 +72,8 @@ class TieredBlocks:
         self._slot_memory: list[torch.Tensor] = []
         self._file: DirectFile | None = None
         self._file_offsets: list[int] = []
-        self._busy: list[list[Event]] = [[] for _ in range(self._slots)]
+        # Who used a slot last, by kind: a later use of one kind comes after its earlier ones.
+        self._busy: list[dict[str, Event]] = [{} for _ in range(self._slots)]
         self._stored: list[Event | None] = [None] * len(sizes)
 
     @property
@@ -117,7 +118,7 @@ class TieredBlocks:
 
     def load(self, block: int, slot: int, cpu_bytes: int, disk_bytes: int) -> Event:
         """Brings the first bytes of a block's parts into a slot, once it is free and they are stored."""
-        busy, stored = self._busy[slot] if self._slots else [], self._stored[block]
+        busy, stored = tuple(self._busy[slot].values()) if self._slots else (), self._stored[block]
 
         def work() -> None:
             if disk_bytes:
@@ -128,20 +129,20 @@ class TieredBlocks:
 
         event = self._lanes.up_to(slot).submit(work, [*busy, stored])
         if self._slots:
-            self._busy[slot] = [event]
+            self._busy[slot] = {"load": event}
         return event
 
     def release(self, slot: int, event: Event) -> None:
         """The slot's content is in use until `event`."""
         if self._slots:
-            self._busy[slot].append(event)
+            self._busy[slot]["use"] = event
 
     def acquire(self, slot: int) -> list[Event]:
         """Takes a slot to write it on the compute device; returns what must end before."""
         if not self._slots:
             return []
-        busy, self._busy[slot] = self._busy[slot], []
-        return busy
+        busy, self._busy[slot] = self._busy[slot], {}
+        return list(busy.values())
 
     def store(
         self, block: int, slot: int, cpu_range: tuple[int, int], disk_range: tuple[int, int], after: Event
@@ -163,7 +164,8 @@ class TieredBlocks:
 
         event = self._lanes.down.submit(work, [after, earlier])
         self._stored[block] = event
-        self.release(slot, event)
+        if self._slots:
+            self._busy[slot]["store"] = event
         return event
 
     def forget(self) -> None:
@@ -172,9 +174,9 @@ class TieredBlocks:
         Waits for stores still under way, and raises the first error among them when all have ended.
         """
         events = [event for event in self._stored if event is not None]
-        events += [event for busy in self._busy for event in busy]
+        events += [event for busy in self._busy for event in busy.values()]
         self._stored = [None] * len(self._sizes)
-        self._busy = [[] for _ in range(self._slots)]
+        self._busy = [{} for _ in range(self._slots)]
         errors = []
         for event in events:
             try:

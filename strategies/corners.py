@@ -1,0 +1,35 @@
+"""Placements that fill the device with one thing first: all weights, or all KV, and as much of the other as still fits.
+
+A program takes every resource to work without ever waiting, so that of a cut's shares it may find those as good that wait for
+one another more. These two wait least: of one thing nothing is streamed. Pure.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from strategies.placement_program import SIZE, A, K, PlacementProgram, Solved, W, X
+
+
+def corners(program: PlacementProgram, solved: Solved) -> Iterator[Solved]:
+    """The solved cut's other placements, with hidden states where they are; none that fits only by the disk."""
+    matrix, limits = program.memory_rows(solved.cut)
+    for first, second in ((W, K), (K, W)):
+        shares = np.zeros(SIZE)
+        shares[list(A)] = [solved.shares[index] for index in A]
+        shares[first[0]] = shares[second[1]] = 1.0
+        room = limits - matrix @ shares
+        if (room < 0).any():
+            continue
+        # What a tier gains by moving a share of the second thing onto the device.
+        taken = matrix[:, second[0]] - matrix[:, second[1]]
+        filled = min([1.0, *(room[taken > 0] / taken[taken > 0])])
+        shares[second[0]], shares[second[1]] = filled, 1 - filled
+        found = tuple(float(share) for share in shares[: X + 1])
+        if max(abs(mine - theirs) for mine, theirs in zip(found, solved.shares, strict=True)) > _ALIKE:
+            yield replace(solved, shares=found)
+
+
+_ALIKE = 0.01
+"""Shares that differ by less are the same placement."""
