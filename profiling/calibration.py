@@ -148,6 +148,7 @@ def _slower_layers(table: LayerTimes, computes: float, issues: float) -> LayerTi
         issue_s=table.issue_s * issues,
         chunk_issue_s=table.chunk_issue_s * issues,
         kv_issue_s=table.kv_issue_s * issues,
+        recompute_issue_s=table.making_issue_s * issues,
         exchange_s=table.exchange_s * issues,
         replay_s=table.replay_s * issues,
         step=slower(table.step),

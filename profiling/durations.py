@@ -254,14 +254,34 @@ class Durations:
         """Host seconds to issue a compute step; a prompt's are issued for each of its chunks."""
         stage, attends = self.plan.stages[step.stage], self.attends_on_host(step)
         asks = attends and self.rows[stage.layer][step.micro_batch] > 0
-        finishes, loads = step.action is Action.FINISH, step.kv_slot >= 0
-        key = stage.kind, step.token > 0, self.batches[step.micro_batch], loads, attends, asks, finishes
+        finishes, moves, makes = step.action is Action.FINISH, step.kv_slot >= 0, False
+        if step.token and stage.has_kv:
+            moves = moves and any(self.loaded_row[stage.layer][step.micro_batch])
+            makes = self._made[stage.layer][step.micro_batch] > 0
+        key = (
+            stage.kind,
+            step.token > 0,
+            self.batches[step.micro_batch],
+            moves,
+            makes,
+            attends,
+            asks,
+            finishes,
+        )
         if key not in self._issue_cache:
             self._issue_cache[key] = self._issue_of(*key)
         return self._issue_cache[key]
 
     def _issue_of(
-        self, kind: str, decodes: bool, sequences: int, loads: bool, attends: bool, asks: bool, finishes: bool
+        self,
+        kind: str,
+        decodes: bool,
+        sequences: int,
+        moves: bool,
+        makes: bool,
+        attends: bool,
+        asks: bool,
+        finishes: bool,
     ) -> float:
         times, chunks = self.times, 1
         if decodes:
@@ -272,12 +292,12 @@ class Durations:
                 chunks = 0  # Its operations are replayed; starting that is a part of `issue_s`.
         elif kind != "head":
             chunks = -(-sequences // max(1, self.plan.chunk_tokens // self.prompt))
-        kv_s = times.kv_issue_s if loads else 0.0
+        kv_s = (times.kv_issue_s if moves else 0.0) + (times.making_issue_s if makes else 0.0)
         if attends:
             # A layer's operations are issued in two halves, with the query and with its answer; the loop's own cost is that
-            # of one step.
+            # of one step. Meanwhile the CPU attends for others.
             half_s = (times.chunk_issue_s + (times.exchange_s if asks else 0.0)) / 2
-            return half_s if finishes else half_s + times.issue_s + kv_s
+            return (half_s if finishes else half_s + times.issue_s + kv_s) * times.beside_attention
         return times.issue_s + chunks * times.chunk_issue_s + kv_s
 
     def _dequantise_seconds(self, step: Step) -> float:

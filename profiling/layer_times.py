@@ -79,6 +79,9 @@ class LayerTimes:
         chunk_issue_s: host seconds to issue the operations of a chunk of a prompt, or of a step; 0 on the CPU, where it is the
             layer's own time.
         kv_issue_s: what a step takes more to issue where its KV is loaded and stored.
+        recompute_issue_s: what a step takes more to issue where keys and values are made anew of what is loaded; None where
+            that was not measured, and then half a layer's operations are counted.
+        beside_attention: how many times as long the host takes to issue anything while the CPU attends.
         exchange_s: from a step's query to what the CPU has attended to, however little that is: half before the CPU
             attends and half after. The host issues it in about that time too, half with the query and half with the answer.
         replay_s: what a layer replayed from a graph takes beyond its kernels, waiting for its weights.
@@ -101,11 +104,19 @@ class LayerTimes:
     chunk_issue_s: float = 0.0
     kv_issue_s: float = 0.0
     exchange_s: float = 0.0
+    recompute_issue_s: float | None = None
+    beside_attention: float = 1.0
     replay_s: float = 0.0
     recorded: tuple[Point, ...] = ()
     cpu_attention_bytes_per_s: float | None = None
     cpu_attention_codes_bytes_per_s: float | None = None
     spread: float = 0.0
+
+    @property
+    def making_issue_s(self) -> float:
+        """What a step takes more to issue where keys and values are made anew."""
+        measured = self.recompute_issue_s
+        return self.chunk_issue_s / 2 if measured is None else measured
 
     def prompt_s(self, kind: str, rows: int, positions: int) -> float:
         """Seconds of a chunk of `rows` positions in prompts of `positions`; `kind` is layer, attention or mlp."""

@@ -10,9 +10,11 @@ import contextlib
 import itertools
 import math
 import statistics
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -28,7 +30,7 @@ from flexllmgen.units import round_up
 from flexllmgen.workload import Workload
 from profiling.compute import timed_runs
 from profiling.layer_times import HeadPoint, LayerShape, LayerTimes, Point
-from profiling.memory import CODES_GROUP, host_attention
+from profiling.memory import CODES_GROUP, HostWork, host_attention
 
 STEP_ROWS = (1, 2, 4, 8, 9, 16, 32, 64, 128, 256)
 PROMPT_ROWS = (64, 256, 1024, 4096, 8192)
@@ -58,19 +60,23 @@ def measure_layer_times(spec: ModelSpec, *, dtype: str, device: str) -> LayerTim
         del bench
     if device == "cuda":
         torch.cuda.empty_cache()
-    issue = _Issue.measured(spec, dtype, device)
     # Where the CPU computes everything, it does not attend beside anything.
-    attended = codes = None
+    attention = attended = codes = None
     if device != "cpu":
-        attended = cpu_attention_bytes_per_s(spec, getattr(torch, dtype))
-        if spec.head_dim % CODES_GROUP == 0:
-            codes = cpu_attention_bytes_per_s(spec, getattr(torch, dtype), codes=True)
+        attention = _attention(spec, dtype)
+        attended = attention.measure().median
+    issue = _Issue.measured(spec, dtype, device, attention)
+    if attention is not None and spec.head_dim % CODES_GROUP == 0:
+        del attention
+        codes = _attention(spec, dtype, codes=True).measure().median
     return LayerTimes(
         shape=LayerShape.of(spec),
         issue_s=issue.step_s,
         chunk_issue_s=issue.chunk_s,
         kv_issue_s=issue.kv_s,
         exchange_s=issue.exchange_s,
+        recompute_issue_s=issue.recompute_s,
+        beside_attention=issue.beside_attention,
         replay_s=issue.replay_s,
         recorded=recorded,
         cpu_attention_bytes_per_s=attended,
@@ -82,19 +88,15 @@ def measure_layer_times(spec: ModelSpec, *, dtype: str, device: str) -> LayerTim
     )
 
 
-def cpu_attention_bytes_per_s(spec: ModelSpec, dtype: torch.dtype, *, codes: bool = False) -> float:
-    """Bytes of KV a second that the CPU attends to with this model's heads and nothing beside it; well under a second.
-
-    With `codes` of KV in 8 bits.
-    """
-    work = host_attention(
-        dtype,
+def _attention(spec: ModelSpec, dtype: str, *, codes: bool = False) -> HostWork:
+    """Attention on the CPU with this model's heads; with `codes` of KV in 8 bits."""
+    return host_attention(
+        getattr(torch, dtype),
         num_heads=spec.num_heads,
         num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
         codes=codes,
     )
-    return work.measure().median
 
 
 class _Bench:
@@ -272,7 +274,8 @@ class _Issue:
     """Host seconds of a compute step: the engine's loop with its load of weights, its operations, its KV's moves.
 
     `replay_s` is what a layer replayed from a graph takes beyond its kernels, `exchange_s` from a query to what the CPU
-    found.
+    found, `recompute_s` what making keys and values anew takes beyond loading them, and `beside_attention` how many times
+    as long all of it takes while the CPU attends.
     """
 
     step_s: float
@@ -280,37 +283,39 @@ class _Issue:
     kv_s: float = 0.0
     replay_s: float = 0.0
     exchange_s: float = 0.0
+    recompute_s: float | None = None
+    beside_attention: float = 1.0
 
     @staticmethod
-    def measured(spec: ModelSpec, dtype: str, device: str) -> "_Issue":
+    def measured(spec: ModelSpec, dtype: str, device: str, attention: HostWork | None) -> "_Issue":
         """The difference between models of ten and two layers that are too small to compute anything.
 
         On the CPU the operations themselves are timed as the layer's already, so that they are taken off. What is
         subtracted is timed in turns, and each result is the median of its rounds: a host changes its pace between one
         second and the next.
+
+        Args:
+            attention: what the CPU does beside a compute device; None where it is that device.
         """
-        alone = device == "cpu"
+        alone = attention is None
         # A mixture of experts is not recorded, so that its operations are in every step.
         eager = spec.num_experts > 0
         with contextlib.ExitStack() as stack:
 
-            def tiny(layers: int, kv_cache: Placement, *, on_host: bool = False) -> FlexEngine:
-                return stack.enter_context(
-                    _tiny_engine(spec, layers, dtype, device, kv_cache, on_host=on_host)
+            def tiny(kv_cache: Placement, **more: Any) -> tuple[FlexEngine, FlexEngine]:
+                many, few = (
+                    stack.enter_context(_tiny_engine(spec, layers, dtype, device, kv_cache, **more))
+                    for layers in (_MANY_LAYERS, _FEW_LAYERS)
                 )
+                return many, few
 
-            plain = tiny(_MANY_LAYERS, ON_GPU), tiny(_FEW_LAYERS, ON_GPU)
-            moving = None if alone else (tiny(_MANY_LAYERS, ON_CPU), tiny(_FEW_LAYERS, ON_CPU))
-            asking = (
-                None
-                if alone
-                else (
-                    tiny(_MANY_LAYERS, ON_CPU, on_host=True),
-                    tiny(_FEW_LAYERS, ON_CPU, on_host=True),
-                )
-            )
+            plain = tiny(ON_GPU)
+            moving = None if alone else tiny(ON_CPU)
+            asking = None if alone else tiny(ON_CPU, cpu_attention=True)
+            # Worth nothing where keys are shared by heads, and then never done.
+            anew = None if alone or spec.num_kv_heads < spec.num_heads else tiny(ON_CPU, recompute=1.0)
             bench = _Bench(_tiny(spec, 2), torch.device(device), getattr(torch, dtype))
-            plain_s, kv_s, operations_s, replay_s, exchange_s = [], [], [], [], []
+            plain_s, kv_s, operations_s, replay_s, exchange_s, recompute_s = [], [], [], [], [], []
             for _ in range(_ISSUE_ROUNDS):
                 plain_s.append(_per_layer_s(*plain))
                 with torch.inference_mode():
@@ -322,8 +327,11 @@ class _Issue:
                     # `plain_s`.
                     eager_s = plain_s[-1] + (0 if eager else operations_s[-1])
                     kv_s.append(_per_layer_s(*moving) - eager_s)
+                if anew is not None:
+                    recompute_s.append(_per_layer_s(*anew) - eager_s - kv_s[-1])
                 if asking is not None:
                     exchange_s.append(_per_layer_s(*asking) - eager_s)
+            beside = 1.0 if attention is None else _beside_attention(bench, attention)
         plain_median_s, operations_median_s = statistics.median(plain_s), statistics.median(operations_s)
         own_s = max(0.0, plain_median_s - operations_median_s if alone or eager else plain_median_s)
         if alone:
@@ -335,7 +343,32 @@ class _Issue:
             max(0.0, kv_median_s),
             max(0.0, replay_median_s),
             max(0.0, statistics.median(exchange_s)),
+            max(0.0, statistics.median(recompute_s)) if recompute_s else None,
+            beside,
         )
+
+
+def _beside_attention(bench: _Bench, attention: HostWork) -> float:
+    """How many times as long the host takes to issue a layer's operations while its other cores attend."""
+    ended = threading.Event()
+
+    def attend() -> None:
+        while not ended.is_set():
+            attention.run()
+
+    alone_s, beside_s = [], []
+    with torch.inference_mode():
+        for _ in range(_ISSUE_ROUNDS):
+            alone_s.append(bench.operations_s())
+            ended.clear()
+            thread = threading.Thread(target=attend)
+            thread.start()
+            try:
+                beside_s.append(bench.operations_s())
+            finally:
+                ended.set()
+                thread.join()
+    return max(1.0, statistics.median(beside_s) / statistics.median(alone_s))
 
 
 def _tiny(spec: ModelSpec, layers: int) -> ModelSpec:
@@ -357,13 +390,13 @@ def _tiny(spec: ModelSpec, layers: int) -> ModelSpec:
 
 
 def _tiny_engine(
-    spec: ModelSpec, layers: int, dtype: str, device: str, kv_cache: Placement, *, on_host: bool
+    spec: ModelSpec, layers: int, dtype: str, device: str, kv_cache: Placement, **more: Any
 ) -> FlexEngine:
     """A tiny model whose weights are streamed."""
     return FlexEngine.load(
         _tiny(spec, layers),
         RandomCheckpoint(seed=0),
-        Policy(micro_batch_size=1, weights=ON_CPU, kv_cache=kv_cache, cpu_attention=on_host),
+        Policy(micro_batch_size=1, weights=ON_CPU, kv_cache=kv_cache, **more),
         workload=Workload(num_sequences=1, prompt_tokens=4, gen_tokens=20),
         device=device,
         dtype=dtype,

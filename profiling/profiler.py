@@ -9,6 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -110,13 +111,19 @@ class _Taker:
 
     def measure(self, fingerprint: str) -> HardwareProfile:
         """Everything but layer times."""
-        attends = self.cpu_attends()  # First: building the kernel is no part of measuring.
         started = time.perf_counter()
-        context_bytes = _start_gpu() if self.device == "cuda" else 0
-        capacity = self._capacity(context_bytes, 0)
-        measurements = measure_rates(
-            device=self.device, dtype=self.dtype, offload_dir=self.offload_dir, on_progress=self.tell
-        )
+        # The compiler works while the GPU starts and is measured. Where the CPU is the device there is nothing to build.
+        with ThreadPoolExecutor(1) as host:
+            attends = host.submit(str if self.device == "cpu" else cpu_attention.which)
+            context_bytes = _start_gpu() if self.device == "cuda" else 0
+            capacity = self._capacity(context_bytes, 0)
+            measurements = measure_rates(
+                device=self.device,
+                dtype=self.dtype,
+                offload_dir=self.offload_dir,
+                on_progress=self.tell,
+                aside=None if attends.done() else (BUILDING, attends.result),
+            )
         if self.device == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
@@ -133,7 +140,7 @@ class _Taker:
             energy_counter=energy_joules() is not None,
             capacity=capacity,
             measurements=measurements,
-            cpu_attention=attends,
+            cpu_attention=attends.result(),
         )
 
     def cpu_attends(self) -> str:

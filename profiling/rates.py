@@ -27,15 +27,23 @@ _TRIALS = 6
 
 
 def measure_rates(
-    *, device: str, dtype: str, offload_dir: Path, on_progress: Progress | None = None
+    *,
+    device: str,
+    dtype: str,
+    offload_dir: Path,
+    on_progress: Progress | None = None,
+    aside: tuple[str, Callable[[], object]] | None = None,
 ) -> dict[str, Measurement]:
     """Measure every rate there is on this machine now, by the names of Rates; takes some seconds and 512 MiB.
+
+    Args:
+        aside: a title and what waits for work that the host does meanwhile: it ends before anything of the host is measured.
 
     Raises:
         OffloadDirError: the offload directory cannot be written, or is full.
     """
     kind = getattr(torch, dtype)
-    parts = [*_common(device, kind), *_disk(offload_dir)]
+    parts = [*_of_device(device, kind), *_ended(aside), *_of_host(device), *_disk(offload_dir)]
     if device != "cuda":
         return _run(parts, on_progress)
     parts += _beside_gpu(kind)
@@ -54,7 +62,28 @@ def _run(parts: list[Part], on_progress: Progress | None) -> dict[str, Measureme
     return measured
 
 
-def _common(device: str, dtype: torch.dtype) -> Iterator[Part]:
+def _of_device(device: str, dtype: torch.dtype) -> Iterator[Part]:
+    yield "matrix products", lambda: {"compute_flops_per_s": _measure_compute(device, dtype)}
+    yield (
+        "compressed weights",
+        lambda: {
+            f"dequantise_{bits}bit_bytes_per_s": measure_dequantise(device, dtype, bits) for bits in BITS
+        },
+    )
+
+
+def _ended(aside: tuple[str, Callable[[], object]] | None) -> Iterator[Part]:
+    if aside is not None:
+        title, wait = aside
+
+        def ended() -> Rated:
+            wait()
+            return {}
+
+        yield title, ended
+
+
+def _of_host(device: str) -> Iterator[Part]:
     def host() -> Rated:
         read, copy = host_read().measure(), measure_copy("cpu")
         rates = {"host_bytes_per_s": read, "host_copy_bytes_per_s": copy}
@@ -62,14 +91,7 @@ def _common(device: str, dtype: torch.dtype) -> Iterator[Part]:
             rates |= {"device_bytes_per_s": read, "device_copy_bytes_per_s": copy}
         return rates
 
-    yield "matrix products", lambda: {"compute_flops_per_s": _measure_compute(device, dtype)}
     yield "host memory", host
-    yield (
-        "compressed weights",
-        lambda: {
-            f"dequantise_{bits}bit_bytes_per_s": measure_dequantise(device, dtype, bits) for bits in BITS
-        },
-    )
 
 
 def _disk(folder: Path) -> Iterator[Part]:

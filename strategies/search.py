@@ -57,7 +57,7 @@ _STEPS_UP, _WALKS, _FEWER = 4, 2, 2
 _REFINED = 4
 """Of the best so many are tried with deeper prefetch and with attention and MLP apart."""
 _CLOSE = 1.25
-"""Variants whose best is at most so many times the best of all are looked at closely."""
+"""Variants whose best is at most so many times the best of all are looked at closely; a bound so far off proves little."""
 _WIDE = 0.1
 """Share of the device's memory from which on slots are wide."""
 _MOST_CHOSEN = 0.9
@@ -75,7 +75,7 @@ class Found:
     Args:
         runners_up: other cuts that were simulated, the best first.
         bound_s: no placement of the cuts searched takes less, by the program's relaxation: of all cuts with the slots
-            of the first prefetch that fits, of the best ones with smaller slots too.
+            of the first prefetch that fits, of the best ones (of all where the disk is used meanwhile) with smaller slots too.
         cuts: how many cuts there are; `simulated` policies were looked at in full.
     """
 
@@ -119,9 +119,9 @@ def find_policy(
             "no layer of any model was timed on the machine, so that nothing can be predicted; use -s flexgen"
         )
     wanted = min(batch_size, workload.num_sequences) if objective == "latency" else None
+    known, searches = Known(profile), list[_Search]()
     for depth, sep_layer in _NARROWER:
-        known = Known(profile)
-        searches = [
+        of_depth = [
             _Search(
                 PlacementProgram(
                     spec,
@@ -140,12 +140,24 @@ def find_policy(
             for variant in all_variants(spec, profile, times, least_bits if allow_lossy else None)
         ]
         # What is found under one variant spares the next whatever cannot be better.
-        for search in searches:
+        for search in of_depth:
             search.run(wanted)
-        if known.looked_at:
-            return _best_of(searches, known, wanted)
-    # The one that needs the least memory is the last that might have fitted.
-    raise PlanInfeasible(least_change(searches[0].program, wanted))
+        searches += of_depth
+        if known.looked_at and not _cramped(searches, known):
+            break
+    if not known.looked_at:
+        # The one that needs the least memory is the last that might have fitted.
+        raise PlanInfeasible(least_change(of_depth[0].program, wanted))
+    return _best_of(searches, known, wanted)
+
+
+def _cramped(searches: "Sequence[_Search]", known: Known) -> bool:
+    """Whether the disk is used, slots take much of the device and a bound is far: with smaller slots all may fit without it."""
+    best = min(known.found, key=seconds_of)
+    room = searches[0].program.limits.gpu_bytes or best.placement.gpu_bytes
+    wide = best.placement.slot_bytes > _WIDE * room
+    far = best.seconds > _CLOSE * min(each.bound_s for each in searches)
+    return best.placement.disk_bytes > 0 and wide and far
 
 
 def _best_of(searches: "Sequence[_Search]", known: Known, wanted: int | None) -> Found:

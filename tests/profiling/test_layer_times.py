@@ -6,6 +6,7 @@ import pytest
 
 from flexllmgen.models.published import published_config
 from flexllmgen.spec import ModelSpec
+from profiling import layer_timing, memory
 from profiling.layer_times import HeadPoint, LayerShape, LayerTimes, Point, layer_times_for
 
 SPEC = ModelSpec.from_hf_config(published_config("opt-1.3b"))
@@ -69,3 +70,20 @@ def test_the_rate_of_attention_is_of_one_shape_alone() -> None:
 
 def test_json_there_and_back() -> None:
     assert LayerTimes.from_dict(TABLE.as_dict()) == TABLE
+
+
+def test_what_a_step_takes_to_issue_is_measured_beside_attention_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a mixture, whose operations are never recorded, the whole runs on any machine."""
+    monkeypatch.setattr(memory, "_KV_BYTES", 8 << 20)
+    monkeypatch.setattr(layer_timing, "_ISSUE_ROUNDS", 1)
+    config = {**published_config("Mixtral-8x7B-v0.1"), "num_hidden_layers": 2, "hidden_size": 128}
+    config |= {"intermediate_size": 64, "num_attention_heads": 2, "num_local_experts": 2, "vocab_size": 100}
+    for kv_heads in (2, 1):
+        spec = ModelSpec.from_hf_config({**config, "num_key_value_heads": kv_heads}, "mixture")
+        attention = layer_timing._attention(spec, "float32")
+        issue = layer_timing._Issue.measured(spec, "float32", "cpu", attention)
+        assert 1e-5 < issue.chunk_s < 1
+        assert issue.beside_attention >= 1
+        # Where heads share keys nothing is made anew.
+        assert (issue.recompute_s is None) == (kv_heads == 1)
+    assert layer_timing._Issue.measured(spec, "float32", "cpu", None).beside_attention == 1

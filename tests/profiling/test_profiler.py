@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,6 +92,37 @@ def test_without_a_gpu_nothing_asks_for_the_kernel(
         monkeypatch.setattr(profiler.cpu_attention, name, lambda: pytest.fail("would build it"))
     assert take()[0].cpu_attention == ""
     assert take()[0].cpu_attention == ""
+
+
+@pytest.mark.parametrize("ready", [False, True])
+def test_the_kernel_is_built_while_the_gpu_starts(
+    measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ready: bool
+) -> None:
+    built, asides = threading.Event(), []
+
+    def which() -> str:
+        assert built.wait(10)
+        return "avx2"
+
+    def start() -> int:
+        if ready:
+            built.set()
+            time.sleep(0.2)
+        return 0
+
+    def rates(*, aside: tuple[str, Callable[[], object]] | None, **_: object) -> dict[str, Measurement]:
+        built.set()
+        asides.append(None if aside is None else (aside[0], aside[1]()))
+        return dict(measured.profile.measurements)
+
+    monkeypatch.setattr(profiler.cpu_attention, "which", which)
+    monkeypatch.setattr(profiler, "_start_gpu", start)
+    monkeypatch.setattr(profiler, "measure_rates", rates)
+    monkeypatch.setattr(profiler._Taker, "_capacity", lambda *_: measured.profile.capacity)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
+    taken = profiler._Taker(read_hardware(tmp_path), "cuda", "float16", tmp_path, None).measure("here")
+    assert taken.cpu_attention == "avx2"
+    assert asides == [None if ready else (profiler.BUILDING, "avx2")]
 
 
 @pytest.mark.parametrize("ready", [False, True])

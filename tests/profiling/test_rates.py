@@ -54,6 +54,33 @@ def test_rates_are_plausible_for_any_machine(small: None, tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_the_host_does_aside_has_ended_before_it_is_measured(
+    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+
+    def read() -> memory.HostWork:
+        order.append("host memory")
+        return memory.HostWork(lambda: None, 1)
+
+    monkeypatch.setattr("profiling.rates.host_read", read)
+    measure_rates(
+        device="cpu",
+        dtype="float32",
+        offload_dir=tmp_path,
+        on_progress=lambda title, *_: order.append(title),
+        aside=("build", lambda: order.append("built")),
+    )
+    assert order[:6] == [
+        "matrix products",
+        "compressed weights",
+        "build",
+        "built",
+        "host memory",
+        "host memory",
+    ]
+
+
 def test_arithmetic_in_half_precision_is_as_fast_as_layers_are() -> None:
     """A CPU may have a quick kernel for a layer's product and none for a plain one: the limit is the layer's."""
     x, weight = torch.randn(1024, 1024).half(), torch.randn(1024, 1024).half()
@@ -80,7 +107,7 @@ def test_a_models_own_attention_is_measured(monkeypatch: pytest.MonkeyPatch) -> 
     spec = dataclasses.replace(OPT, num_heads=16, num_kv_heads=2)
     work = memory.host_attention(torch.bfloat16, num_heads=16, num_kv_heads=2, head_dim=64)
     assert work.num_bytes == 8 << 20
-    assert 1e8 < layer_timing.cpu_attention_bytes_per_s(spec, torch.bfloat16) < 1e13
+    assert 1e8 < layer_timing._attention(spec, "bfloat16").measure().median < 1e13
 
 
 def test_what_only_a_gpu_has_is_all_that_a_cpu_lacks(small: None, tmp_path: Path) -> None:

@@ -279,6 +279,46 @@ def test_what_is_issued_with_a_query_and_its_answer_adds_up_to_what_was_measured
     assert (taken[0] - taken[1]) / 4 == pytest.approx(0.006 + 0.015 + 0.030, rel=0.02)
 
 
+def issued(policy: Policy, **table: float | None) -> float:
+    """Seconds of a decode step that takes nothing but what it takes to issue it."""
+    workload = Workload(num_sequences=8, prompt_tokens=64, gen_tokens=8)
+    profile = machine(SPEC, cpu_attention_bytes_per_s=9e15, h2d_bytes_per_s=9e15, device_bytes_per_s=9e15)
+    times = dataclasses.replace(profile.layers[0], exchange_s=0.0, **table)
+    estimate = engine_cost(
+        plan_placement(SPEC, policy, workload, 2, in_place=False),
+        dataclasses.replace(profile, layers=(times,)),
+    )
+    assert estimate is not None
+    return estimate.decode_s / 7
+
+
+def test_making_keys_anew_is_issued_too() -> None:
+    """As measured, and else as half of a layer's operations."""
+    policy = Policy(micro_batch_size=4, num_micro_batches=2, kv_cache=ON_CPU, cpu_attention=True)
+    anew = dataclasses.replace(policy, recompute=0.5)
+    costs = {"issue_s": 1e-3, "chunk_issue_s": 4e-3, "kv_issue_s": 2e-3}
+    kept_s, *anew_s = (
+        issued(policy, **costs),
+        issued(anew, **costs),
+        issued(anew, **costs, recompute_issue_s=5e-3),
+    )
+    units = 2 * SPEC.num_layers
+    assert anew_s[0] - kept_s == pytest.approx(units * (2e-3 + 2e-3), rel=0.02)
+    assert anew_s[1] - kept_s == pytest.approx(units * (2e-3 + 5e-3), rel=0.02)
+    # Of three in a micro-batch there is none whose inputs are kept, and no load either.
+    rare = dataclasses.replace(policy, micro_batch_size=3, num_micro_batches=3)
+    assert issued(dataclasses.replace(rare, recompute=1e-3), **costs) == pytest.approx(issued(rare, **costs))
+
+
+def test_all_is_issued_more_slowly_while_the_cpu_attends() -> None:
+    asks = Policy(micro_batch_size=4, num_micro_batches=2, kv_cache=ON_CPU, cpu_attention=True)
+    costs = {"issue_s": 1e-3, "chunk_issue_s": 4e-3}
+    alone_s, beside_s = issued(asks, **costs), issued(asks, **costs, beside_attention=1.5)
+    assert beside_s - alone_s == pytest.approx(0.5 * 2 * SPEC.num_layers * (1e-3 + 4e-3), rel=0.02)
+    lifts = dataclasses.replace(asks, cpu_attention=False)
+    assert issued(lifts, **costs, beside_attention=1.5) == issued(lifts, **costs)
+
+
 def test_the_models_own_rate_of_attention_is_what_counts() -> None:
     workload = Workload(num_sequences=96, prompt_tokens=512, gen_tokens=8)
     policy = Policy(micro_batch_size=24, num_micro_batches=4, kv_cache=ON_CPU, cpu_attention=True)
