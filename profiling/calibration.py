@@ -1,5 +1,6 @@
 """Corrects a profile by what a loaded engine measures of itself in a few seconds. Pure."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -36,20 +37,26 @@ class Calibration:
 
 
 def calibrate(plan: PlacementPlan, profile: HardwareProfile, probe: Probe) -> Calibration:
-    """What the probe says about the profile: how loads compare, then what pace explains the steps."""
+    """What the probe says about the profile: how loads compare, then what else explains the steps.
+
+    Of several causes that would, it is the one whose figure would have to be wrong by least.
+    """
     link, disk = _loads(plan, profile, probe)
     found = Calibration(link=_within(link), disk=_within(disk))
     if probe.step_s is None:
         return found
-    # Where the CPU attends, steps wait for that rather than for what is issued.
-    causes = ["attention", "pace"] if plan.attends_on_host else ["pace"]
-    # Last of all the load itself: alone it may take longer than it does among others.
-    causes += [name for name in ("link", "disk") if getattr(found, name) != 1]
+    causes = ["pace", *(["attention", "link"] if plan.attends_on_host else [])]
+    # A load takes longer alone than it does among others, and beside attention than alone.
+    causes += [name for name in ("link", "disk") if getattr(found, name) != 1 and name not in causes]
+    explained = []
     for cause in causes:
         factor = _explaining(plan, profile, found, cause, probe.step_s, probe.context)
         if factor is not None:
-            return replace(found, **{cause: factor})
-    return found
+            explained.append((abs(math.log(factor / getattr(found, cause))), cause, factor))
+    if not explained:
+        return found
+    _, cause, factor = min(explained)
+    return replace(found, **{cause: factor})
 
 
 def _explaining(

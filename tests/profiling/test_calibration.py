@@ -25,15 +25,15 @@ SPEC = ModelSpec.from_hf_config(published_config("opt-6.7b"), "opt-6.7b")
 WORKLOAD = Workload(num_sequences=8, prompt_tokens=128, gen_tokens=16)
 
 
-def probe(load_s: float | None, step_s: float | None) -> Probe:
-    return Probe(stage=5, load_s=load_s, step_s=step_s, context=3)
+def probe(load_s: float | None, step_s: float | None, context: int = 3) -> Probe:
+    return Probe(stage=5, load_s=load_s, step_s=step_s, context=context)
 
 
-def step_s(plan: PlacementPlan, profile: HardwareProfile) -> float:
+def step_s(plan: PlacementPlan, profile: HardwareProfile, context: int = 3) -> float:
     times = layer_times_for(plan.spec, profile.layers)
     assert times is not None
     passes = simulate_block(
-        plan, times, profile.typical, micro_batches=plan.micro_batches, contexts=(3, 3, 3)
+        plan, times, profile.typical, micro_batches=plan.micro_batches, contexts=(context,) * 3
     )
     return statistics.median(passes.seconds[2:])
 
@@ -78,6 +78,34 @@ def test_steps_that_wait_for_the_cpu_are_explained_by_its_attention(factor: floa
     found = calibrate(plan, profile, seen)
     assert found.attention == pytest.approx(factor, rel=0.05)
     assert found.pace == 1.0
+
+
+@pytest.mark.parametrize(
+    ("size", "true"),
+    [(64, Calibration(attention=1.5)), (1, Calibration(pace=1.5)), (8, Calibration(link=1.5))],
+)
+def test_the_cause_is_the_one_that_would_have_to_be_wrong_by_least(size: int, true: Calibration) -> None:
+    """Many queries to the CPU are slow to issue, few that are large slow to attend to: neither is taken for the other."""
+    profile = machine(SPEC, cpu_attention_bytes_per_s=9e10, cpu_attention_under_copies_bytes_per_s=5e10)
+    tables = (
+        dataclasses.replace(each, issue_s=1e-4, chunk_issue_s=4e-4, exchange_s=4e-4)
+        for each in profile.layers
+    )
+    profile = dataclasses.replace(profile, layers=tuple(tables))
+    weights = ON_CPU if true.link != 1 else Placement(gpu=1.0)
+    policy = Policy(
+        micro_batch_size=size,
+        num_micro_batches=64 // size if weights != ON_CPU else 1,
+        weights=weights,
+        kv_cache=ON_CPU,
+        cpu_attention=True,
+    )
+    context = 1000 if true.attention != 1 else 64
+    workload = Workload(num_sequences=policy.block_size, prompt_tokens=context - 4, gen_tokens=16)
+    plan = plan_placement(SPEC, policy, workload, 2)
+    seen = step_s(plan, corrected(profile, true, plan), context)
+    found = calibrate(plan, profile, probe(None, seen, context))
+    assert dataclasses.astuple(found) == pytest.approx(dataclasses.astuple(true), rel=0.05)
 
 
 @pytest.mark.parametrize(("weights", "seen"), [(ON_CPU, "link"), (ON_DISK, "disk")])
