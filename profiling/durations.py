@@ -107,11 +107,6 @@ class Durations:
         self.stored_row, self.loaded_row = [each.stored for each in layers], [each.loaded for each in layers]
         self._made = [each.made for each in layers]
         self.copy_rate = rates.device_copy_bytes_per_s or rates.device_bytes_per_s / 2
-        alone = rates.h2d_bytes_per_s or self.copy_rate
-        self._alone, self._under = (
-            alone,
-            min(alone, rates.h2d_under_attention_bytes_per_s or rates.h2d_under_reads_bytes_per_s or alone),
-        )
         self.down_rate = rates.d2h_bytes_per_s or self.copy_rate
         self.on_host = [stage.has_kv and plan.attends_on_host for stage in plan.stages]
         exchange = exchange_row(plan.spec, plan.dtype_bytes, plan.policy)
@@ -122,8 +117,8 @@ class Durations:
         self._compute_cache: dict[tuple[object, ...], float] = {}
         self._recompute_cache: dict[tuple[int, int], float] = {}
         self._issue_cache: dict[tuple[object, ...], float] = {}
-        self._attention_rates: dict[int, float] = {}
-        self.up_rates = alone, self._step_up_rate()
+        step_up_rate, self._attention_rate = self._beside_each_other()
+        self.up_rates = rates.h2d_bytes_per_s or self.copy_rate, step_up_rate
 
     def work(self, step: Step) -> tuple[float, float]:
         """Seconds of the device, and of the host to issue them."""
@@ -145,7 +140,7 @@ class Durations:
         """Seconds in which the CPU attends."""
         rows = self.rows[self._layers[step.stage]][step.micro_batch]
         cached = rows * self._row_bytes * self._attended_positions(step)
-        return cached / self._attention_rate(step.stage)
+        return cached / self._attention_rate
 
     def chosen_experts_s(self, step: Step, share: float) -> float:
         """Seconds to turn back the experts that a step brought in."""
@@ -205,12 +200,13 @@ class Durations:
                 self.expert_dense_bytes[index],
                 stage_dequantised_bytes(self.plan.images, stage),
             )
-            rows, made = (
-                (self.rows[stage.layer], self._made[stage.layer]) if stage.has_kv else (nothing, nothing)
-            )
+            rows, made, loaded = nothing, nothing, nothing
+            if stage.has_kv:
+                rows, made = self.rows[stage.layer], self._made[stage.layer]
+                loaded = [sum(each) for each in self.loaded_row[stage.layer][: len(self.batches)]]
             key = (*common, id(rows))
             if key not in known:
-                units = enumerate(zip(self.batches, rows, made, strict=True))
+                units = enumerate(zip(self.batches, rows, made, map(bool, loaded), strict=True))
                 known[key] = tuple(
                     numbers.setdefault((*common, index == 0, *unit), len(numbers)) for index, unit in units
                 )
@@ -221,43 +217,53 @@ class Durations:
         context, window = self.contexts[step.token - 1], self._windows[step.stage]
         return min(context, window) if window else context
 
-    def _attention_rate(self, stage: int) -> float:
-        """Bytes of KV a second that the CPU attends to in a layer, part of the time beside copies up."""
-        if stage not in self._attention_rates:
-            alone, beside = self.rates.attention_bytes_per_s(self.times, self.plan.policy.kv_bits)
-            cached, _, both_s = self._beside(stage)
-            self._attention_rates[stage] = cached / (both_s + (cached - both_s * beside) / alone)
-        return self._attention_rates[stage]
+    def _beside_each_other(self) -> tuple[float, float]:
+        """Bytes a second up in a step, and of KV that the CPU attends to: both read host memory, and each is slower meanwhile.
 
-    def _step_up_rate(self) -> float:
-        """Bytes a second up in a step: copies wait for memory that the CPU reads, too, while it attends."""
-        if not self.contexts or not any(self.on_host):
-            return self._alone
-        stages = [self._beside(stage) for stage in range(len(self.plan.stages))]
-        copied, both_s = sum(stage[1] for stage in stages), sum(stage[2] for stage in stages)
-        if not copied:
-            return self._alone
-        return copied / (both_s + (copied - both_s * self._under) / self._alone)
+        That is as long as the shorter of them lasts, in the middle of the steps; loads run ahead, so that it does not matter
+        which stage they are for. Without overlap nothing runs beside anything.
+        """
+        alone = self.rates.h2d_bytes_per_s or self.copy_rate
+        under = min(
+            alone,
+            self.rates.h2d_under_attention_bytes_per_s or self.rates.h2d_under_reads_bytes_per_s or alone,
+        )
+        attends, slower = self.rates.attention_bytes_per_s(self.times, self.plan.policy.kv_bits)
+        copied = cached = 0.0
+        if self.contexts and any(self.on_host) and self.plan.policy.overlap:
+            positions = self.contexts[len(self.contexts) // 2]
+            for stage, window in zip(self.plan.stages, self._windows, strict=True):
+                if stage.has_kv:
+                    seen = min(positions, window or positions)
+                    cached += seen * sum(self.rows[stage.layer]) * self.plan.kv_row_bytes
+                    copied += positions * sum(map(sum, self.loaded_row[stage.layer][: len(self.batches)]))
+            copied += sum(map(self._copied_weights, range(len(self.plan.stages))))
+        if not copied or not cached:
+            return alone, attends
+        both_s = min(copied / under, cached / slower)
+        return (
+            copied / (both_s + (copied - both_s * under) / alone),
+            cached / (both_s + (cached - both_s * slower) / attends),
+        )
 
-    def _beside(self, stage: int) -> tuple[float, float, float]:
-        """Of a stage in a step in the middle: bytes attended to on the CPU, bytes copied up, and seconds in which both are."""
-        layer, copied = self.plan.stages[stage].layer, sum(self.weight_bytes[stage][1:])
-        if not self.on_host[stage]:
-            return 0.0, copied, 0.0
-        positions, window = self.contexts[len(self.contexts) // 2], self._windows[stage]
-        cached = min(positions, window or positions) * sum(self.rows[layer]) * self.plan.kv_row_bytes
-        copied += positions * sum(map(sum, self.loaded_row[layer][: len(self.batches)]))
-        _, beside = self.rates.attention_bytes_per_s(self.times, self.plan.policy.kv_bits)
-        return cached, copied, min(copied / self._under, cached / beside)
+    def _copied_weights(self, stage: int) -> float:
+        """Bytes that a step copies up of a stage's weights, at the rate of page-locked memory."""
+        _, host, disk = self.streamed(stage, decodes=True)
+        if self.chosen[stage]:
+            share = self.plan.spec.expected_experts(sum(self.batches)) / self.plan.spec.num_experts
+            host += share * self.expert_bytes[stage][1]
+            disk += share * self.expert_bytes[stage][2]
+        return disk + (host if self.plan.policy.pin_weight else 0.0)
 
     def issue_s(self, step: Step) -> float:
         """Host seconds to issue a compute step; a prompt's are issued for each of its chunks."""
         stage, attends = self.plan.stages[step.stage], self.attends_on_host(step)
         asks = attends and self.rows[stage.layer][step.micro_batch] > 0
         finishes, moves, makes = step.action is Action.FINISH, step.kv_slot >= 0, False
-        if step.token and stage.has_kv:
-            moves = moves and any(self.loaded_row[stage.layer][step.micro_batch])
-            makes = self._made[stage.layer][step.micro_batch] > 0
+        if stage.has_kv:
+            rows = self.loaded_row if step.token else self.stored_row
+            moves = moves and any(rows[stage.layer][step.micro_batch])
+            makes = step.token > 0 and self._made[stage.layer][step.micro_batch] > 0
         key = (
             stage.kind,
             step.token > 0,

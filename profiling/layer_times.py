@@ -174,6 +174,8 @@ class LayerTimes:
             chunk_issue_s=self.chunk_issue_s,
             kv_issue_s=self.kv_issue_s,
             exchange_s=self.exchange_s,
+            recompute_issue_s=self.recompute_issue_s,
+            beside_attention=self.beside_attention,
             replay_s=self.replay_s,
             recorded=tuple(scale(point, cached) for point in self.recorded),
             prompt=tuple(scale(point, heads) for point in self.prompt),

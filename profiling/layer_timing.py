@@ -312,8 +312,8 @@ class _Issue:
             plain = tiny(ON_GPU)
             moving = None if alone else tiny(ON_CPU)
             asking = None if alone else tiny(ON_CPU, cpu_attention=True)
-            # Worth nothing where keys are shared by heads, and then never done.
-            anew = None if alone or spec.num_kv_heads < spec.num_heads else tiny(ON_CPU, recompute=1.0)
+            # Never done where keys and values, shared by heads, are no larger than what they are made of.
+            anew = None if alone or 2 * spec.kv_size <= spec.hidden_size else tiny(ON_CPU, recompute=1.0)
             bench = _Bench(_tiny(spec, 2), torch.device(device), getattr(torch, dtype))
             plain_s, kv_s, operations_s, replay_s, exchange_s, recompute_s = [], [], [], [], [], []
             for _ in range(_ISSUE_ROUNDS):

@@ -117,17 +117,24 @@ class _Taker:
             attends = host.submit(str if self.device == "cpu" else cpu_attention.which)
             context_bytes = _start_gpu() if self.device == "cuda" else 0
             capacity = self._capacity(context_bytes, 0)
+            if built := attends.done():
+                attends.result()  # What is wrong with how it was asked for is told at once.
             measurements = measure_rates(
                 device=self.device,
                 dtype=self.dtype,
                 offload_dir=self.offload_dir,
                 on_progress=self.tell,
-                aside=None if attends.done() else (BUILDING, attends.result),
+                aside=None if built else (BUILDING, attends.result),
             )
         if self.device == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
-            capacity = replace(capacity, gpu_allocator_bytes=torch.cuda.memory_reserved())
+            # The compiler may have had its share of host memory before.
+            capacity = replace(
+                capacity,
+                gpu_allocator_bytes=torch.cuda.memory_reserved(),
+                host_available_bytes=available_memory_bytes(),
+            )
         return HardwareProfile(
             fingerprint=fingerprint,
             hardware=self.hardware,

@@ -58,6 +58,18 @@ def _move_down(program: PlacementProgram, shares: list[float], plan: PlacementPl
     if fillable is not None and plan.gpu_bytes > fillable:
         over, source, target = plan.gpu_bytes - fillable, 0, 1
     elif over_host > 0:
+        if (
+            program.recompute
+            and shares[K[1]] * plan.kv_cache.total
+            and limits.disk_bytes < plan.disk_bytes + over_host
+        ):
+            # There is nothing below: a layer's inputs take less room than keys and values.
+            moved = min(
+                shares[K[1]], over_host * 1.05 / (1 - program.input_share) / plan.kv_cache.total + 1e-4
+            )
+            shares[K[1]] -= moved
+            shares[X] += moved
+            return True
         over, target = over_host, 2
         source = 0 if limits.shared and shares[W[0]] + shares[K[0]] > 0 else 1
     else:

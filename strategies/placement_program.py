@@ -352,12 +352,13 @@ class PlacementProgram:
             rest_s = awaited * self.rest / self.weights
             works = [self._at_most(variable, {**attended, **weights_s}, busy - rest_s)]
             if on_host and read:
-                seen = spec.attended_share(int(read))
-                yield self._attended_on_host(variable, token_kv * read, seen, share)
-                if self.depth == 0:
-                    # At its full rate: copies slow it only as long as it lasts, which is no part of their time.
+                attended_on_host = token_kv * read * spec.attended_share(int(read))
+                if self.depth:
+                    yield self._attended_on_host(variable, token_kv * read, attended_on_host, share)
+                else:
+                    # At its full rate: nothing is copied beside it.
                     alone = rates.attention_bytes_per_s(self.times, self.variant.kv_bits)[0]
-                    works.append(self._at_most(variable, {K[1]: token_kv * read * seen / alone}, 0.0))
+                    works.append(self._at_most(variable, {K[1]: attended_on_host / alone}, 0.0))
             if not self.on_cpu and rates.h2d_bytes_per_s and rates.d2h_bytes_per_s:
                 up = 1 / rates.h2d_bytes_per_s
                 paged = not self.pin_weight and rates.h2d_pageable_bytes_per_s
@@ -369,15 +370,15 @@ class PlacementProgram:
                     loads[K[tier]] = lifted * up if read else 0.0
                     loads[A[tier]] = hidden / 2 * up
                 loads[X] = self.input_share * token_kv * read * up
-                if on_host and read:
+                if on_host and read and self.depth and not paged:
                     # Copies are slower while the CPU attends. Where that takes longer than they do, it bounds by itself.
-                    loads[K[1]] = self._slowed_up_s(token_kv * read * spec.attended_share(int(read)))
+                    loads[K[1]] = self._slowed_up_s(attended_on_host)
                 # What of the weights is never streamed takes host memory first.
-                works.append(self._at_most(variable, loads, -self.rest * up - spared * slowest))
+                works.append(self._at_most(variable, loads, -(self.rest + spared) * slowest))
                 if spared:
                     # As if all that is streamed were experts: they are, up to the bytes that there are.
                     fewer = {**loads, **{tier: share * loads[tier] for tier in W[1:]}}
-                    yield self._at_most(variable, fewer, -self.rest * up * share)
+                    yield self._at_most(variable, fewer, -self.rest * slowest * share)
                 down = 1 / rates.d2h_bytes_per_s
                 stores = {X: self.input_share * token_kv * written * down}
                 for tier in (1, 2):
@@ -412,15 +413,16 @@ class PlacementProgram:
     ) -> tuple[np.ndarray, float]:
         """What the CPU attends to, at its full rate but while weights and other KV are copied beside it.
 
-        Of `cached` bytes of KV in all a step attends to the share `attended`; of streamed experts it brings in `share`.
+        Of `cached` bytes of KV in all a step attends to `attended`; of streamed experts it brings in `share`.
         """
         rates = self.rates
         alone, beside = rates.attention_bytes_per_s(self.times, self.variant.kv_bits)
         slowed = (1 - beside / alone) / (rates.h2d_bytes_per_s or rates.host_bytes_per_s)
-        weights_s = self.weights * slowed * share
-        shares = {K[1]: cached * attended / alone, W[1]: weights_s, W[2]: weights_s}
+        # Weights that are not page-locked are copied in another way.
+        weights_s = self.weights * slowed * share if self.pin_weight else 0.0
+        shares = {K[1]: attended / alone, W[1]: weights_s, W[2]: weights_s}
         shares |= {K[2]: cached * slowed, X: self.input_share * cached * slowed}
-        return self._at_most(variable, shares, -self.rest * slowed * share)
+        return self._at_most(variable, shares, -self.rest / self.weights * weights_s)
 
     def _slowed_up_s(self, attended: float) -> float:
         """Seconds longer that copies up take because the CPU attends to so many bytes meanwhile."""

@@ -151,6 +151,17 @@ def find_policy(
     return _best_of(searches, known, wanted)
 
 
+def _closest(searches: "Sequence[_Search]") -> Iterator["_Search"]:
+    """Of each variant the search with slots as its best policy has them, else the last one."""
+    for variant in dict.fromkeys(search.program.variant for search in searches):
+        same = [search for search in searches if search.program.variant == variant]
+        found = (each for each in same[-1]._mine() if isinstance(each, Candidate))
+        best = min(found, key=seconds_of, default=None)
+        slots = best and (best.policy.overlap, best.policy.sep_layer)
+        alike = (each for each in same if (each.program.depth, each.program.sep_layer) == slots)
+        yield next(alike, same[-1])
+
+
 def _cramped(searches: "Sequence[_Search]", known: Known) -> bool:
     """Whether the disk is used, slots take much of the device and a bound is far: with smaller slots all may fit without it."""
     best = min(known.found, key=seconds_of)
@@ -163,7 +174,7 @@ def _cramped(searches: "Sequence[_Search]", known: Known) -> bool:
 def _best_of(searches: "Sequence[_Search]", known: Known, wanted: int | None) -> Found:
     """The best of all variants, after a closer look around those that came near it."""
     near_s = _CLOSE * min(map(seconds_of, known.found))
-    for search in searches:
+    for search in _closest(searches):
         mine = search._mine()
         # What is simulated already mostly answers this.
         if any(each.seconds <= near_s for each in mine if isinstance(each, Candidate)) or any(
@@ -261,26 +272,30 @@ class _Search:
         self, solved: Iterable[Solved], *, most: int, slack: float = 0.0
     ) -> list[Candidate | Outline]:
         """Prices what its bound says may be better than the best, or no more than `slack` worse."""
-        looked_at: list[Candidate | Outline] = []
+        looked_at, beside = list[Candidate | Outline](), list[Candidate | Outline]()
         for each in solved:
             self.bound_s = min(self.bound_s, each.bound_s)
             if not self._hopeful(each.bound_s, slack):
                 continue
-            if (best := self._fitted(each)) is not None:
-                looked_at.append(best)
-            for corner in corners(self.program, each):
-                self._fitted(corner)
+            if (best := self._fitted(each)) is None:
+                continue
+            looked_at.append(best)
+            fitted = (self._fitted(corner) for corner in corners(self.program, each))
+            beside += filter(None, fitted)
             if len(looked_at) == most:
                 break
-        return looked_at
+        return looked_at + beside
 
     def _fitted(self, solved: Solved) -> Candidate | Outline | None:
         """The policy that a cut's shares come to, priced; None if it is known already or does not fit."""
         fitting = fit(self.program, solved)
-        # Other variants, kinds and chunks may come to a policy that is known.
-        if fitting is None or any(fitting[0] == known.policy for known in self.known.looked_at):
+        if fitting is None or not self._is_new(fitting[0]):
             return None
         return self._priced(*fitting, cut=solved.cut)
+
+    def _is_new(self, policy: Policy) -> bool:
+        """Whether it was not looked at: other variants, kinds and chunks may come to it too."""
+        return all(policy != known.policy for known in self.known.looked_at)
 
     def _climb(self, cuts: Sequence[Cut]) -> None:
         """Walks to cuts beside while they are better: what bounds cannot tell apart, simulation can."""
@@ -323,7 +338,7 @@ class _Search:
         for near in self._best_few():
             for policy in (replace(near.policy, overlap=2), replace(near.policy, sep_layer=True)):
                 placement = place(self.program, policy)
-                if policy != near.policy and self.program.limits.fits(placement):
+                if self._is_new(policy) and self.program.limits.fits(placement):
                     self._priced(policy, placement, cut=near.cut)
             if near.placement.slot_bytes > _WIDE * (
                 self.program.limits.gpu_bytes or near.placement.gpu_bytes

@@ -87,3 +87,24 @@ def test_what_a_step_takes_to_issue_is_measured_beside_attention_too(monkeypatch
         # Where heads share keys nothing is made anew.
         assert (issue.recompute_s is None) == (kv_heads == 1)
     assert layer_timing._Issue.measured(spec, "float32", "cpu", None).beside_attention == 1
+
+
+def test_what_the_host_takes_is_the_same_for_a_model_of_another_shape() -> None:
+    """All of it: a figure that is left out would be free."""
+    figures = {
+        "issue_s": 1.0,
+        "chunk_issue_s": 2.0,
+        "kv_issue_s": 3.0,
+        "exchange_s": 4.0,
+        "recompute_issue_s": 5.0,
+        "beside_attention": 6.0,
+        "replay_s": 7.0,
+    }
+    shape = LayerShape.of(ModelSpec.from_hf_config(published_config("opt-30b"), "opt-30b"))
+    small = dataclasses.replace(shape, hidden_size=1024, num_heads=8, num_kv_heads=8)
+    nothing = LayerTimes(shape=small, issue_s=0.0, prompt=(), step=(), head=())
+    scaled = dataclasses.replace(nothing, **figures).scaled_to(shape)
+    assert {name: getattr(scaled, name) for name in figures} == figures
+    assert set(figures) == {
+        name for name in LayerTimes.__dataclass_fields__ if name in figures or "issue" in name
+    }

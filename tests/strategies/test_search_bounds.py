@@ -10,7 +10,7 @@ import pytest
 
 from flexllmgen.models.published import published_config
 from flexllmgen.placement import plan_placement
-from flexllmgen.policy import ON_CPU, Policy
+from flexllmgen.policy import ON_CPU, Placement, Policy
 from flexllmgen.spec import ModelSpec
 from flexllmgen.units import GiB
 from flexllmgen.workload import Workload
@@ -28,13 +28,24 @@ from machines import machine
 OPT_30B = ModelSpec.from_hf_config(published_config("opt-30b"), "opt-30b")
 WORKLOAD = Workload(num_sequences=96, prompt_tokens=512, gen_tokens=16)
 LIMITS = Limits(gpu_bytes=16 * GiB, cpu_bytes=70 * GiB, disk_bytes=200 * GiB)
-PROFILE = machine(OPT_30B, cpu_attention_bytes_per_s=9e10, cpu_attention_under_copies_bytes_per_s=5e10)
+ATTENDS = {"cpu_attention_bytes_per_s": 9e10, "cpu_attention_under_copies_bytes_per_s": 5e10}
+PROFILE = machine(OPT_30B, **ATTENDS)
 
 
-def program_of(variant: Variant, *, depth: int = 1, workload: Workload = WORKLOAD) -> PlacementProgram:
-    times = layer_times_for(OPT_30B, PROFILE.layers)
+def program_of(
+    variant: Variant,
+    *,
+    depth: int = 1,
+    workload: Workload = WORKLOAD,
+    profile: HardwareProfile = PROFILE,
+    pin_weight: bool = True,
+    limits: Limits = LIMITS,
+) -> PlacementProgram:
+    times = layer_times_for(OPT_30B, profile.layers)
     assert times is not None
-    return PlacementProgram(OPT_30B, PROFILE, times, workload, LIMITS, 2, variant=variant, depth=depth)
+    return PlacementProgram(
+        OPT_30B, profile, times, workload, limits, 2, variant=variant, depth=depth, pin_weight=pin_weight
+    )
 
 
 @pytest.mark.parametrize("variant", [Variant(), Variant(cpu_attention=True), Variant(kv_bits=4)])
@@ -85,6 +96,38 @@ def test_no_bound_without_overlap_is_above_what_it_takes(size: int, count: int) 
     assert in_turn is not None
     assert beside is not None
     assert beside.bound_s < in_turn.bound_s <= estimate.seconds
+
+
+@pytest.mark.parametrize("attention", [3e10, 9e10, 3e11])
+@pytest.mark.parametrize("pin_weight", [True, False])
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_no_bound_counts_what_attention_costs_copies_where_it_costs_them_nothing(
+    depth: int, pin_weight: bool, attention: float
+) -> None:
+    """Only page-locked copies are slower while the CPU attends, and only where both run at once."""
+    rates = {"cpu_attention_bytes_per_s": attention, "cpu_attention_under_copies_bytes_per_s": attention}
+    profile = machine(OPT_30B, **rates, h2d_under_attention_bytes_per_s=2e10)
+    for weights in (ON_CPU, Placement(gpu=0.2, cpu=0.8)):
+        policy = Policy(
+            micro_batch_size=24,
+            num_micro_batches=2,
+            weights=weights,
+            kv_cache=ON_CPU,
+            cpu_attention=True,
+            overlap=depth,
+            pin_weight=pin_weight,
+        )
+        limits = Limits(gpu_bytes=24 * GiB, cpu_bytes=200 * GiB, disk_bytes=0)
+        plan = plan_placement(OPT_30B, policy, WORKLOAD, 2, gpu_cap_bytes=limits.gpu_bytes)
+        assert limits.fits(plan)
+        estimate = engine_cost(plan, profile)
+        assert estimate is not None
+        program = program_of(
+            Variant(cpu_attention=True), depth=depth, profile=profile, pin_weight=pin_weight, limits=limits
+        )
+        solved = program.solve(Cut(size=24, count=2, chunk=plan.chunk_tokens), KINDS[0])
+        assert solved is not None
+        assert solved.bound_s <= estimate.seconds
 
 
 @pytest.mark.parametrize("cpu", [70, 200])
