@@ -107,7 +107,11 @@ def _layer_table(times: LayerTimes) -> ProfileTable:
         title=f"one layer of {shape.family}, width {shape.hidden_size}, {shape.num_heads} heads on "
         f"{shape.num_kv_heads} KV heads, MLP {shape.intermediate_size}{experts}; {_CONTEXT} positions of context; "
         f"{times.issue_s * 1e3:.3f} ms to issue"
-        + (f" ({times.beside_attention:.2f} times that beside attention)" if times.beside_attention > 1 else "")
+        + (
+            f" ({times.beside_attention:.2f} times that beside attention)"
+            if times.beside_attention > 1
+            else ""
+        )
         + f"; spread {times.spread:.1%}"
         + (" (noisy)" if times.spread > NOISY else ""),
         columns=("pass", "rows", "attention", "MLP", "rate"),

@@ -1,7 +1,7 @@
-"""Placements that fill the device with one thing first: all weights, or all KV, and as much of the other as still fits.
+"""Placements at the corners: all weights on the device, or all KV, or all KV where the CPU attends; and of the rest what fits.
 
 A program takes every resource to work without ever waiting, so that of a cut's shares it may find those as good that wait for
-one another more. These two wait least: of one thing nothing is streamed. Pure.
+one another more. These wait least: of one thing nothing is streamed. Pure.
 """
 
 from collections.abc import Iterator
@@ -15,10 +15,12 @@ from strategies.placement_program import SIZE, A, K, PlacementProgram, Solved, W
 def corners(program: PlacementProgram, solved: Solved) -> Iterator[Solved]:
     """The solved cut's other placements, with hidden states where they are; none that fits only by the disk."""
     matrix, limits = program.memory_rows(solved.cut)
-    for first, second in ((W, K), (K, W)):
+    # What lies wholly where, and what of else the device is filled with.
+    kinds = [(W[0], K), (K[0], W), *([(K[1], W)] if program.variant.cpu_attention else [])]
+    for first, second in kinds:
         shares = np.zeros(SIZE)
         shares[list(A)] = [solved.shares[index] for index in A]
-        shares[first[0]] = shares[second[1]] = 1.0
+        shares[first] = shares[second[1]] = 1.0
         room = limits - matrix @ shares
         if (room < 0).any():
             continue

@@ -159,6 +159,7 @@ def test_nothing_fits_names_the_least_change_that_would(limits: dict[str, float]
 @example(gpu=1.0625, cpu=1.0, disk=0.0, sequences=21, more="h2d_bytes_per_s")
 @example(gpu=0.515625, cpu=0.515625, disk=0.0, sequences=47, more="disk")
 @example(gpu=0.5, cpu=0.5, disk=0.0, sequences=3, more="h2d_bytes_per_s")
+@example(gpu=1.0625, cpu=1.0, disk=0.0, sequences=29, more="h2d_bytes_per_s")
 def test_every_policy_found_fits_and_more_never_hurts(
     gpu: float, cpu: float, disk: float, sequences: int, more: str
 ) -> None:
