@@ -14,6 +14,7 @@ import itertools
 import statistics
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from flexllmgen.fits import check_fits
 from flexllmgen.memory.arena import HostArena, Region
 from flexllmgen.models.published import published_config
 from flexllmgen.placement import PlacementPlan, plan_placement
-from flexllmgen.policy import Policy
+from flexllmgen.policy import Placement, Policy
 from flexllmgen.spec import ModelSpec
 from flexllmgen.splits import micro_batch_sizes
 from flexllmgen.units import PAGE, GiB, round_up
@@ -113,6 +114,26 @@ def machine_limits(gpu_gib: float, cpu_gib: float, offload_dir: Path) -> Limits:
         disk_bytes=free_disk_bytes(offload_dir) * 9 // 10,
         shared=DEVICE == "cpu" and not gpu_gib,
     )
+
+
+def policy_of(fields: Mapping[str, Any]) -> Policy:
+    """The policy that `dataclasses.asdict` described."""
+    shares = ("weights", "kv_cache", "activations")
+    return Policy(**{key: Placement(**value) if key in shares else value for key, value in fields.items()})
+
+
+def predicted_s(plan: PlacementPlan, block: int, steps: int, profile: HardwareProfile) -> tuple[float, float]:
+    """Seconds of the prompt's pass and of a step, for the very steps that are measured."""
+    layers = layer_times_for(plan.spec, profile.layers)
+    assert layers is not None
+    passes = simulate_block(
+        plan,
+        layers,
+        profile.typical,
+        micro_batches=micro_batch_sizes(block, plan.policy),
+        contexts=[plan.workload.prompt_tokens + step for step in range(1, steps + 1)],
+    )
+    return passes.seconds[0], statistics.median(passes.seconds[2:] or passes.seconds[1:])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -219,8 +240,8 @@ class PolicyRun:
         step = statistics.median(gaps[1:] or gaps)
         # The first step records what the others replay, and finds loads that ran while the prompt did.
         calibration = Calibration() if probe is None else calibrate(plan, self.profile, probe)
-        predicted = self.predicted(plan, block, steps, self.profile)
-        calibrated = self.predicted(plan, block, steps, corrected(self.profile, calibration, plan))
+        predicted = predicted_s(plan, block, steps, self.profile)
+        calibrated = predicted_s(plan, block, steps, corrected(self.profile, calibration, plan))
         decode = self.workload.gen_tokens - 1
         tokens = block * self.workload.gen_tokens * self.ragged(policy, plan)
         measured = tokens / (prefill + decode * step)
@@ -279,21 +300,6 @@ class PolicyRun:
         assert best is not None
         decode = self.workload.gen_tokens - 1
         return tokens / (best.prefill_s + decode * best.decode_s / max(1, steps)), best.decode_bound
-
-    def predicted(
-        self, plan: PlacementPlan, block: int, steps: int, profile: HardwareProfile
-    ) -> tuple[float, float]:
-        """Seconds of the prompt's pass and of a step, for the very steps that are measured."""
-        layers = layer_times_for(self.spec, profile.layers)
-        assert layers is not None
-        passes = simulate_block(
-            plan,
-            layers,
-            profile.typical,
-            micro_batches=micro_batch_sizes(block, plan.policy),
-            contexts=[self.workload.prompt_tokens + step for step in range(1, steps + 1)],
-        )
-        return passes.seconds[0], statistics.median(passes.seconds[2:] or passes.seconds[1:])
 
     def ragged(self, policy: Policy, plan: PlacementPlan) -> float:
         """Throughput of all blocks over that of the full ones, as predicted: 1 where they come out even."""

@@ -20,22 +20,17 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("", "FlexLLMGen")]
 
+from policy_run import policy_of, predicted_s, published_spec
 from record_rows import ENGINE, ROWS
 
 from flexllmgen.engine import Probe
 from flexllmgen.models.published import published_config
 from flexllmgen.placement import plan_placement
 from flexllmgen.policy import Placement, Policy
-from flexllmgen.spec import ModelSpec
-from flexllmgen.splits import micro_batch_sizes
 from flexllmgen.units import GiB
 from flexllmgen.workload import Workload
 from profiling.calibration import calibrate
-from profiling.layer_times import layer_times_for
 from profiling.profile import HardwareProfile
-from profiling.simulation import simulate_block
-
-_SHARES = ("weights", "kv_cache", "activations")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,15 +70,11 @@ def read(file: Path) -> Iterator[Run]:
         for each in json.loads(text)["results"]:
             if each["engine"] == ENGINE and "tok_s" in each:
                 row = ROWS[each["row"]]
-                fields = {
-                    key: Placement(**value) if key in _SHARES else value
-                    for key, value in each["policy"].items()
-                }
                 yield Run(
                     model=row.model,
                     gpu_gib=row.gpu_gib,
                     workload=workload_of(row.sequences, row.prompt, row.gen),
-                    policy=Policy(**fields),
+                    policy=policy_of(each["policy"]),
                     row=each,
                 )
         return
@@ -93,7 +84,7 @@ def read(file: Path) -> Iterator[Run]:
                 model=each["model"],
                 gpu_gib=each["gpu_gib"],
                 workload=workload_of(*each["workload"]),
-                policy=described(each),
+                policy=policy_told(each),
                 row=each,
             )
 
@@ -103,35 +94,26 @@ def workload_of(sequences: int, prompt: int, gen: int) -> Workload:
     return Workload(num_sequences=sequences, prompt_tokens=prompt, gen_tokens=gen)
 
 
-def described(row: dict[str, Any]) -> Policy:
+def policy_told(row: dict[str, Any]) -> Policy:
     """A policy as planner_case.py tells it: shares in tenths of a percent."""
     size, count = map(int, row["cut"].split("x"))
     shares = (Placement.from_percent(*row["shares"][start : start + 2]) for start in (0, 3, 6))
     return Policy(
         micro_batch_size=size,
         num_micro_batches=count,
-        **dict(zip(_SHARES, shares, strict=True)),
+        **dict(zip(("weights", "kv_cache", "activations"), shares, strict=True)),
         **{key: row[key] for key in ("overlap", "sep_layer", "cpu_attention", "recompute")},
     )
 
 
 def predicted(run: Run, profiles: dict[str, HardwareProfile]) -> tuple[str, float]:
     """A line of the table, and the error of the throughput."""
-    config = published_config(run.model)
-    spec, profile = ModelSpec.from_hf_config(config, run.model), profiles[config["torch_dtype"]]
+    spec, profile = published_spec(run.model), profiles[published_config(run.model)["torch_dtype"]]
     plan = plan_placement(spec, run.policy, run.workload, 2, gpu_cap_bytes=int(run.gpu_gib * GiB))
-    times, prompt = layer_times_for(spec, profile.layers), run.workload.prompt_tokens
-    assert times is not None
-    passes = simulate_block(
-        plan,
-        times,
-        profile.typical,
-        micro_batches=micro_batch_sizes(run.row["sequences"], run.policy),
-        contexts=[prompt + step for step in range(1, run.row["steps"] + 1)],
-    ).seconds
+    first_s, mine_s = predicted_s(plan, run.row["sequences"], run.row["steps"], profile)
     (prompt_s, _), (step_s, _) = run.row["prefill_s"], run.row["step_s"]
-    mine_s, steps = statistics.median(passes[2:] or passes[1:]), run.workload.gen_tokens - 1
-    error = (prompt_s + steps * step_s) / (passes[0] + steps * mine_s) - 1
+    prompt, steps = run.workload.prompt_tokens, run.workload.gen_tokens - 1
+    error = (prompt_s + steps * step_s) / (first_s + steps * mine_s) - 1
     found = calibrate(plan, profile, Probe(stage=1, load_s=None, step_s=step_s, context=prompt + 3))
     causes = ("pace", "link", "disk", "attention")
     told = [f"{name} {getattr(found, name):.2f}" for name in causes if getattr(found, name) != 1]

@@ -101,7 +101,6 @@ def autoflex(case: Case, tell: Callable[[dict[str, Any]], None]) -> dict[str, An
     """
     import policy_run
 
-    from flexllmgen.policy import Placement, Policy
     from flexllmgen.workload import Workload
 
     policy_run.share_layers(case.alias_mib)
@@ -122,11 +121,7 @@ def autoflex(case: Case, tell: Callable[[dict[str, Any]], None]) -> dict[str, An
     )
     began = time.time()
     if case.policy:
-        fields = json.loads(case.policy)
-        shares = ("weights", "kv_cache", "activations")
-        policy = Policy(
-            **{key: Placement(**value) if key in shares else value for key, value in fields.items()}
-        )
+        policy = policy_run.policy_of(json.loads(case.policy))
     else:
         policy = run.search(profile, batch_size=case.batch or 8, allow_lossy=case.lossy).best.policy
     searched_s = time.time() - began

@@ -224,10 +224,7 @@ class Durations:
         which stage they are for. Without overlap nothing runs beside anything.
         """
         alone = self.rates.h2d_bytes_per_s or self.copy_rate
-        under = min(
-            alone,
-            self.rates.h2d_under_attention_bytes_per_s or self.rates.h2d_under_reads_bytes_per_s or alone,
-        )
+        under = self.rates.h2d_beside_attention_bytes_per_s or alone
         attends, slower = self.rates.attention_bytes_per_s(self.times, self.plan.policy.kv_bits)
         copied = cached = 0.0
         if self.contexts and any(self.on_host) and self.plan.policy.overlap:

@@ -119,6 +119,14 @@ class Rates:
         return alone, alone * min(1.0, beside / any_model)
 
     @property
+    def h2d_beside_attention_bytes_per_s(self) -> float | None:
+        """Copies up while the CPU attends; unmeasured, while it reads; never more than alone."""
+        if self.h2d_bytes_per_s is None:
+            return None
+        under = self.h2d_under_attention_bytes_per_s or self.h2d_under_reads_bytes_per_s
+        return min(self.h2d_bytes_per_s, under or self.h2d_bytes_per_s)
+
+    @property
     def host_in_all_bytes_per_s(self) -> float:
         """What host memory gives to all that read it: the CPU alone often cannot ask for as much as copies beside it do."""
         attending, beside = self.cpu_attention_bytes_per_s, self.cpu_attention_under_copies_bytes_per_s

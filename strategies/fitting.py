@@ -58,33 +58,22 @@ def _move_down(program: PlacementProgram, shares: list[float], plan: PlacementPl
     if fillable is not None and plan.gpu_bytes > fillable:
         over, source, target = plan.gpu_bytes - fillable, 0, 1
     elif over_host > 0:
-        if (
-            program.recompute
-            and shares[K[1]] * plan.kv_cache.total
-            and limits.disk_bytes < plan.disk_bytes + over_host
-        ):
-            # There is nothing below: a layer's inputs take less room than keys and values.
-            moved = min(
-                shares[K[1]], over_host * 1.05 / (1 - program.input_share) / plan.kv_cache.total + 1e-4
-            )
-            shares[K[1]] -= moved
-            shares[X] += moved
-            return True
         over, target = over_host, 2
         source = 0 if limits.shared and shares[W[0]] + shares[K[0]] > 0 else 1
     else:
         return False  # The disk: nothing is below it.
-    for kind, total in (
-        (W, plan.weights.total),
-        (K, plan.kv_cache.total),
-        ((K[0], X, K[2]), plan.kv_cache.total),
-        (A, 0 if program.variant.cpu_attention else plan.activations.total),
-    ):
-        if total and shares[kind[source]] > 0:
+    kv, hidden = plan.kv_cache.total, 0 if program.variant.cpu_attention else plan.activations.total
+    kinds = ((W, plan.weights.total), (K, kv), ((K[0], X, K[2]), kv), (A, hidden))
+    moves: list[tuple[int, int, float]] = [(kind[source], kind[target], total) for kind, total in kinds]
+    if target == 2 and program.recompute and limits.disk_bytes < plan.disk_bytes + over:
+        # There is no room below, but a layer's inputs take less of it than keys and values.
+        moves.insert(0, (K[1], X, (1 - program.input_share) * kv))
+    for giver, taker, freed in moves:
+        if freed and shares[giver] > 0:
             # A little more than is over: cuts are rounded, and slots grow with what is streamed.
-            moved = min(shares[kind[source]], over * 1.05 / total + 1e-4)
-            shares[kind[source]] -= moved
-            shares[kind[target]] += moved
+            moved = min(shares[giver], over * 1.05 / freed + 1e-4)
+            shares[giver] -= moved
+            shares[taker] += moved
             return True
     return False
 

@@ -426,13 +426,11 @@ class PlacementProgram:
 
     def _slowed_up_s(self, attended: float) -> float:
         """Seconds longer that copies up take because the CPU attends to so many bytes meanwhile."""
-        rates = self.rates
-        alone = rates.h2d_bytes_per_s
-        under = rates.h2d_under_attention_bytes_per_s or rates.h2d_under_reads_bytes_per_s
+        alone, under = self.rates.h2d_bytes_per_s, self.rates.h2d_beside_attention_bytes_per_s
         if not alone or not under:
             return 0.0
-        attention_s = attended / rates.attention_bytes_per_s(self.times, self.variant.kv_bits)[0]
-        return max(0.0, attention_s * (1 - under / alone))
+        attention_s = attended / self.rates.attention_bytes_per_s(self.times, self.variant.kv_bits)[0]
+        return attention_s * (1 - under / alone)
 
     def _attention_s(self, block: int) -> float:
         """Seconds of a step in the middle in which the device attends to the KV of a whole block."""

@@ -165,10 +165,13 @@ def _closest(searches: "Sequence[_Search]") -> Iterator["_Search"]:
 def _cramped(searches: "Sequence[_Search]", known: Known) -> bool:
     """Whether the disk is used, slots take much of the device and a bound is far: with smaller slots all may fit without it."""
     best = min(known.found, key=seconds_of)
-    room = searches[0].program.limits.gpu_bytes or best.placement.gpu_bytes
-    wide = best.placement.slot_bytes > _WIDE * room
+    wide = _has_wide_slots(best.placement, searches[0].program.limits)
     far = best.seconds > _CLOSE * min(each.bound_s for each in searches)
     return best.placement.disk_bytes > 0 and wide and far
+
+
+def _has_wide_slots(placement: PlacementPlan, limits: Limits) -> bool:
+    return placement.slot_bytes > _WIDE * (limits.gpu_bytes or placement.gpu_bytes)
 
 
 def _best_of(searches: "Sequence[_Search]", known: Known, wanted: int | None) -> Found:
@@ -340,9 +343,7 @@ class _Search:
                 placement = place(self.program, policy)
                 if self._is_new(policy) and self.program.limits.fits(placement):
                     self._priced(policy, placement, cut=near.cut)
-            if near.placement.slot_bytes > _WIDE * (
-                self.program.limits.gpu_bytes or near.placement.gpu_bytes
-            ):
+            if _has_wide_slots(near.placement, self.program.limits):
                 self._narrow(near)
 
     def _best_few(self) -> list[Candidate]:
