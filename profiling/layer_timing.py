@@ -198,8 +198,11 @@ class _Bench:
         return self._seconds(work, sustained=rows >= _MANY_ROWS) / len(layers)
 
     def operations_s(self) -> float:
-        """Host seconds to issue a layer's operations for one sequence; with those the device hardly takes time."""
-        return min(timed_runs(self._layers_of_one(), self.device.type, 2 * _TRIALS)) / _ISSUED
+        """Host seconds to issue a layer's operations for one sequence; with those the device hardly takes time.
+
+        The median: a host's pace changes by half from one moment to the next, and a block of requests sees all of it.
+        """
+        return statistics.median(timed_runs(self._layers_of_one(), self.device.type, 2 * _TRIALS)) / _ISSUED
 
     def _layers_of_one(self) -> Callable[[], None]:
         x_BTD = torch.randn(1, 1, self.spec.hidden_size, device=self.device).to(self.dtype)

@@ -13,7 +13,7 @@ from flexllmgen.activations import ActivationStore
 from flexllmgen.graph import RecordedDecode
 from flexllmgen.host_attention import HostAttention
 from flexllmgen.kv_cache import KVCache
-from flexllmgen.memory.transfer import Event, mark
+from flexllmgen.memory.transfer import Event, current_stream, mark
 from flexllmgen.models.decoder import Bring, Decoder, Span, Weights
 from flexllmgen.placement import PlacementPlan
 from flexllmgen.schedule import Action, Shape, Step, zigzag
@@ -294,7 +294,7 @@ class Executor:
             *self._hidden.ready(step.hidden_slot, first_stage=step.stage == 0),
         ]
         if needs:
-            stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+            stream = current_stream(self._device)
             for event in needs:
                 event.order(stream)
         self._wanted_sooner.clear()

@@ -23,7 +23,7 @@ from flexllmgen.kv_cache import KVCache, Segment
 from flexllmgen.kv_compression import CompressedSegment
 from flexllmgen.memory.arena import HostArena
 from flexllmgen.memory.host_calls import call_in_order, mapped
-from flexllmgen.memory.transfer import Event, Lane, Traffic, mark
+from flexllmgen.memory.transfer import Event, Lane, Traffic, current_stream, mark
 from flexllmgen.placement import PlacementPlan
 
 
@@ -141,8 +141,13 @@ class HostAttention:
             attend()
             up()
 
+        # An answer's way up waits for the query first, though the call comes after it: a stream that waits for a call asks host
+        # memory for it all the time, over the link, and is told to long before the query is there.
+        asked, up_lane = needs[0], self._up
         ended = (
-            lane.submit(wait, needs) if self._up is None else self._up.submit(up, [lane.submit(queue, needs)])
+            lane.submit(wait, needs)
+            if up_lane is None
+            else up_lane.submit(up, [asked, lane.submit(queue, needs)])
         )
         self._under_way[micro_batch] = ended, out_BNH
 
@@ -151,7 +156,7 @@ class HostAttention:
         if micro_batch not in self._under_way:
             return None
         event, out_BNH = self._under_way.pop(micro_batch)
-        event.order(torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None)
+        event.order(current_stream(self._device))
         self._traffic.add("h2d", out_BNH.nbytes)
         return out_BNH
 

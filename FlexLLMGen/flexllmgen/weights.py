@@ -23,7 +23,7 @@ from flexllmgen.memory.arena import HostArena, Region
 from flexllmgen.memory.disk import DirectFile, in_order
 from flexllmgen.memory.pack import Part
 from flexllmgen.memory.tiers import Lanes
-from flexllmgen.memory.transfer import Event, Lane, copy_whole
+from flexllmgen.memory.transfer import Event, Lane, copy_whole, current_stream
 from flexllmgen.models.experts import expert_addresses
 from flexllmgen.placement import PlacementPlan
 from flexllmgen.units import PAGE, round_up
@@ -242,7 +242,7 @@ class WeightStore:
         chosen = self._expert_pieces[stage]
         pieces = [piece for expert in missing for piece in chosen[expert]]
         if pieces:
-            stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+            stream = current_stream(self._device)
             for event in self._start(pieces, slot):
                 event.order(stream)
         if self._plan.dequantised_bytes:

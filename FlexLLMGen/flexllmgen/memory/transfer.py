@@ -109,7 +109,9 @@ class Lane:
                 work()
                 event.set()
             else:
-                with torch.cuda.stream(self.stream):
+                with (
+                    self.stream
+                ):  # In C++; torch.cuda.stream() asks for the device, and that the environment.
                     work()
                 done = torch.cuda.Event()
                 done.record(self.stream)
@@ -123,11 +125,20 @@ def mark(device: torch.device) -> Event:
     event = Event()
     if device.type == "cuda":
         cuda = torch.cuda.Event()
-        cuda.record()
+        cuda.record(current_stream(device))
         event.set(cuda)
     else:
         event.set()
     return event
+
+
+def current_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """The stream that work is now issued on; None without an accelerator.
+
+    Args:
+        device: with its index, as `devices.py` gives it: without one torch asks the environment for it at each call.
+    """
+    return torch.cuda.current_stream(device.index) if device.type == "cuda" else None
 
 
 PACKET_BYTES = 64 << 20
