@@ -266,7 +266,12 @@ class _Simulation:
                 clocks.hold("weights up", copied)
             end = copied
         if resident_s:
-            end = max(end, ready + resident_s)
+            # The device copies with what it computes with: a step's products wait, but for as long as a graph takes to start.
+            start_s = self.times.replay_s if self.plan.recording == "layers" else 0.0
+            if token and resident_s > start_s:
+                end = max(end, clocks.run(COMPUTE, COPY, ready, resident_s - start_s, token))
+            else:
+                end = max(end, ready + resident_s)
         return end
 
     def _load_kv(self, step: Step) -> None:

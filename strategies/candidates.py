@@ -79,7 +79,7 @@ def with_preference(candidate: Candidate | Outline) -> float:
 def oddness(policy: Policy, plan: PlacementPlan) -> float:
     """A little for each thing that can go wrong in ways that no model sees, as a share of a policy's seconds."""
     odd = _ODD * ((plan.disk_bytes > 0) + policy.sep_layer + (policy.overlap > 1) + plan.attends_on_host)
-    odd += _ODD * (policy.chosen_experts + (policy.recompute > 0))
+    odd += _ODD * (policy.chosen_experts + (policy.recompute > 0) + (plan.weight_slots + plan.kv_slots > 0))
     odd += QUERY_ODD * policy.num_micro_batches * plan.attends_on_host
     odd += lossy_odd(policy)
     # Hidden states are small and wanted at once: behind the copies of weights they wait longer than predicted.

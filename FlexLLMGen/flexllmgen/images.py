@@ -131,7 +131,7 @@ def _pack(
     def add(name: str, layer: int, shapes: Mapping[str, tuple[int, ...]]) -> int:
         tensors: dict[str, PackedTensor] = {}
         offset = dense_offset = 0
-        for key, shape in shapes.items():
+        for key, shape in _in_order(shapes).items() if layer >= 0 else shapes.items():
             dense_bytes = num_bytes = math.prod(shape) * dtype_bytes
             lookup = name == "embed" and key in ("tokens", "positions")
             compressed = bits is not None and layer >= 0 and _MATRICES.fullmatch(key) is not None
@@ -167,6 +167,23 @@ def _pack(
             stages.append(Stage(kind="layer", layer=layer, images=(image,)))
     stages.append(Stage(kind="head", layer=-1, images=(head,)))
     return tuple(images), tuple(stages)
+
+
+def _in_order(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """A layer's tensors as its image has them: vectors, then matrices, the largest first, then experts as they come.
+
+    The last are the first to be streamed, and of a tensor that is cut a pass copies the resident part beside the rest: where
+    little is streamed it should be of a small one.
+
+    >>> list(_in_order({"norm": (8,), "out": (8, 8), "up": (32, 8), "up.bias": (32,)}))
+    ['norm', 'up.bias', 'up', 'out']
+    """
+
+    def place(name: str) -> tuple[bool, int]:
+        matrix = len(shapes[name]) > 1 and expert_of(name) is None
+        return expert_of(name) is not None, (1 << 62) - math.prod(shapes[name]) if matrix else 0
+
+    return {name: shapes[name] for name in sorted(shapes, key=place)}
 
 
 def place_images(images: tuple[Image, ...], shares: Placement) -> tuple[Image, ...]:
