@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--offload-dir", default="offload")
+    parser.add_argument("--offload-dir", default="/tmp/offload")
     parser.add_argument(
         "--caps-gib", type=float, nargs="*", default=[], help="memory that the planner may take"
     )

@@ -86,7 +86,7 @@ def measured(rows: Sequence[Row], policy: str | None = None) -> list[Row]:
 def table(cases: dict[Case, list[Row]]) -> Iterable[str]:
     yield (
         "| model, cap | workload | autoflex | tok/s | as planned | as logged | limit | planned peak "
-        "| best by hand | its tok/s | autoflex / best | naive |"
+        "| best by hand | its tok/s | autoflex / best of the others | naive |"
     )
     yield "|---|---|---|---|---|---|---|---|---|---|---|---|"
     for case in sorted(cases):

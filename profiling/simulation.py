@@ -92,6 +92,8 @@ class _Load(NamedTuple):
     Args:
         last_s: to copy what was read last.
         resident_s: to copy the resident part of a tensor that is cut.
+        held_s: for how long of it a step's products wait: an accelerator copies with what it computes with, but for as long
+            as a graph takes to start.
     """
 
     host: float
@@ -101,6 +103,7 @@ class _Load(NamedTuple):
     disk_s: float
     last_s: float
     resident_s: float
+    held_s: float
 
 
 @functools.lru_cache(maxsize=8)
@@ -235,6 +238,8 @@ class _Simulation:
         """A share of streamed weights; `under_way` bytes are read at about the same time, in so many `reads`."""
         resident, host, disk = (num_bytes * share for num_bytes in streamed)
         paged = 0.0 if self.plan.policy.pin_weight else self.rates.h2d_pageable_bytes_per_s
+        resident_s = resident / self.durations.copy_rate
+        start_s = self.times.replay_s * share if self.plan.recording == "layers" else 0.0
         return _Load(
             host=host,
             disk=disk,
@@ -242,12 +247,13 @@ class _Simulation:
             host_s=host / (paged or up_rate),
             disk_s=disk / up_rate,
             last_s=min(disk / reads, READ_BYTES) / up_rate,
-            resident_s=resident / self.durations.copy_rate,
+            resident_s=resident_s,
+            held_s=0.0 if self.on_cpu else max(0.0, resident_s - start_s),
         )
 
     def _bring(self, load: _Load, ready: float, token: int) -> float:
         """Copies weights into a slot; returns the end."""
-        host, disk, read_s, host_s, disk_s, last_s, resident_s = load
+        host, disk, read_s, host_s, disk_s, last_s, resident_s, held_s = load
         clocks, end = self.clocks, ready
         moved = clocks.moved[token]
         if disk:
@@ -265,13 +271,10 @@ class _Simulation:
                 copied = max(copied, end + last_s)
                 clocks.hold("weights up", copied)
             end = copied
-        if resident_s:
-            # The device copies with what it computes with: a step's products wait, but for as long as a graph takes to start.
-            start_s = self.times.replay_s if self.plan.recording == "layers" else 0.0
-            if token and resident_s > start_s:
-                end = max(end, clocks.run(COMPUTE, COPY, ready, resident_s - start_s, token))
-            else:
-                end = max(end, ready + resident_s)
+        if token and held_s:
+            end = max(end, clocks.run(COMPUTE, "weights within", ready, held_s, token))
+        elif resident_s:
+            end = max(end, ready + resident_s)
         return end
 
     def _load_kv(self, step: Step) -> None:

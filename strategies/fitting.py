@@ -1,11 +1,12 @@
 """A program's shares as a policy that the engine would load; and where nothing fits, the least change that would."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from flexllmgen.placement import PlacementPlan, plan_placement
 from flexllmgen.policy import Placement, Policy
 from flexllmgen.units import gib
-from flexllmgen.workspace import CHUNK_TOKENS
+from flexllmgen.workspace import CHUNK_TOKENS, workspace_bytes
 from strategies.choices import Cut, Limits, kinds_of
 from strategies.placement_program import A, K, PlacementProgram, Solved, W, X
 
@@ -13,8 +14,25 @@ _REPAIRS = 24
 _CRUMB = 5e-4
 
 
-def fit(program: PlacementProgram, solved: Solved) -> tuple[Policy, PlacementPlan] | None:
-    """The cut's shares as the engine would place them, moved down a tier until they fit; None if they never do."""
+Fitting = tuple[Policy, PlacementPlan]
+
+
+def fittings(program: PlacementProgram, solved: Solved) -> Iterator[Fitting]:
+    """The cut's shares as the engine would place them, moved down a tier until they fit; none if they never do.
+
+    As they are, and with room for the chunks of prompts that the cut counts on: the next smaller ones may take many times
+    as long.
+    """
+    plain = _fit(program, solved, CHUNK_TOKENS[-1])
+    if plain is not None:
+        yield plain
+    if plain is None or plain[1].chunk_tokens < solved.cut.chunk:
+        roomy = _fit(program, solved, solved.cut.chunk)
+        if roomy is not None:
+            yield roomy
+
+
+def _fit(program: PlacementProgram, solved: Solved, chunk: int) -> Fitting | None:
     cut, shares = solved.cut, list(solved.shares)
     for _ in range(_REPAIRS):
         gpu, cpu, disk = (shares[index] for index in K)
@@ -31,11 +49,23 @@ def fit(program: PlacementProgram, solved: Solved) -> tuple[Policy, PlacementPla
             # Nothing is left for the CPU to attend to: plainly, it does not.
             policy = replace(policy, cpu_attention=False)
             plan = place(program, policy)
-        if program.limits.fits(plan):
+        more = _more_for(program, plan, chunk)
+        if program.limits.fits(plan) and not more:
             return policy, plan
-        if not _move_down(program, shares, plan):
+        if not _move_down(program, shares, plan, more):
             return None
     return None
+
+
+def _more_for(program: PlacementProgram, plan: PlacementPlan, chunk: int) -> int:
+    """Bytes of the device that a plan lacks to compute prompts in chunks of so many positions."""
+    if plan.chunk_tokens >= chunk:
+        return 0
+    now, then = (
+        workspace_bytes(plan.spec, plan.policy, plan.workload, program.size, tokens, not program.on_cpu)
+        for tokens in (plan.chunk_tokens, chunk)
+    )
+    return max(1, then - now)
 
 
 def place(program: PlacementProgram, policy: Policy) -> PlacementPlan:
@@ -50,13 +80,13 @@ def place(program: PlacementProgram, policy: Policy) -> PlacementPlan:
     )
 
 
-def _move_down(program: PlacementProgram, shares: list[float], plan: PlacementPlan) -> bool:
-    """Takes what is over a tier's limit one tier down; false if there is nothing left to move."""
+def _move_down(program: PlacementProgram, shares: list[float], plan: PlacementPlan, more: int) -> bool:
+    """Takes what is over a tier's limit one tier down, with `more` on the device; false if there is nothing left to move."""
     limits = program.limits
     fillable, host = limits.fillable_gpu_bytes, plan.cpu_bytes + (plan.gpu_bytes if limits.shared else 0)
     over_host = host - limits.cpu_bytes
-    if fillable is not None and plan.gpu_bytes > fillable:
-        over, source, target = plan.gpu_bytes - fillable, 0, 1
+    if fillable is not None and plan.gpu_bytes + more > fillable:
+        over, source, target = plan.gpu_bytes + more - fillable, 0, 1
     elif over_host > 0:
         over, target = over_host, 2
         source = 0 if limits.shared and shares[W[0]] + shares[K[0]] > 0 else 1
@@ -127,7 +157,7 @@ def _smallest_fits(program: PlacementProgram, limits: Limits) -> bool:
     """Whether one sequence at a time, in the smallest chunks, can be placed within these limits."""
     within, cut = program.replaced(limits=limits), Cut(size=1, count=1, chunk=CHUNK_TOKENS[-1])
     solved = (within.solve(cut, kind) for kind in kinds_of(program.variant))
-    return any(each is not None and fit(within, each) for each in solved)
+    return any(each is not None and any(fittings(within, each)) for each in solved)
 
 
 def _whole(share: float) -> float:

@@ -43,14 +43,14 @@ from strategies.choices import (
     kinds_of,
 )
 from strategies.corners import corners
-from strategies.fitting import fit, least_change, place
+from strategies.fitting import fittings, least_change, place
 from strategies.known import Known
 from strategies.placement_program import PlacementProgram, Solved
 
 Objective = Literal["throughput", "latency"]
 
 _AT_ONCE = 24
-_MOST_LOOKED_AT = 3
+_MOST_LOOKED_AT, _MOST_IN_DOUBT = 3, 12
 """Of so many cuts at once, so many are looked at at most."""
 _RUNNERS_UP = 5
 _STEPS_UP, _WALKS, _FEWER = 4, 2, 2
@@ -58,8 +58,10 @@ _REFINED = 4
 """Of the best so many are tried with deeper prefetch and with attention and MLP apart."""
 _CLOSE = 1.25
 """Variants whose best is at most so many times the best of all are looked at closely; a bound so far off proves little."""
-_WIDE = 0.1
-"""Share of the device's memory from which on slots are wide."""
+_FAR, _POOR = 1.15, 1.75
+"""A policy so many times its bound leaves room for more."""
+_WIDE, _WIDEST = 0.1, 0.2
+"""Share of the device's memory from which on slots are wide: where the disk is used, and where it is not."""
 _MOST_CHOSEN = 0.9
 """Share of the experts from which on it is not worth waiting for a step's choice."""
 _WORTH = 0.005
@@ -163,15 +165,17 @@ def _closest(searches: "Sequence[_Search]") -> Iterator["_Search"]:
 
 
 def _cramped(searches: "Sequence[_Search]", known: Known) -> bool:
-    """Whether the disk is used, slots take much of the device and a bound is far: with smaller slots all may fit without it."""
+    """Whether slots take much of the device and a bound is far: with smaller slots more may fit, or without the disk."""
     best = min(known.found, key=seconds_of)
-    wide = _has_wide_slots(best.placement, searches[0].program.limits)
-    far = best.seconds > _CLOSE * min(each.bound_s for each in searches)
-    return best.placement.disk_bytes > 0 and wide and far
+    least = _WIDE if best.placement.disk_bytes else _WIDEST
+    wide = _slot_share(best.placement, searches[0].program.limits) > least
+    far = best.seconds > _FAR * min(each.bound_s for each in searches)
+    return wide and far
 
 
-def _has_wide_slots(placement: PlacementPlan, limits: Limits) -> bool:
-    return placement.slot_bytes > _WIDE * (limits.gpu_bytes or placement.gpu_bytes)
+def _slot_share(placement: PlacementPlan, limits: Limits) -> float:
+    """The share of the device's memory that slots take."""
+    return placement.slot_bytes / (limits.gpu_bytes or placement.gpu_bytes)
 
 
 def _best_of(searches: "Sequence[_Search]", known: Known, wanted: int | None) -> Found:
@@ -285,16 +289,16 @@ class _Search:
             looked_at.append(best)
             fitted = (self._fitted(corner) for corner in corners(self.program, each))
             beside += filter(None, fitted)
-            if len(looked_at) == most:
+            # A bound far below all that was found says little about which cut is best.
+            in_doubt = self._best_s() > _POOR * each.bound_s
+            if len(looked_at) >= (max(most, _MOST_IN_DOUBT) if in_doubt else most):
                 break
         return looked_at + beside
 
     def _fitted(self, solved: Solved) -> Candidate | Outline | None:
-        """The policy that a cut's shares come to, priced; None if it is known already or does not fit."""
-        fitting = fit(self.program, solved)
-        if fitting is None or not self._is_new(fitting[0]):
-            return None
-        return self._priced(*fitting, cut=solved.cut)
+        """The best policy that a cut's shares come to, priced; None if all are known already or do not fit."""
+        new = (each for each in fittings(self.program, solved) if self._is_new(each[0]))
+        return min((self._priced(*each, cut=solved.cut) for each in new), key=seconds_of, default=None)
 
     def _is_new(self, policy: Policy) -> bool:
         """Whether it was not looked at: other variants, kinds and chunks may come to it too."""
@@ -343,7 +347,7 @@ class _Search:
                 placement = place(self.program, policy)
                 if self._is_new(policy) and self.program.limits.fits(placement):
                     self._priced(policy, placement, cut=near.cut)
-            if _has_wide_slots(near.placement, self.program.limits):
+            if _slot_share(near.placement, self.program.limits) > _WIDE:
                 self._narrow(near)
 
     def _best_few(self) -> list[Candidate]:

@@ -14,7 +14,7 @@ from flexllmgen.workload import Workload
 from profiling.layer_times import layer_times_for
 from strategies.choices import KINDS, Cut, Limits, Variant
 from strategies.corners import corners
-from strategies.fitting import fit
+from strategies.fitting import fittings
 from strategies.placement_program import SIZE, A, K, PlacementProgram, Solved, W, X
 
 sys.path.append(str(Path(__file__).parents[1] / "profiling"))
@@ -51,7 +51,7 @@ def test_one_thing_is_on_the_device_and_of_the_other_what_fits() -> None:
         # Full to the byte, or all that is to be there.
         all_there = each.shares[W[0]] == 1 in (each.shares[K[0]], each.shares[K[1]])
         assert used[0] == pytest.approx(limits[0]) or all_there
-        fitting = fit(program, each)
+        fitting = next(fittings(program, each), None)
         assert fitting is not None
         assert fitting[1].gpu_bytes > 0.97 * limits[0] or all_there
 

@@ -156,6 +156,7 @@ def test_nothing_fits_names_the_least_change_that_would(limits: dict[str, float]
     more=st.sampled_from(["gpu", "cpu", "disk", "h2d_bytes_per_s"]),
 )
 @example(gpu=0.625, cpu=0.625, disk=0.0, sequences=39, more="cpu")
+@example(gpu=0.484375, cpu=0.5625, disk=0.0, sequences=3, more="cpu")
 @example(gpu=1.0625, cpu=1.0, disk=0.0, sequences=21, more="h2d_bytes_per_s")
 @example(gpu=0.515625, cpu=0.515625, disk=0.0, sequences=47, more="disk")
 @example(gpu=0.5, cpu=0.5, disk=0.0, sequences=3, more="h2d_bytes_per_s")

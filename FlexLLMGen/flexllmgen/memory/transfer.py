@@ -109,9 +109,8 @@ class Lane:
                 work()
                 event.set()
             else:
-                with (
-                    self.stream
-                ):  # In C++; torch.cuda.stream() asks for the device, and that the environment.
+                # In C++; torch.cuda.stream() asks for the current device, and that the environment.
+                with self.stream:
                     work()
                 done = torch.cuda.Event()
                 done.record(self.stream)
