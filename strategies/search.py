@@ -284,9 +284,9 @@ class _Search:
             self.bound_s = min(self.bound_s, each.bound_s)
             if not self._hopeful(each.bound_s, slack):
                 continue
-            if (best := self._fitted(each)) is None:
-                continue
-            looked_at.append(best)
+            if (best := self._fitted(each)) is not None:
+                looked_at.append(best)
+            # Corners may fit where it does not.
             fitted = (self._fitted(corner) for corner in corners(self.program, each))
             beside += filter(None, fitted)
             # A bound far below all that was found says little about which cut is best.

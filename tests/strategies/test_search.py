@@ -157,6 +157,10 @@ def test_nothing_fits_names_the_least_change_that_would(limits: dict[str, float]
 )
 @example(gpu=0.625, cpu=0.625, disk=0.0, sequences=39, more="cpu")
 @example(gpu=0.484375, cpu=0.5625, disk=0.0, sequences=3, more="cpu")
+@example(gpu=0.703125, cpu=1.3823154853716841, disk=8.0, sequences=44, more="h2d_bytes_per_s")
+@example(gpu=0.375, cpu=3.93670800886532, disk=8.0, sequences=42, more="h2d_bytes_per_s")
+@example(gpu=0.984375, cpu=2.009201209923461, disk=0.0, sequences=31, more="disk")
+@example(gpu=1.0516680443700588, cpu=0.6810408298609356, disk=0.0, sequences=48, more="cpu")
 @example(gpu=1.0625, cpu=1.0, disk=0.0, sequences=21, more="h2d_bytes_per_s")
 @example(gpu=0.515625, cpu=0.515625, disk=0.0, sequences=47, more="disk")
 @example(gpu=0.5, cpu=0.5, disk=0.0, sequences=3, more="h2d_bytes_per_s")
@@ -186,6 +190,14 @@ def test_every_policy_found_fits_and_more_never_hurts(
         larger = search(workload=workload, **limits, **{more: 8e10})
     # The same up to what is not worth looking for, and what plainness is preferred by.
     assert larger.best.seconds <= found.best.seconds * 1.05
+
+
+def test_prompts_are_computed_in_the_chunks_that_were_counted_on() -> None:
+    """A little less on the device where the next smaller chunk would make a prompt many times as slow."""
+    workload = Workload(num_sequences=31, prompt_tokens=64, gen_tokens=8)
+    best = search(workload=workload, gpu=0.984375, cpu=2.009201209923461, disk=0.0).best
+    assert best.placement.chunk_tokens >= 1024
+    assert best.placement.gpu_bytes > 0.9 * 0.984375 * GiB
 
 
 @pytest.mark.parametrize(
