@@ -171,7 +171,7 @@ class _Simulation:
         self.hidden_stored: dict[int, float] = {}
         self.attended: dict[int, float] = {}
         self.computed = 0.0
-        self._loads: dict[tuple[int, bool], _Load] = {}
+        self._loads: dict[tuple[int, bool, bool], _Load] = {}
 
     def run(self) -> Passes:
         emitted: list[float] = []
@@ -214,21 +214,22 @@ class _Simulation:
         slot, ready = step.slot, self.issued
         if step.part == 0 and self.weight_busy[slot] > ready:
             ready = self.weight_busy[slot]
-        key = step.stage, step.token > 0
+        key = step.stage, step.token > 0, step.part == 0
         load = self._loads.get(key) or self._part_of_load(*key)
         end = self._bring(load, ready, step.token)
         if step.part == 0 or end > self.weight_ready[slot]:
             self.weight_ready[slot] = end
 
-    def _part_of_load(self, stage: int, decodes: bool) -> _Load:
-        """What a step brings in of a stage's weights."""
+    def _part_of_load(self, stage: int, decodes: bool, first: bool) -> _Load:
+        """What a step brings in of a stage's weights; with the first part all that is copied within the device."""
         loaded = self.durations.streamed(stage, decodes=decodes)
         # Reads are started for all parts of a stage, and with overlap for the next stage too.
         under_way = loaded[2] * (2 if self.plan.policy.overlap else 1)
         parts = len(self.batches)
         share, reads = (1.0, parts) if self.in_one else (1 / parts, 1)
-        load = self._loads[stage, decodes] = self._load(
-            loaded, share, under_way, self.durations.up_rates[decodes], reads=reads
+        mine = (loaded[0] / share if first else 0.0, *loaded[1:])
+        load = self._loads[stage, decodes, first] = self._load(
+            mine, share, under_way, self.durations.up_rates[decodes], reads=reads
         )
         return load
 
@@ -239,7 +240,7 @@ class _Simulation:
         resident, host, disk = (num_bytes * share for num_bytes in streamed)
         paged = 0.0 if self.plan.policy.pin_weight else self.rates.h2d_pageable_bytes_per_s
         resident_s = resident / self.durations.copy_rate
-        start_s = self.times.replay_s * share if self.plan.recording == "layers" else 0.0
+        start_s = self.times.replay_s if self.plan.recording == "layers" else 0.0
         return _Load(
             host=host,
             disk=disk,

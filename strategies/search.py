@@ -51,7 +51,7 @@ Objective = Literal["throughput", "latency"]
 
 _AT_ONCE = 24
 _MOST_LOOKED_AT, _MOST_IN_DOUBT = 3, 12
-"""Of so many cuts at once, so many are looked at at most."""
+"""Of so many cuts at once, so many are looked at at most; and where bounds are poor."""
 _RUNNERS_UP = 5
 _STEPS_UP, _WALKS, _FEWER = 4, 2, 2
 _REFINED = 4
@@ -59,7 +59,7 @@ _REFINED = 4
 _CLOSE = 1.25
 """Variants whose best is at most so many times the best of all are looked at closely; a bound so far off proves little."""
 _FAR, _POOR = 1.15, 1.75
-"""A policy so many times its bound leaves room for more."""
+"""A policy so many times its bound leaves room for narrower slots; so many times, and bounds hardly tell cuts apart."""
 _WIDE, _WIDEST = 0.1, 0.2
 """Share of the device's memory from which on slots are wide: where the disk is used, and where it is not."""
 _MOST_CHOSEN = 0.9

@@ -123,7 +123,8 @@ class HostAttention:
         self._calls[layer, micro_batch] = attend
         # Made now: the next use of its memory is issued after what this thread issues with it.
         out_BNH = torch.empty_like(seen.out_BNH) if self._device.type == "cuda" else host.out_BNH
-        needs = mark(self._device), stored
+        asked = mark(self._device)
+        needs = asked, stored
         lane, stream = self._lane, self._lane.stream
 
         def up() -> None:
@@ -143,11 +144,10 @@ class HostAttention:
 
         # An answer's way up waits for the query first, though the call comes after it: a stream that waits for a call asks host
         # memory for it all the time, over the link, and is told to long before the query is there.
-        asked, up_lane = needs[0], self._up
         ended = (
             lane.submit(wait, needs)
-            if up_lane is None
-            else up_lane.submit(up, [asked, lane.submit(queue, needs)])
+            if self._up is None
+            else self._up.submit(up, [asked, lane.submit(queue, needs)])
         )
         self._under_way[micro_batch] = ended, out_BNH
 

@@ -179,9 +179,10 @@ def _in_order(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...
     ['norm', 'up.bias', 'up', 'out']
     """
 
-    def place(name: str) -> tuple[bool, int]:
-        matrix = len(shapes[name]) > 1 and expert_of(name) is None
-        return expert_of(name) is not None, (1 << 62) - math.prod(shapes[name]) if matrix else 0
+    def place(name: str) -> tuple[bool, bool, int]:
+        expert = expert_of(name) is not None
+        matrix = len(shapes[name]) > 1 and not expert
+        return expert, matrix, -math.prod(shapes[name]) if matrix else 0
 
     return {name: shapes[name] for name in sorted(shapes, key=place)}
 
