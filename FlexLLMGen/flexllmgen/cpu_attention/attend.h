@@ -116,12 +116,17 @@ template <class T>
 inline void attend_piece(const Call& c, const Plan& plan, const Piece& piece, Bench& bench, const Partial& to) {
     const int queries = int(c.N / c.K);
     const bool dots = by_dots(c);
+#ifdef AMX
+    const bool no_rows = by_codes(c) || (by_matrix<4>(c) && queries % 4 == 0);
+#else
+    const bool no_rows = by_codes(c);
+#endif
     std::fill_n(to.acc, int64_t(piece.heads) * queries * c.H, 0.0f);
     std::fill_n(to.m, piece.heads * queries, LOWEST);
     std::fill_n(to.l, piece.heads * queries, 0.0f);
     for (int64_t position = piece.first; position < piece.stop; position += plan.block) {
         const int block = int(std::min<int64_t>(plan.block, piece.stop - position)), rows = piece.heads * block;
-        if (by_codes(c))
+        if (no_rows)
             ;
         else if (position == piece.first || block < plan.block)
             find_rows<T>(c, piece, position, block, bench);
@@ -152,6 +157,12 @@ inline void attend_piece(const Call& c, const Plan& plan, const Piece& piece, Be
                 }
             }
             if constexpr (std::is_same_v<T, U8>) {
+#ifdef AMX
+                if constexpr (GT >= 4)
+                    if (by_codes(c))
+                        return attend_code_matrix<GT>(c, piece.heads, block, g0, keys, bias, bench.q, bench.scale, bench.zero,
+                                                      bench.score, bench.alpha, to, values_now, keys_next);
+#endif
                 if (by_codes(c))
                     return attend_codes<GT>(c, piece.heads, block, g0, keys, bias, bench.q, bench.scale, bench.zero,
                                             bench.score, bench.alpha, to, values_now, keys_next);
@@ -190,6 +201,17 @@ inline void finish(Q type, const Call& c, const Piece& piece, const Partial* par
                     return sum;
                 };
 #ifdef BF16_DOTS
+#ifdef AMX
+                if (by_matrix<GT>(c)) {
+                    for (int column = 0; column < c.H / W; column += 2) {
+                        V low = total_of(column), high = total_of(column + 1);
+                        pairs_in_order(low, high);
+                        Simd::put(type, out + column * W * Q::size, low);
+                        Simd::put(type, out + (column + 1) * W * Q::size, high);
+                    }
+                    continue;
+                }
+#endif
                 if (by_dots(c)) {
                     for (int column = 0; column < c.H / W; column += 2) {
                         V low = total_of(column), high = total_of(column + 1);

@@ -3,25 +3,21 @@
 // A block's weights times the scale of their group become whole numbers of 16 bits, as queries do; four rows' codes are
 // interleaved, so that one instruction adds up four positions.
 
-// Whether the values of GT queries are added up by tiles, which want weights the other way around.
-template <int GT>
-constexpr bool IN_TILES = TILES && GT >= 4;
-
-// From where in packed bytes those of [4 positions][GT][4] come, or of [GT][4 positions][4].
-template <int GT>
+// From where in packed bytes those of [4 positions][GT][4] come, or, TURNED, of [GT][4 positions][4].
+template <int GT, bool TURNED>
 struct Places {
     alignas(64) uint8_t at[CHUNK];
     Places() {
         for (int i = 0; i < CHUNK; ++i) {
-            const int word = i / 4, four = IN_TILES<GT> ? word % (W / GT) : word / GT;
-            const int from = (four * 4 + i % 4) * GT + (IN_TILES<GT> ? word / (W / GT) : word % GT);
+            const int word = i / 4, four = TURNED ? word % (W / GT) : word / GT;
+            const int from = (four * 4 + i % 4) * GT + (TURNED ? word / (W / GT) : word % GT);
             at[i] = uint8_t(from % W / 4 * W + from / W * 4 + from % 4);
         }
     }
 };
 
-// A block's weights times the scales of one group, in two signed bytes: of each 64 [4 positions][GT][4].
-template <int GT>
+// A block's weights times the scales of one group, in two signed bytes: of each 64 [4 positions][GT][4], or as TURNED.
+template <int GT, bool TURNED = false>
 struct Weights {
     static constexpr int COUNT = LONG_BLOCK * GT / W;  // vectors of fp32
     alignas(64) uint32_t high[(COUNT + 3) / 4 * W], low[(COUNT + 3) / 4 * W];
@@ -37,7 +33,7 @@ struct Weights {
     }
 
     void set(const float* weight, int block, const float* scale, const float* zero) {
-        static const Places<GT> places;
+        static const Places<GT, TURNED> places;
         const __m512i position = _mm512_setr_epi32(0, 1 / GT, 2 / GT, 3 / GT, 4 / GT, 5 / GT, 6 / GT, 7 / GT, 8 / GT,
                                                    9 / GT, 10 / GT, 11 / GT, 12 / GT, 13 / GT, 14 / GT, 15 / GT);
         V x[(COUNT + 3) / 4 * 4], top = Simd::set1(1e-30f), sum = Simd::zero();
@@ -78,31 +74,6 @@ inline void interleave(const char* v, int64_t step, Codes* to) {
     to[2] = _mm512_unpacklo_epi16(b, d), to[3] = _mm512_unpackhi_epi16(b, d);
 }
 
-#ifdef AMX
-// The weights' tile: a query's high bytes a row, and then the low ones; of eight, even queries before odd ones.
-template <int GT>
-inline void load_weights(const Weights<GT>& bytes) {
-    const Codes first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
-    const Codes second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-    alignas(64) Codes rows[GT];
-    for (int half = 0; half < 2; ++half) {
-        const uint32_t* from = half ? bytes.low : bytes.high;
-        Codes x[4];
-        for (int i = 0; i < GT / 2; ++i) x[i] = load_codes(from + i * W);
-        if (GT == 8) {
-            const Codes a = _mm512_unpacklo_epi64(x[0], x[1]), b = _mm512_unpacklo_epi64(x[2], x[3]);
-            const Codes c = _mm512_unpackhi_epi64(x[0], x[1]), d = _mm512_unpackhi_epi64(x[2], x[3]);
-            x[0] = a, x[1] = b, x[2] = c, x[3] = d;
-        }
-        for (int i = 0; i < GT / 2; i += 2) {
-            rows[half * GT / 2 + i] = _mm512_permutex2var_epi64(x[i], first, x[i + 1]);
-            rows[half * GT / 2 + i + 1] = _mm512_permutex2var_epi64(x[i], second, x[i + 1]);
-        }
-    }
-    tile_load<WEIGHTS>(rows, LONG_BLOCK);
-}
-#endif
-
 // Adds weighted values of one head.
 template <int GT>
 inline void values_codes(const Call& c, const Rows& rows, int block, const float* weight, const float* alpha,
@@ -141,25 +112,6 @@ inline void values_codes(const Call& c, const Rows& rows, int block, const float
             interleave(v + 4 * four * rows.step, rows.step, x + 4 * four);
             next.lines(4);
         }
-#ifdef AMX
-        if constexpr (IN_TILES<GT>) {
-            alignas(64) Codes sum[4][2 * GT];
-            if (chunk % width == 0) load_weights(bytes);
-            for (int i = 0; i < 4; ++i) {
-                tile_zero<OUT>();
-                tile_load<VALUES>(x + i, 4 * CHUNK);
-                tile_signed_unsigned<OUT, WEIGHTS, VALUES>();
-                tile_store<OUT>(sum[i], 64);
-            }
-            for (int i = 0; i < 4; ++i) {
-                for (int g = 0; g < GT; ++g) {
-                    const int row = GT == 8 ? g % 2 * 4 + g / 2 : g;
-                    add(i, g, _mm512_add_epi32(times_256(sum[i][row]), sum[i][GT + row]));
-                }
-            }
-            continue;
-        }
-#endif
         for (int i = 0; i < 4; i += CT) {
             Codes sum[CT * GT];
             for (Codes& each : sum) each = _mm512_setzero_si512();
@@ -191,9 +143,6 @@ inline void attend_codes(const Call& c, int heads, int block, int g0, const char
                          Fetcher& values_now, Fetcher& keys_next) {
     const int64_t groups = c.groups * LONG_BLOCK, queries = c.N / c.K;
     alignas(64) char memory[LONG_BLOCK * MOST_GROUPS * CHUNK];
-#ifdef AMX
-    shape<1, GT>();
-#endif
     for (int h = 0; h < heads; ++h) {
         const Rows keys(data + h * c.H, c.position_bytes, block, c.H, memory);
         const float* packed = q + h * packed_codes(c) + group_count(g0) * (c.H / CHUNK) * PACKED;

@@ -124,13 +124,6 @@ inline V sums_of(const Codes* a) {
 
 // Products of sixteen rows' chunk with packed queries: a vector a row.
 inline void key_products(const char* k, int64_t step, const float* packed, Codes* sum) {
-#ifdef AMX
-    tile_zero<SUMS>();
-    tile_load<QUERIES>(packed, 64);
-    tile_load<KEYS>(k, step);
-    tile_unsigned_signed<SUMS, KEYS, QUERIES>();
-    return tile_store<SUMS>(sum, 64);
-#endif
     for (int r = 0; r < W; ++r) sum[r] = _mm512_setzero_si512();
     const char *k4 = k + 4 * step, *k8 = k + 8 * step, *k12 = k + 12 * step;
     for (int i = 0; i < CHUNK / 4; ++i, k += 4, k4 += 4, k8 += 4, k12 += 4) {

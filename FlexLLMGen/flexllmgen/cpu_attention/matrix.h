@@ -1,24 +1,30 @@
 // Tiles of bf16 keys and values with four or eight bf16 queries, by AMX; and the shapes of the processor's tiles.
-// Included after dots.h. Sums lie as those of dots.h.
+// Included after dots.h.
 //
 // Queries lie packed, [head][up to 8 queries together][pair of numbers][query][2]: the order that a second factor has.
 
-// What the processor's tiles hold.
-constexpr int SUMS = 0, MORE_SUMS = 1, KEYS = 2, QUERIES = 3, OUT = 4, WEIGHTS = 6, VALUES = 7;
+// The processor's tiles while scores are made, and while values are added.
+constexpr int SUMS = 0, KEYS = 4, QUERIES = 6;
+constexpr int OUT = 0, WEIGHTS = 4, VALUES = 6;
 
+enum class Work { none, scores, code_scores, values };
 inline thread_local int shape_now = 0;
 
-// For numbers of SIZE bytes and GT queries. Codes' queries always fill a row: eight high bytes, eight low ones.
-template <int SIZE, int GT>
+// For GT queries.
+template <Work WORK, int GT>
 inline void shape() {
-    if (shape_now == 16 * SIZE + GT) return;
-    shape_now = 16 * SIZE + GT;
+    if (shape_now == 16 * int(WORK) + GT) return;
+    shape_now = 16 * int(WORK) + GT;
     Tiles t{};
     const auto set = [&](int tile, int rows, int bytes) { t.rows[tile] = uint8_t(rows), t.row_bytes[tile] = uint16_t(bytes); };
-    const int row = SIZE == 1 ? 64 : 4 * GT, parts = SIZE == 1 ? 2 * GT : GT;
+    // Codes' queries always fill a row: eight high bytes, eight low ones.
+    const int row = WORK == Work::scores ? 4 * GT : 64;
     t.palette = 1;
-    set(SUMS, 16, row), set(MORE_SUMS, 16, row), set(KEYS, 16, 64), set(QUERIES, 16, row);
-    set(OUT, parts, 64), set(WEIGHTS, parts, LONG_BLOCK * SIZE), set(VALUES, LONG_BLOCK * SIZE / 4, 64);
+    for (int i = 0; i < 4; ++i) WORK == Work::values ? set(OUT + i, 2 * GT, 64) : set(SUMS + i, 16, row);
+    for (int i = 0; i < 2; ++i) {
+        WORK == Work::values ? set(WEIGHTS + i, 2 * GT, 64) : set(KEYS + i, 16, 64);
+        WORK == Work::values ? set(VALUES + i, 16, 64) : set(QUERIES + i, 16, row);
+    }
     configure(t);
 }
 
@@ -28,10 +34,20 @@ inline void leave_tiles() {
 }
 
 constexpr int MOST_BYTES = 512;  // of a row
+constexpr int TILE_ROWS = 16, BLOCK_TILES = LONG_BLOCK / TILE_ROWS;
 
 template <int GT>
 inline bool by_matrix(const Call& c) {
     return GT >= 4 && by_dots(c) && 2 * c.H <= MOST_BYTES;
+}
+
+// Calls f(0), f(1), ... f(N - 1), of numbers that are known when this is compiled.
+template <int N, class F>
+inline void each_of(F&& f) {
+    if constexpr (N > 0) {
+        each_of<N - 1>(f);
+        f(std::integral_constant<int, N - 1>{});
+    }
 }
 
 // Queries that dots.h has packed, [32 numbers][query][32], in the order of a second factor.
@@ -53,76 +69,92 @@ inline void turn_queries(const Call& c, int heads, float* q) {
 // Scores of one head's block before they are scaled, [position][GT], and of what follows it up to LONG_BLOCK.
 template <int GT>
 inline void scores_matrix(const Call& c, const Rows& rows, const float* q, float* out, Fetcher& next) {
-    static_assert(LONG_BLOCK == 32);
-    tile_zero<SUMS>();
-    tile_zero<MORE_SUMS>();
+    each_of<BLOCK_TILES>([&](auto i) { tile_zero<SUMS + i>(); });
     for (int part = 0; part < c.H / PAIRS; ++part) {
         tile_load<QUERIES>(q + part * GT * W, 4 * GT);
-        tile_load<KEYS>(rows.data + part * 64, rows.step);
-        tile_bfloats<SUMS, KEYS, QUERIES>();
-        tile_load<KEYS>(rows.data + part * 64 + 16 * rows.step, rows.step);
-        tile_bfloats<MORE_SUMS, KEYS, QUERIES>();
-        next.lines(LONG_BLOCK);
+        each_of<BLOCK_TILES>([&](auto i) {
+            tile_load<KEYS + i % 2>(rows.data + part * 64 + i * TILE_ROWS * rows.step, rows.step);
+            tile_bfloats<SUMS + i, KEYS + i % 2, QUERIES>();
+            next.lines(TILE_ROWS);
+        });
     }
-    tile_store<SUMS>(out, 4 * GT);
-    tile_store<MORE_SUMS>(out + 16 * GT, 4 * GT);
+    each_of<BLOCK_TILES>([&](auto i) { tile_store<SUMS + i>(out + i * TILE_ROWS * GT, 4 * GT); });
 }
 
-// Weights [position][GT] of a block as bf16, [GT][LONG_BLOCK].
+// Weights [position][GT] of a block as first factors, of each TILE_ROWS positions [2][GT][position]: a word of a weight in
+// bf16 and a zero, then of a zero and the weight. Times a row's pairs of numbers they leave the first of each, and the second.
 template <int GT>
-inline void turn_weights(const float* weight, int count, uint16_t* to) {
-    constexpr int EACH = PAIRS / GT;  // positions of a vector
-    alignas(64) uint16_t order[PAIRS];
-    for (int i = 0; i < PAIRS; ++i) order[i] = uint16_t(i % EACH * GT + i / EACH);
-    V x[GT];
-    for (int i = 0; i < GT; ++i, count -= PAIRS, weight += PAIRS) {
-        const uint32_t some = count >= PAIRS ? ~0u : count > 0 ? (1u << count) - 1 : 0;
-        const V low = _mm512_maskz_loadu_ps(__mmask16(some), weight);
-        const V high = _mm512_maskz_loadu_ps(__mmask16(some >> 16), weight + W);
-        x[i] = (V)_mm512_permutexvar_epi16(load_dots(order), (Dots)_mm512_cvtne2ps_pbh(high, low));
-    }
-    // A quarter of a vector is a query's positions now, or of eight queries two queries' halves.
-    if constexpr (GT == 8) {
-        for (int i = 0; i < GT; i += 2) {
-            const __m512d a = (__m512d)x[i], b = (__m512d)x[i + 1];
-            x[i] = (V)_mm512_unpacklo_pd(a, b), x[i + 1] = (V)_mm512_unpackhi_pd(a, b);
+inline void turn_weights(const float* weight, int count, uint32_t* to) {
+    const Dots half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32(int(0xffff0000u));
+    for (int tile = 0; tile < BLOCK_TILES; ++tile, to += 2 * GT * W) {
+        V x[GT];
+        for (int i = 0; i < GT; ++i, count -= W, weight += W) {
+            const uint32_t some = count >= W ? ~0u : count > 0 ? (1u << count) - 1 : 0;
+            x[i] = _mm512_maskz_loadu_ps(__mmask16(some), weight);
         }
-        in_order(x[0], x[2], x[4], x[6]);
-        in_order(x[1], x[3], x[5], x[7]);
-    } else {
-        in_order(x[0], x[1], x[2], x[3]);
+        if constexpr (GT == 8) {
+            const __m512i first = _mm512_setr_epi32(0, 8, 16, 24, 1, 9, 17, 25, 2, 10, 18, 26, 3, 11, 19, 27);
+            const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(4));
+            for (int i = 0; i < GT; i += 2) {
+                const V a = x[i], b = x[i + 1];
+                x[i] = _mm512_permutex2var_ps(a, first, b), x[i + 1] = _mm512_permutex2var_ps(a, second, b);
+            }
+            in_order(x[0], x[2], x[4], x[6]);
+            in_order(x[1], x[3], x[5], x[7]);
+        } else {
+            const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+            for (V& each : x) each = _mm512_permutexvar_ps(order, each);
+            in_order(x[0], x[1], x[2], x[3]);
+        }
+        for (int i = 0; i < GT; ++i) {
+            const int g = GT == 8 ? i / 2 + i % 2 * 4 : i;
+            const Dots rounded = _mm512_add_epi32((Dots)x[i], half);
+            _mm512_store_si512(to + g * W, _mm512_srli_epi32(rounded, 16));
+            _mm512_store_si512(to + (GT + g) * W, _mm512_and_si512(rounded, upper));
+        }
     }
-    for (int i = 0; i < GT; ++i) Simd::store((float*)(to + i * LONG_BLOCK), x[i]);
 }
 
-// Adds weighted values of one head.
+// Adds weighted values of one head, N times 32 of it; weights as turn_weights leaves them.
+template <int GT, int N>
+inline void add_tiles(const char* data, int64_t step, const uint32_t* weights, float* acc, Fetcher& next) {
+    each_of<N>([&](auto part) { tile_load<OUT + part>(acc + part * 2 * GT * W, 64); });
+    each_of<BLOCK_TILES>([&](auto i) {
+        tile_load<WEIGHTS + i % 2>(weights + i * 2 * GT * W, 64);
+        each_of<N>([&](auto part) {
+            tile_load<VALUES + part % 2>(data + i * TILE_ROWS * step + part * 64, step);
+            tile_bfloats<OUT + part, WEIGHTS + i % 2, VALUES + part % 2>();
+            next.lines(TILE_ROWS);
+        });
+    });
+    each_of<N>([&](auto part) { tile_store<OUT + part>(acc + part * 2 * GT * W, 64); });
+}
+
 template <int GT>
-inline void values_matrix(const Call& c, const Rows& rows, int block, const float* weight, const float* alpha, float* acc,
+inline void values_matrix(const Call& c, const Rows& rows, const uint32_t* weights, const float* alpha, float* acc,
                           Fetcher& next) {
     const int parts = int(c.H / PAIRS);
-    alignas(64) uint16_t weights[GT * LONG_BLOCK];
-    alignas(64) Dots x[2 * MOST_BYTES / 64][LONG_BLOCK / 2];
-    turn_weights<GT>(weight, block * GT, weights);
-    for (int p = 0; p < LONG_BLOCK / 2; ++p) {
-        const char *a = rows.data + 2 * p * rows.step, *b = a + rows.step;
-        for (int part = 0; part < parts; ++part) {
-            const Dots u = load_dots(a + part * 64), v = load_dots(b + part * 64);
-            x[2 * part][p] = _mm512_unpacklo_epi16(u, v);
-            x[2 * part + 1][p] = _mm512_unpackhi_epi16(u, v);
-        }
-        next.lines(2 * parts);
-    }
-    tile_load<WEIGHTS>(weights, LONG_BLOCK * 2);
     // Once for many blocks: the largest score seldom moves.
     if (std::any_of(alpha, alpha + GT, [](float each) { return each != 1; }))
         for (int i = 0; i < 2 * parts * GT; ++i)
             Simd::store(acc + i * W, Simd::mul(Simd::load(acc + i * W), Simd::set1(alpha[i % GT])));
-    for (int i = 0; i < 2 * parts; ++i) {
-        tile_load<OUT>(acc + i * GT * W, 64);
-        tile_load<VALUES>(x[i], 64);
-        tile_bfloats<OUT, WEIGHTS, VALUES>();
-        tile_store<OUT>(acc + i * GT * W, 64);
-    }
+    int part = 0;
+    const auto take = [&](auto count) {
+        constexpr int N = decltype(count)::value;
+        for (; parts - part >= N; part += N)
+            add_tiles<GT, N>(rows.data + part * 64, rows.step, weights, acc + part * 2 * GT * W, next);
+    };
+    take(std::integral_constant<int, 4>{});
+    take(std::integral_constant<int, 2>{});
+    take(std::integral_constant<int, 1>{});
+}
+
+// Sums of 32 numbers, the first of each pair and the second, in order.
+inline void pairs_in_order(V& low, V& high) {
+    const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const V both = _mm512_permutex2var_ps(low, first, high);
+    high = _mm512_permutex2var_ps(low, _mm512_add_epi32(first, _mm512_set1_epi32(8)), high);
+    low = both;
 }
 
 // As attend_codes, of bf16.
@@ -131,7 +163,8 @@ inline void attend_matrix(const Call& c, int heads, int block, int g0, const cha
                           float* score, float* alpha, const Partial& to, Fetcher& values_now, Fetcher& keys_next) {
     const int64_t queries = c.N / c.K, bytes = c.H * 2;
     alignas(64) char memory[LONG_BLOCK * MOST_BYTES];
-    shape<2, GT>();
+    alignas(64) uint32_t weights[2][BLOCK_TILES * 2 * GT * W];
+    shape<Work::scores, GT>();
     for (int h = 0; h < heads; ++h) {
         const Rows keys(data + h * bytes, c.position_bytes, block, bytes, memory);
         scores_matrix<GT>(c, keys, q + h * packed_floats(c) + g0 * c.H, score + h * block * GT, values_now);
@@ -140,9 +173,12 @@ inline void attend_matrix(const Call& c, int heads, int block, int g0, const cha
     const V factor = Simd::set1(c.factor * LOG2E);
     for (int i = 0; i < heads * block * GT; i += W) Simd::store(score + i, Simd::mul(factor, Simd::load(score + i)));
     weigh<GT>(heads, block, bias, score, to.m + g0 * heads, to.l + g0 * heads, alpha);
+    shape<Work::values, GT>();
+    turn_weights<GT>(score, block * GT, weights[0]);
     for (int h = 0; h < heads; ++h) {
+        // Of the next head before this one's values: a tile is loaded from memory, some time after that was written.
+        if (h + 1 < heads) turn_weights<GT>(score + (h + 1) * block * GT, block * GT, weights[(h + 1) % 2]);
         const Rows values(data + c.half_bytes + h * bytes, c.position_bytes, block, bytes, memory);
-        values_matrix<GT>(c, values, block, score + h * block * GT, alpha + h * GT, to.acc + (h * queries + g0) * c.H,
-                          keys_next);
+        values_matrix<GT>(c, values, weights[h % 2], alpha + h * GT, to.acc + (h * queries + g0) * c.H, keys_next);
     }
 }

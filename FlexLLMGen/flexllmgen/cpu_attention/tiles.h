@@ -4,11 +4,6 @@
 
 using V = Simd::V;
 constexpr int W = Simd::W, NR = Simd::NR;
-#ifdef AMX
-constexpr bool TILES = true;
-#else
-constexpr bool TILES = false;
-#endif
 
 // Powers of two that a weight may come to before all sums so far are scaled down.
 constexpr float SLACK = 8;
