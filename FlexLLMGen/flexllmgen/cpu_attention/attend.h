@@ -151,25 +151,19 @@ inline void attend_piece(const Call& c, const Plan& plan, const Piece& piece, Be
 #endif
                 if (dots) {
                     scores_dots<GT>(c, bench.rows.data(), rows, g0, bench.score, values_now);
-                    weigh<GT>(piece.heads, block, bias, bench.score, to.m + at, to.l + at, bench.alpha);
+                    weigh<GT>(piece.heads, block, bias, bench.score, to.m + at, to.l + at, bench.alpha, values_now, 0);
                     return values_dots<GT>(c, bench.rows.data() + rows, piece.heads, block, g0, bench.score, bench.alpha,
                                            to.acc, keys_next);
                 }
             }
             if constexpr (std::is_same_v<T, U8>) {
-#ifdef AMX
-                if constexpr (GT >= 4)
-                    if (by_codes(c))
-                        return attend_code_matrix<GT>(c, piece.heads, block, g0, keys, bias, bench.q, bench.scale, bench.zero,
-                                                      bench.score, bench.alpha, to, values_now, keys_next);
-#endif
                 if (by_codes(c))
                     return attend_codes<GT>(c, piece.heads, block, g0, keys, bias, bench.q, bench.scale, bench.zero,
                                             bench.score, bench.alpha, to, values_now, keys_next);
             }
 #endif
             scores<T, GT>(c, bench.rows.data(), rows, g0, bench.score, values_now);
-            weigh<GT>(piece.heads, block, bias, bench.score, to.m + at, to.l + at, bench.alpha);
+            weigh<GT>(piece.heads, block, bias, bench.score, to.m + at, to.l + at, bench.alpha, values_now, 0);
             values<T, GT>(c, bench.rows.data() + rows, piece.heads, block, g0, bench.score, bench.alpha, to.acc,
                           keys_next);
         });

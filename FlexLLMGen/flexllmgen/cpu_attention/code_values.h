@@ -3,21 +3,25 @@
 // A block's weights times the scale of their group become whole numbers of 16 bits, as queries do; four rows' codes are
 // interleaved, so that one instruction adds up four positions.
 
-// From where in packed bytes those of [4 positions][GT][4] come, or, TURNED, of [GT][4 positions][4].
-template <int GT, bool TURNED>
+// Whether the values of GT queries are added up by tiles, which want weights the other way around.
+template <int GT>
+constexpr bool IN_TILES = TILES && GT >= 4;
+
+// From where in packed bytes those of [4 positions][GT][4] come, or of [GT][4 positions][4].
+template <int GT>
 struct Places {
     alignas(64) uint8_t at[CHUNK];
     Places() {
         for (int i = 0; i < CHUNK; ++i) {
-            const int word = i / 4, four = TURNED ? word % (W / GT) : word / GT;
-            const int from = (four * 4 + i % 4) * GT + (TURNED ? word / (W / GT) : word % GT);
+            const int word = i / 4, four = IN_TILES<GT> ? word % (W / GT) : word / GT;
+            const int from = (four * 4 + i % 4) * GT + (IN_TILES<GT> ? word / (W / GT) : word % GT);
             at[i] = uint8_t(from % W / 4 * W + from / W * 4 + from % 4);
         }
     }
 };
 
-// A block's weights times the scales of one group, in two signed bytes: of each 64 [4 positions][GT][4], or as TURNED.
-template <int GT, bool TURNED = false>
+// A block's weights times the scales of one group, in two signed bytes: of each 64 [4 positions][GT][4].
+template <int GT>
 struct Weights {
     static constexpr int COUNT = LONG_BLOCK * GT / W;  // vectors of fp32
     alignas(64) uint32_t high[(COUNT + 3) / 4 * W], low[(COUNT + 3) / 4 * W];
@@ -32,8 +36,8 @@ struct Weights {
         return x;
     }
 
-    void set(const float* weight, int block, const float* scale, const float* zero) {
-        static const Places<GT, TURNED> places;
+    void set(const float* weight, int block, const float* scale, const float* zero, Fetcher& next) {
+        static const Places<GT> places;
         const __m512i position = _mm512_setr_epi32(0, 1 / GT, 2 / GT, 3 / GT, 4 / GT, 5 / GT, 6 / GT, 7 / GT, 8 / GT,
                                                    9 / GT, 10 / GT, 11 / GT, 12 / GT, 13 / GT, 14 / GT, 15 / GT);
         V x[(COUNT + 3) / 4 * 4], top = Simd::set1(1e-30f), sum = Simd::zero();
@@ -46,6 +50,7 @@ struct Weights {
             x[i] = Simd::mul(w, s);
             top = Simd::larger(_mm512_abs_ps(x[i]), top);
             sum = Simd::fma(w, z, sum);
+            if (GT > 1) next.lines(1);
         }
         top = fold(top, [](V a, V b) { return Simd::larger(a, b); });
         Simd::store(step, Simd::mul(top, Simd::set1(1 / MOST)));
@@ -74,6 +79,31 @@ inline void interleave(const char* v, int64_t step, Codes* to) {
     to[2] = _mm512_unpacklo_epi16(b, d), to[3] = _mm512_unpackhi_epi16(b, d);
 }
 
+#ifdef AMX
+// The weights' tile: a query's high bytes a row, and then the low ones; of eight, even queries before odd ones.
+template <int GT>
+inline void load_weights(const Weights<GT>& bytes) {
+    const Codes first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+    const Codes second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    alignas(64) Codes rows[GT];
+    for (int half = 0; half < 2; ++half) {
+        const uint32_t* from = half ? bytes.low : bytes.high;
+        Codes x[4];
+        for (int i = 0; i < GT / 2; ++i) x[i] = load_codes(from + i * W);
+        if (GT == 8) {
+            const Codes a = _mm512_unpacklo_epi64(x[0], x[1]), b = _mm512_unpacklo_epi64(x[2], x[3]);
+            const Codes c = _mm512_unpackhi_epi64(x[0], x[1]), d = _mm512_unpackhi_epi64(x[2], x[3]);
+            x[0] = a, x[1] = b, x[2] = c, x[3] = d;
+        }
+        for (int i = 0; i < GT / 2; i += 2) {
+            rows[half * GT / 2 + i] = _mm512_permutex2var_epi64(x[i], first, x[i + 1]);
+            rows[half * GT / 2 + i + 1] = _mm512_permutex2var_epi64(x[i], second, x[i + 1]);
+        }
+    }
+    tile_load<CODE_WEIGHTS>(rows, LONG_BLOCK);
+}
+#endif
+
 // Adds weighted values of one head.
 template <int GT>
 inline void values_codes(const Call& c, const Rows& rows, int block, const float* weight, const float* alpha,
@@ -82,7 +112,7 @@ inline void values_codes(const Call& c, const Rows& rows, int block, const float
     const int chunks = int(c.H / CHUNK), width = int(c.group_size / CHUNK);
     // Of all groups at once: none waits for another.
     Weights<GT> all[MOST_GROUPS];
-    for (int i = 0; i < c.groups; ++i) all[i].set(weight, block, scale + i * LONG_BLOCK, zero + i * LONG_BLOCK);
+    for (int i = 0; i < c.groups; ++i) all[i].set(weight, block, scale + i * LONG_BLOCK, zero + i * LONG_BLOCK, next);
     for (int chunk = 0; chunk < chunks; ++chunk, acc += 4 * GT * W) {
         const Weights<GT>& bytes = all[chunk / width];
         const char* v = rows.data + chunk * CHUNK;
@@ -110,8 +140,28 @@ inline void values_codes(const Call& c, const Rows& rows, int block, const float
 #pragma GCC unroll 1
         for (int four = 0; four < FOURS; ++four) {
             interleave(v + 4 * four * rows.step, rows.step, x + 4 * four);
-            next.lines(4);
+            next.lines(2);
         }
+#ifdef AMX
+        if constexpr (IN_TILES<GT>) {
+            alignas(64) Codes sum[4][2 * GT];
+            if (chunk % width == 0) load_weights(bytes);
+            for (int i = 0; i < 4; ++i) {
+                tile_zero<CODE_OUT>();
+                tile_load<CODE_VALUES>(x + i, 4 * CHUNK);
+                tile_signed_unsigned<CODE_OUT, CODE_WEIGHTS, CODE_VALUES>();
+                tile_store<CODE_OUT>(sum[i], 64);
+            }
+            for (int i = 0; i < 4; ++i) {
+                next.lines(1);
+                for (int g = 0; g < GT; ++g) {
+                    const int row = GT == 8 ? g % 2 * 4 + g / 2 : g;
+                    add(i, g, _mm512_add_epi32(times_256(sum[i][row]), sum[i][GT + row]));
+                }
+            }
+            continue;
+        }
+#endif
         for (int i = 0; i < 4; i += CT) {
             Codes sum[CT * GT];
             for (Codes& each : sum) each = _mm512_setzero_si512();
@@ -143,13 +193,17 @@ inline void attend_codes(const Call& c, int heads, int block, int g0, const char
                          Fetcher& values_now, Fetcher& keys_next) {
     const int64_t groups = c.groups * LONG_BLOCK, queries = c.N / c.K;
     alignas(64) char memory[LONG_BLOCK * MOST_GROUPS * CHUNK];
+#ifdef AMX
+    shape<Work::codes, GT>();
+#endif
     for (int h = 0; h < heads; ++h) {
         const Rows keys(data + h * c.H, c.position_bytes, block, c.H, memory);
         const float* packed = q + h * packed_codes(c) + group_count(g0) * (c.H / CHUNK) * PACKED;
         scores_codes<GT>(c, keys, block, packed, scale + h * groups, zero + h * groups, h + 1 == heads,
                          score + h * block * GT, values_now);
     }
-    weigh<GT>(heads, block, bias, score, to.m + g0 * heads, to.l + g0 * heads, alpha);
+    weigh<GT>(heads, block, bias, score, to.m + g0 * heads, to.l + g0 * heads, alpha, values_now, GT > 1 ? 2 : 0);
+    values_now.rest();
     scale += heads * groups, zero += heads * groups, data += c.half_bytes;
     for (int h = 0; h < heads; ++h) {
         const Rows values(data + h * c.H, c.position_bytes, block, c.H, memory);

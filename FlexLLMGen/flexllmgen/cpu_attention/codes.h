@@ -124,6 +124,13 @@ inline V sums_of(const Codes* a) {
 
 // Products of sixteen rows' chunk with packed queries: a vector a row.
 inline void key_products(const char* k, int64_t step, const float* packed, Codes* sum) {
+#ifdef AMX
+    tile_zero<CODE_SUMS>();
+    tile_load<CODE_QUERIES>(packed, 64);
+    tile_load<CODE_KEYS>(k, step);
+    tile_unsigned_signed<CODE_SUMS, CODE_KEYS, CODE_QUERIES>();
+    return tile_store<CODE_SUMS>(sum, 64);
+#endif
     for (int r = 0; r < W; ++r) sum[r] = _mm512_setzero_si512();
     const char *k4 = k + 4 * step, *k8 = k + 8 * step, *k12 = k + 12 * step;
     for (int i = 0; i < CHUNK / 4; ++i, k += 4, k4 += 4, k8 += 4, k12 += 4) {
@@ -177,7 +184,7 @@ inline void scores_codes(const Call& c, const Rows& rows, int block, const float
                     score[r] = Simd::fma(by_zero, Simd::set1(z[r]), score[r]);
                 }
             }
-            next.lines(W);
+            next.lines(GT > 1 ? 10 : W);
         }
         // Of keys soon to be read, from the second cache into the first.
         const char* soon = p + W < block ? k + W * rows.step : k + c.H - p * rows.step;

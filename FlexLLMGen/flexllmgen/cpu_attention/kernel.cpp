@@ -28,7 +28,7 @@
 constexpr float LOG2E = 1.44269504088896f;
 constexpr float LOWEST = -1e30f;  // Below every score; finite, so that differences are numbers.
 constexpr int BLOCK = 16;                  // positions whose keys are read before their values
-constexpr int LONG_BLOCK = FLEX_LEVEL == 4 ? 64 : 32;  // where many queries share them, and of codes
+constexpr int LONG_BLOCK = 32;             // where many queries share them
 constexpr int64_t BLOCK_BYTES = 64 << 10;   // keys read together: they and their values stay near the core
 constexpr int64_t QUERY_BYTES = 128 << 10;  // queries and sums that go with them
 constexpr int MIN_GROUP = 64;  // of codes
@@ -204,7 +204,6 @@ namespace amx {
 #include "matrix.h"
 #include "codes.h"
 #include "code_values.h"
-#include "code_matrix.h"
 #include "attend.h"
 }  // namespace amx
 namespace level = amx;

@@ -3,27 +3,38 @@
 //
 // Queries lie packed, [head][up to 8 queries together][pair of numbers][query][2]: the order that a second factor has.
 
-// The processor's tiles while scores are made, and while values are added.
+constexpr int MOST_BYTES = 512;  // of a row
+constexpr int TILE_ROWS = 16, BLOCK_TILES = LONG_BLOCK / TILE_ROWS;
+// What is fetched with a tile of 16 lines; the others are fetched while weights are made, and turned.
+constexpr int LINES_A_SCORE_TILE = 8, LINES_A_VALUE_TILE = 13;
+
+// What the processor's eight tiles hold: while scores are made, while values are added, and of codes while either is.
 constexpr int SUMS = 0, KEYS = 4, QUERIES = 6;
 constexpr int OUT = 0, WEIGHTS = 4, VALUES = 6;
+constexpr int CODE_SUMS = 0, CODE_KEYS = 1, CODE_QUERIES = 2, CODE_OUT = 3, CODE_WEIGHTS = 4, CODE_VALUES = 5;
 
-enum class Work { none, scores, code_scores, values };
+enum class Work { none, scores, values, codes };
 inline thread_local int shape_now = 0;
 
-// For GT queries.
+// For GT queries. Codes' queries always fill a row: eight high bytes, eight low ones.
 template <Work WORK, int GT>
 inline void shape() {
     if (shape_now == 16 * int(WORK) + GT) return;
     shape_now = 16 * int(WORK) + GT;
     Tiles t{};
-    const auto set = [&](int tile, int rows, int bytes) { t.rows[tile] = uint8_t(rows), t.row_bytes[tile] = uint16_t(bytes); };
-    // Codes' queries always fill a row: eight high bytes, eight low ones.
-    const int row = WORK == Work::scores ? 4 * GT : 64;
+    const auto set = [&](int tile, int count, int rows, int bytes) {
+        for (int i = tile; i < tile + count; ++i) t.rows[i] = uint8_t(rows), t.row_bytes[i] = uint16_t(bytes);
+    };
     t.palette = 1;
-    for (int i = 0; i < 4; ++i) WORK == Work::values ? set(OUT + i, 2 * GT, 64) : set(SUMS + i, 16, row);
-    for (int i = 0; i < 2; ++i) {
-        WORK == Work::values ? set(WEIGHTS + i, 2 * GT, 64) : set(KEYS + i, 16, 64);
-        WORK == Work::values ? set(VALUES + i, 16, 64) : set(QUERIES + i, 16, row);
+    if (WORK == Work::scores) {
+        static_assert(SUMS + BLOCK_TILES <= KEYS);
+        set(SUMS, BLOCK_TILES, 16, 4 * GT), set(KEYS, 2, 16, 64), set(QUERIES, 1, 16, 4 * GT);
+    } else if (WORK == Work::values) {
+        set(OUT, 4, 2 * GT, 64), set(WEIGHTS, 2, 2 * GT, 64), set(VALUES, 2, 16, 64);
+    } else {
+        set(CODE_SUMS, 1, 16, 64), set(CODE_KEYS, 1, 16, 64), set(CODE_QUERIES, 1, 16, 64);
+        set(CODE_OUT, 1, 2 * GT, 64), set(CODE_WEIGHTS, 1, 2 * GT, LONG_BLOCK);
+        set(CODE_VALUES, 1, LONG_BLOCK / 4, 64);
     }
     configure(t);
 }
@@ -32,9 +43,6 @@ inline void leave_tiles() {
     if (shape_now) release();
     shape_now = 0;
 }
-
-constexpr int MOST_BYTES = 512;  // of a row
-constexpr int TILE_ROWS = 16, BLOCK_TILES = LONG_BLOCK / TILE_ROWS;
 
 template <int GT>
 inline bool by_matrix(const Call& c) {
@@ -75,47 +83,52 @@ inline void scores_matrix(const Call& c, const Rows& rows, const float* q, float
         each_of<BLOCK_TILES>([&](auto i) {
             tile_load<KEYS + i % 2>(rows.data + part * 64 + i * TILE_ROWS * rows.step, rows.step);
             tile_bfloats<SUMS + i, KEYS + i % 2, QUERIES>();
-            next.lines(TILE_ROWS);
+            next.lines(LINES_A_SCORE_TILE);
         });
     }
     each_of<BLOCK_TILES>([&](auto i) { tile_store<SUMS + i>(out + i * TILE_ROWS * GT, 4 * GT); });
 }
 
-// Weights [position][GT] of a block as first factors, of each TILE_ROWS positions [2][GT][position]: a word of a weight in
-// bf16 and a zero, then of a zero and the weight. Times a row's pairs of numbers they leave the first of each, and the second.
+// Weights [position][GT] of TILE_ROWS positions, or of as many as `count` numbers are, as [GT][position].
 template <int GT>
-inline void turn_weights(const float* weight, int count, uint32_t* to) {
+inline void turn_weights(const float* weight, int count, V* to) {
+    V x[GT];
+    for (int i = 0; i < GT; ++i, count -= W) {
+        const uint32_t some = count >= W ? ~0u : count > 0 ? (1u << count) - 1 : 0;
+        x[i] = _mm512_maskz_loadu_ps(__mmask16(some), weight + i * W);
+    }
+    if constexpr (GT == 8) {
+        const __m512i first = _mm512_setr_epi32(0, 8, 16, 24, 1, 9, 17, 25, 2, 10, 18, 26, 3, 11, 19, 27);
+        const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(4));
+        for (int i = 0; i < 4; ++i) {
+            to[i] = _mm512_permutex2var_ps(x[2 * i], first, x[2 * i + 1]);
+            to[4 + i] = _mm512_permutex2var_ps(x[2 * i], second, x[2 * i + 1]);
+        }
+        in_order(to[4], to[5], to[6], to[7]);
+    } else {
+        const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+        for (int i = 0; i < 4; ++i) to[i] = _mm512_permutexvar_ps(order, x[i]);
+    }
+    in_order(to[0], to[1], to[2], to[3]);
+}
+
+// Weights [position][GT] of a block as first factors, of each TILE_ROWS positions [2][GT][position]: a word of a weight in
+// bf16 and a zero, then of a zero and the weight. Times a row's pairs of numbers they give the first of each, and the second.
+template <int GT>
+inline void pair_with_zeros(const float* weight, int count, uint32_t* to) {
     const Dots half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32(int(0xffff0000u));
     for (int tile = 0; tile < BLOCK_TILES; ++tile, to += 2 * GT * W) {
         V x[GT];
-        for (int i = 0; i < GT; ++i, count -= W, weight += W) {
-            const uint32_t some = count >= W ? ~0u : count > 0 ? (1u << count) - 1 : 0;
-            x[i] = _mm512_maskz_loadu_ps(__mmask16(some), weight);
-        }
-        if constexpr (GT == 8) {
-            const __m512i first = _mm512_setr_epi32(0, 8, 16, 24, 1, 9, 17, 25, 2, 10, 18, 26, 3, 11, 19, 27);
-            const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(4));
-            for (int i = 0; i < GT; i += 2) {
-                const V a = x[i], b = x[i + 1];
-                x[i] = _mm512_permutex2var_ps(a, first, b), x[i + 1] = _mm512_permutex2var_ps(a, second, b);
-            }
-            in_order(x[0], x[2], x[4], x[6]);
-            in_order(x[1], x[3], x[5], x[7]);
-        } else {
-            const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-            for (V& each : x) each = _mm512_permutexvar_ps(order, each);
-            in_order(x[0], x[1], x[2], x[3]);
-        }
-        for (int i = 0; i < GT; ++i) {
-            const int g = GT == 8 ? i / 2 + i % 2 * 4 : i;
-            const Dots rounded = _mm512_add_epi32((Dots)x[i], half);
+        turn_weights<GT>(weight + tile * GT * W, count - tile * GT * W, x);
+        for (int g = 0; g < GT; ++g) {
+            const Dots rounded = _mm512_add_epi32((Dots)x[g], half);
             _mm512_store_si512(to + g * W, _mm512_srli_epi32(rounded, 16));
             _mm512_store_si512(to + (GT + g) * W, _mm512_and_si512(rounded, upper));
         }
     }
 }
 
-// Adds weighted values of one head, N times 32 of it; weights as turn_weights leaves them.
+// Adds weighted values of one head, N times 32 of it; weights as pair_with_zeros leaves them.
 template <int GT, int N>
 inline void add_tiles(const char* data, int64_t step, const uint32_t* weights, float* acc, Fetcher& next) {
     each_of<N>([&](auto part) { tile_load<OUT + part>(acc + part * 2 * GT * W, 64); });
@@ -124,7 +137,7 @@ inline void add_tiles(const char* data, int64_t step, const uint32_t* weights, f
         each_of<N>([&](auto part) {
             tile_load<VALUES + part % 2>(data + i * TILE_ROWS * step + part * 64, step);
             tile_bfloats<OUT + part, WEIGHTS + i % 2, VALUES + part % 2>();
-            next.lines(TILE_ROWS);
+            next.lines(LINES_A_VALUE_TILE);
         });
     });
     each_of<N>([&](auto part) { tile_store<OUT + part>(acc + part * 2 * GT * W, 64); });
@@ -162,6 +175,7 @@ template <int GT>
 inline void attend_matrix(const Call& c, int heads, int block, int g0, const char* data, const float* bias, const float* q,
                           float* score, float* alpha, const Partial& to, Fetcher& values_now, Fetcher& keys_next) {
     const int64_t queries = c.N / c.K, bytes = c.H * 2;
+    const int parts = int(c.H / PAIRS), with_weights = (TILE_ROWS - LINES_A_VALUE_TILE) * BLOCK_TILES * parts;
     alignas(64) char memory[LONG_BLOCK * MOST_BYTES];
     alignas(64) uint32_t weights[2][BLOCK_TILES * 2 * GT * W];
     shape<Work::scores, GT>();
@@ -172,12 +186,18 @@ inline void attend_matrix(const Call& c, int heads, int block, int g0, const cha
     // Not sooner: a vector that two rows of a tile make up can be loaded only once both lie in memory.
     const V factor = Simd::set1(c.factor * LOG2E);
     for (int i = 0; i < heads * block * GT; i += W) Simd::store(score + i, Simd::mul(factor, Simd::load(score + i)));
-    weigh<GT>(heads, block, bias, score, to.m + g0 * heads, to.l + g0 * heads, alpha);
+    weigh<GT>(heads, block, bias, score, to.m + g0 * heads, to.l + g0 * heads, alpha, values_now,
+              (TILE_ROWS - LINES_A_SCORE_TILE) * parts / GT);
+    values_now.rest();
     shape<Work::values, GT>();
-    turn_weights<GT>(score, block * GT, weights[0]);
+    keys_next.lines(with_weights);
+    pair_with_zeros<GT>(score, block * GT, weights[0]);
     for (int h = 0; h < heads; ++h) {
         // Of the next head before this one's values: a tile is loaded from memory, some time after that was written.
-        if (h + 1 < heads) turn_weights<GT>(score + (h + 1) * block * GT, block * GT, weights[(h + 1) % 2]);
+        if (h + 1 < heads) {
+            keys_next.lines(with_weights);
+            pair_with_zeros<GT>(score + (h + 1) * block * GT, block * GT, weights[(h + 1) % 2]);
+        }
         const Rows values(data + c.half_bytes + h * bytes, c.position_bytes, block, bytes, memory);
         values_matrix<GT>(c, values, weights[h % 2], alpha + h * GT, to.acc + (h * queries + g0) * c.H, keys_next);
     }

@@ -4,6 +4,11 @@
 
 using V = Simd::V;
 constexpr int W = Simd::W, NR = Simd::NR;
+#ifdef AMX
+constexpr bool TILES = true;
+#else
+constexpr bool TILES = false;
+#endif
 
 // Powers of two that a weight may come to before all sums so far are scaled down.
 constexpr float SLACK = 8;
@@ -74,7 +79,8 @@ struct Rows {
 };
 
 // Fetches what is read next while something else is computed, in the order in which it lies: that is what the
-// processor's own prefetching follows. `runs` runs of `run` bytes, `step` apart.
+// processor's own prefetching follows. `runs` runs of `run` bytes, `step` apart. Lines are spread over all that is computed,
+// by the time that it takes: a core waits while many are under way, and with none under way memory is idle.
 struct Fetcher {
     const char *start, *at, *end;
     int64_t run, step;
@@ -96,6 +102,9 @@ struct Fetcher {
             start += step;
             begin();
         }
+    }
+    void rest() {
+        while (runs > 0) lines(64);
     }
 };
 
@@ -177,9 +186,10 @@ inline void scores(const Call& c, const Row* row, int rows, int g0, float* out, 
 }
 
 // Turns scores into weights: `m` is the score that has the weight 1, and moves where one is larger by SLACK. Leaves what
-// all sums so far are multiplied by in `alpha`.
+// all sums so far are multiplied by in `alpha`. With each vector `lines` lines are fetched.
 template <int GT>
-inline void weigh(int heads, int block, const float* bias, float* score, float* m, float* l, float* alpha) {
+inline void weigh(int heads, int block, const float* bias, float* score, float* m, float* l, float* alpha, Fetcher& next,
+                  int lines) {
     const int count = block * GT;
     for (int h = 0; h < heads; ++h, score += count, m += GT, l += GT, alpha += GT) {
         if (bias)
@@ -210,6 +220,7 @@ inline void weigh(int heads, int block, const float* bias, float* score, float* 
         for (int i = 0; i < whole; i += W) {
             const V weight = exp2(Simd::fma(Simd::load(score + i), one, minus));
             Simd::store(score + i, weight);
+            next.lines(lines);
             sum = Simd::fma(weight, one, sum);
         }
         Simd::store(lane, sum);
