@@ -5,7 +5,7 @@
 Prints a table and writes JSON. With a GPU all is measured twice: alone, and while copies from page-locked memory to
 the GPU run without a pause. Each row has the memory's read rate, measured beside it, and the share of it that the attention
 reaches: as torch sums an array with all cores, which is how a profile measures it, and as fast as the kernel's own threads
-can read in order, which is more. Bytes are those stored: codes of 8 bits with their scales and zeros.
+can read in order, which is more; all by the median of the trials. Bytes are those stored: codes of 8 bits with their scales and zeros.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import functools
 import json
 import os
+import statistics
 import sys
 import threading
 import time
@@ -35,6 +36,7 @@ GIB = 1 << 30
 SHAPES = {"MHA, 56 heads of 128": (56, 56, 128), "GQA, 64 on 8 heads of 128": (64, 8, 128)}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.uint8}
 GROUP = 64
+PAUSE_S = 0.02
 
 
 def main() -> None:
@@ -46,7 +48,7 @@ def main() -> None:
         "--gib", type=float, default=1.0, help="KV that a call reads; two such buffers take turns"
     )
     parser.add_argument("--context", type=int, default=544)
-    parser.add_argument("--trials", type=int, default=5)
+    parser.add_argument("--trials", type=int, default=9)
     parser.add_argument("--out", type=Path, default=Path("cpu_attention.json"))
     args = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
@@ -149,15 +151,17 @@ class Bench:
         return calls, content * self.context
 
     def _timed(self, *actions: list[Callable[[], object]], trials: int | None = None) -> list[float]:
-        """The quickest of the trials of each, its variants taking turns."""
-        best = [float("inf")] * len(actions)
+        """The median of the trials of each, its variants taking turns. Each begins when torch's threads, which spin for some
+        time after their work, have gone to sleep."""
+        seconds: list[list[float]] = [[] for _ in actions]
         for trial in range(1 + (trials or self.trials)):
             for index, variants in enumerate(actions):
+                time.sleep(PAUSE_S)
                 started = time.perf_counter()
                 variants[trial % len(variants)]()
                 if trial:
-                    best[index] = min(best[index], time.perf_counter() - started)
-        return best
+                    seconds[index].append(time.perf_counter() - started)
+        return [statistics.median(each) for each in seconds]
 
 
 def row(
