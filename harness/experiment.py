@@ -50,6 +50,8 @@ log = logging.getLogger(__name__)
 _PROGRESS_INTERVAL_S = 0.1
 # From where on other processes' use of the processors is told of: cores, and a share of all.
 _OTHERS_CORES, _OTHERS_SHARE = 0.25, 0.05
+# What the clock may make of a run at its limit.
+_OVER_LIMIT = 0.02
 
 
 def run_experiment(job: Job, events: EventWriter, wait_for_go: Callable[[], None]) -> int:
@@ -195,6 +197,7 @@ class _Run:
                     self._repeat(index, engine, batches)
             energy_after = energy_joules()
             self._note_others(others.cores())
+            self._note_limit()
             if energy_before is not None and energy_after is not None:
                 self.once["energy_j"] = energy_after - energy_before
                 tokens = config.repeats * config.num_prompts * config.gen_len
@@ -223,6 +226,16 @@ class _Run:
             self._warn(
                 f"other processes kept {cores:.1f} of the {total} cores busy during the timed passes; where the CPU "
                 "computes, the figures are lower for it: measure again when the machine is idle"
+            )
+
+    def _note_limit(self) -> None:
+        """Tell of a limit that was surpassed: then the profile that it rests on is not this machine's any more."""
+        metrics = self._figures()["metrics"]
+        if metrics.get("attainment", 0.0) > 1 + _OVER_LIMIT:
+            self._warn(
+                f"{metrics['generation_tok_s']:,.1f} tok/s were measured where the physical limit is "
+                f"{metrics['limit_tok_s']:,.1f}: the machine was slower when its profile was taken; "
+                "`harness profile --refresh` takes it anew"
             )
 
     def _repeat(self, index: int, engine: Engine, batches: Sequence[Batch]) -> None:

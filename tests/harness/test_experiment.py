@@ -173,6 +173,25 @@ def test_others_on_the_processors_during_the_timed_passes_are_told_of(
     assert any(words in warning for warning in result.warnings) == told
 
 
+@pytest.mark.parametrize(("slower", "told"), [(1.0, False), (1e6, True)])
+def test_a_limit_that_was_surpassed_is_told_of(
+    run: Run, laptop_profile: HardwareProfile, monkeypatch: pytest.MonkeyPatch, slower: float, told: bool
+) -> None:
+    profile = dataclasses.replace(
+        laptop_profile,
+        measurements={
+            name: dataclasses.replace(each, median=each.median / slower, best=each.best / slower)
+            for name, each in laptop_profile.measurements.items()
+        },
+    )
+    monkeypatch.setattr(profiler, "take_profile", lambda *_, **__: (profile, []))
+    code, folder = run(repeats=1)
+    assert code == 0
+    result = RunResult.read(folder)
+    assert (result.metrics["attainment"] > 1) == told
+    assert any("harness profile --refresh" in warning for warning in result.warnings) == told
+
+
 def test_building_a_kernel_and_measuring_are_phases_of_their_own(
     run: Run, events: Any, laptop_profile: HardwareProfile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
