@@ -1,7 +1,7 @@
 """Runs that were measured elsewhere, predicted again by today's cost model from that machine's profiles: no GPU is needed.
 
     python benchmarks/predict_again.py --profiles benchmarks/h200/profile-*.json \
-        --runs benchmarks/h200/record-2026-11-23.json benchmarks/h200/planner-opt-2026-11-23.jsonl
+        --runs benchmarks/h200/record-2026-11-24.json
 
 Takes what record_table.py and planner_case.py wrote, of our engine. Profiles are told apart by their number type. What a
 calibration would make of each step is shown, too.

@@ -229,13 +229,13 @@ class _Run:
             )
 
     def _note_limit(self) -> None:
-        """Tell of a limit that was surpassed: then the profile that it rests on is not this machine's any more."""
+        """Tell of a limit that was surpassed: what it rests on does not hold."""
         metrics = self._figures()["metrics"]
         if metrics.get("attainment", 0.0) > 1 + _OVER_LIMIT:
             self._warn(
                 f"{metrics['generation_tok_s']:,.1f} tok/s were measured where the physical limit is "
-                f"{metrics['limit_tok_s']:,.1f}: the machine was slower when its profile was taken; "
-                "`harness profile --refresh` takes it anew"
+                f"{metrics['limit_tok_s']:,.1f}: the machine was slower when its profile was taken (`harness profile "
+                "--refresh` takes it anew), or its caches hold the model"
             )
 
     def _repeat(self, index: int, engine: Engine, batches: Sequence[Batch]) -> None:

@@ -105,7 +105,10 @@ def with_and_without() -> tuple[Kernel, Kernel]:
     return Kernel(library_path(*compiled("amx"), "-O1", "-DFLEX_EMULATE_AMX")), without
 
 
-AMX_SHAPES = [(2, 8, 1, 64), (1, 32, 4, 128), (2, 9, 3, 128), (1, 12, 2, 96), (1, 15, 1, 256), (1, 3, 3, 128)]
+AMX_SHAPES = [
+    (2, 8, 1, 64), (1, 32, 4, 128), (2, 9, 3, 128), (1, 12, 2, 96), (1, 15, 1, 256), (1, 3, 3, 128),
+    (2, 8, 2, 32), (1, 12, 1, 64), (1, 5, 1, 160), (1, 32, 2, 128),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("sequences", "heads", "num_kv_heads", "size"), AMX_SHAPES)

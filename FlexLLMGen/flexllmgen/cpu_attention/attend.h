@@ -195,21 +195,14 @@ inline void finish(Q type, const Call& c, const Piece& piece, const Partial* par
                     return sum;
                 };
 #ifdef BF16_DOTS
-#ifdef AMX
-                if (by_matrix<GT>(c)) {
-                    for (int column = 0; column < c.H / W; column += 2) {
-                        V low = total_of(column), high = total_of(column + 1);
-                        pairs_in_order(low, high);
-                        Simd::put(type, out + column * W * Q::size, low);
-                        Simd::put(type, out + (column + 1) * W * Q::size, high);
-                    }
-                    continue;
-                }
-#endif
                 if (by_dots(c)) {
                     for (int column = 0; column < c.H / W; column += 2) {
                         V low = total_of(column), high = total_of(column + 1);
+#ifdef AMX
+                        by_matrix<GT>(c) ? pairs_in_order(low, high) : in_order(low, high);
+#else
                         in_order(low, high);
+#endif
                         Simd::put(type, out + column * W * Q::size, low);
                         Simd::put(type, out + (column + 1) * W * Q::size, high);
                     }

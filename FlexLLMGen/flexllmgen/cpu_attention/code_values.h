@@ -36,7 +36,8 @@ struct Weights {
         return x;
     }
 
-    void set(const float* weight, int block, const float* scale, const float* zero, Fetcher& next) {
+    // With each vector `lines` lines are fetched.
+    void set(const float* weight, int block, const float* scale, const float* zero, Fetcher& next, int lines) {
         static const Places<GT> places;
         const __m512i position = _mm512_setr_epi32(0, 1 / GT, 2 / GT, 3 / GT, 4 / GT, 5 / GT, 6 / GT, 7 / GT, 8 / GT,
                                                    9 / GT, 10 / GT, 11 / GT, 12 / GT, 13 / GT, 14 / GT, 15 / GT);
@@ -50,7 +51,7 @@ struct Weights {
             x[i] = Simd::mul(w, s);
             top = Simd::larger(_mm512_abs_ps(x[i]), top);
             sum = Simd::fma(w, z, sum);
-            if (GT > 1) next.lines(1);
+            next.lines(lines);
         }
         top = fold(top, [](V a, V b) { return Simd::larger(a, b); });
         Simd::store(step, Simd::mul(top, Simd::set1(1 / MOST)));
@@ -112,7 +113,10 @@ inline void values_codes(const Call& c, const Rows& rows, int block, const float
     const int chunks = int(c.H / CHUNK), width = int(c.group_size / CHUNK);
     // Of all groups at once: none waits for another.
     Weights<GT> all[MOST_GROUPS];
-    for (int i = 0; i < c.groups; ++i) all[i].set(weight, block, scale + i * LONG_BLOCK, zero + i * LONG_BLOCK, next);
+    // Half of the lines with weights, half with what is added; of one query's, whose weights are few, all with that.
+    const int lines = GT > 1 ? (LONG_BLOCK / 2 * width + Weights<GT>::COUNT - 1) / Weights<GT>::COUNT : 0;
+    for (int i = 0; i < c.groups; ++i)
+        all[i].set(weight, block, scale + i * LONG_BLOCK, zero + i * LONG_BLOCK, next, lines);
     for (int chunk = 0; chunk < chunks; ++chunk, acc += 4 * GT * W) {
         const Weights<GT>& bytes = all[chunk / width];
         const char* v = rows.data + chunk * CHUNK;
@@ -153,7 +157,6 @@ inline void values_codes(const Call& c, const Rows& rows, int block, const float
                 tile_store<CODE_OUT>(sum[i], 64);
             }
             for (int i = 0; i < 4; ++i) {
-                next.lines(1);
                 for (int g = 0; g < GT; ++g) {
                     const int row = GT == 8 ? g % 2 * 4 + g / 2 : g;
                     add(i, g, _mm512_add_epi32(times_256(sum[i][row]), sum[i][GT + row]));
@@ -196,13 +199,15 @@ inline void attend_codes(const Call& c, int heads, int block, int g0, const char
 #ifdef AMX
     shape<Work::codes, GT>();
 #endif
+    const int vectors = LONG_BLOCK * GT / W, left = int(c.H / CHUNK) * LONG_BLOCK / W * (W - LINES_A_CHUNK);
+    const int lines = GT > 1 ? (left + vectors - 1) / vectors : 0;
     for (int h = 0; h < heads; ++h) {
         const Rows keys(data + h * c.H, c.position_bytes, block, c.H, memory);
         const float* packed = q + h * packed_codes(c) + group_count(g0) * (c.H / CHUNK) * PACKED;
         scores_codes<GT>(c, keys, block, packed, scale + h * groups, zero + h * groups, h + 1 == heads,
                          score + h * block * GT, values_now);
     }
-    weigh<GT>(heads, block, bias, score, to.m + g0 * heads, to.l + g0 * heads, alpha, values_now, GT > 1 ? 2 : 0);
+    weigh<GT>(heads, block, bias, score, to.m + g0 * heads, to.l + g0 * heads, alpha, values_now, lines);
     values_now.rest();
     scale += heads * groups, zero += heads * groups, data += c.half_bytes;
     for (int h = 0; h < heads; ++h) {
@@ -210,4 +215,5 @@ inline void attend_codes(const Call& c, int heads, int block, int g0, const char
         values_codes<GT>(c, values, block, score + h * block * GT, alpha + h * GT, scale + h * groups, zero + h * groups,
                          to.acc + (h * queries + g0) * c.H, keys_next);
     }
+    keys_next.rest();
 }

@@ -13,6 +13,9 @@ constexpr int PACKED = (CHUNK / 4 + 2) * W;  // floats of a chunk's packed queri
 
 using Codes = __m512i;
 
+// Of the 16 lines of a chunk of a tile's rows, those fetched with its scores; the others while weights are made of them.
+constexpr int LINES_A_CHUNK = 10;
+
 inline bool by_codes(const Call& c) { return c.kv_type == 3 && c.q_type != 0 && c.H % CHUNK == 0 && c.H <= MOST_GROUPS * CHUNK; }
 inline Codes load_codes(const void* p) { return _mm512_loadu_si512(p); }
 inline Codes products(Codes sum, Codes codes, Codes bytes) {
@@ -184,7 +187,7 @@ inline void scores_codes(const Call& c, const Rows& rows, int block, const float
                     score[r] = Simd::fma(by_zero, Simd::set1(z[r]), score[r]);
                 }
             }
-            next.lines(GT > 1 ? 10 : W);
+            next.lines(GT > 1 ? LINES_A_CHUNK : W);
         }
         // Of keys soon to be read, from the second cache into the first.
         const char* soon = p + W < block ? k + W * rows.step : k + c.H - p * rows.step;
