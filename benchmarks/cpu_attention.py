@@ -5,7 +5,8 @@
 Prints a table and writes JSON. With a GPU all is measured twice: alone, and while copies from page-locked memory to
 the GPU run without a pause. Each row has the memory's read rate, measured beside it, and the share of it that the attention
 reaches: as torch sums an array with all cores, which is how a profile measures it, and as fast as the kernel's own threads
-can read in order, which is more; all by the median of the trials, torch's attention by the mean of two. Bytes are those stored: codes of 8 bits with their scales and zeros.
+can read in order, which is more; all by the median of the trials, torch's attention by the mean of two. Bytes are those
+stored: codes of 8 bits with their scales and zeros.
 """
 
 from __future__ import annotations
