@@ -41,15 +41,13 @@ from harness.results import (
 )
 from harness.run_folder import RunFolder, request_rows
 from harness.run_settings import opening_result, policy_params
-from profiling.contention import Others, usable_cores
+from profiling.contention import Others, is_much, usable_cores
 from profiling.sampler import Sampler, device_peaks, energy_joules, peak_rss_bytes
 from strategies.base import CountsTraffic, Engine, Placed, Plan
 
 log = logging.getLogger(__name__)
 
 _PROGRESS_INTERVAL_S = 0.1
-# From where on other processes' use of the processors is told of: cores, and a share of all.
-_OTHERS_CORES, _OTHERS_SHARE = 0.25, 0.05
 # What the clock may make of a run at its limit.
 _OVER_LIMIT = 0.02
 
@@ -222,7 +220,7 @@ class _Run:
         """Keep what other processes used during the timed passes, and tell of it where it is much."""
         self.once["others_cores"] = cores
         total = len(usable_cores())
-        if cores >= max(_OTHERS_CORES, _OTHERS_SHARE * total):
+        if is_much(cores, total):
             self._warn(
                 f"other processes kept {cores:.1f} of the {total} cores busy during the timed passes; where the CPU "
                 "computes, the figures are lower for it: measure again when the machine is idle"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexllmgen.units import gib
-from harness.policy_words import special_words
+from harness.policy_words import batch_words, special_words
 from harness.quality.words import losses, policy_losses
 from profiling.cost_model import CostEstimate
 from profiling.profile import HardwareProfile
@@ -154,13 +154,14 @@ class PlanView:
         """The run in three lines, and what a lossy plan gives up in a fourth."""
         plan, request = self.plan, self.plan.request
         workload = request.workload
-        lossy = losses(plan.as_dict())
+        record = plan.as_dict()
+        lossy = losses(record)
         prompts = "1 prompt" if workload.num_sequences == 1 else f"{workload.num_sequences} prompts"
         return (
             f"plan: {plan.strategy}, {request.model.name}, {request.dtype} on {request.machine.device} "
             f"({self.profile.hardware.summary})\n"
             f"  {prompts} x {workload.prompt_tokens} tokens, {workload.gen_tokens} tokens each, "
-            f"{plan.batch_size} at a time\n"
+            f"{batch_words(record)} at a time\n"
             f"  {self._policy()}\n" + (f"  lossy: {lossy}\n" if lossy else "")
         )
 

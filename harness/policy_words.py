@@ -1,4 +1,4 @@
-"""What a lossless policy does otherwise than usual, in words. Knows only the policy as a plan's record holds it."""
+"""What a plan does otherwise than usual or than asked, in words. Knows only what a plan's record holds."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,3 +18,15 @@ def special_words(policy: Mapping[str, Any]) -> Iterator[str]:
         yield "attention on the CPU"
     if policy.get("recompute"):
         yield f"{policy['recompute']:.0%} of the KV in host memory made anew"
+
+
+def batch_words(plan: Mapping[str, Any]) -> str:
+    """How many sequences are run together, and whose choice that is where it is not the user's.
+
+    >>> batch_words({"batch_size": 4, "batch_size_asked": 4})
+    '4'
+    >>> batch_words({"batch_size": 8, "batch_size_asked": 4})
+    "8 (the strategy's choice; --batch-size is 4)"
+    """
+    size, asked = plan["batch_size"], plan.get("batch_size_asked")
+    return str(size) if asked in (None, size) else f"{size} (the strategy's choice; --batch-size is {asked})"

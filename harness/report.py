@@ -26,7 +26,7 @@ from rich.progress import (
 from rich.table import Table
 
 from flexllmgen.units import gib
-from harness.policy_words import special_words
+from harness.policy_words import batch_words, special_words
 from harness.quality.words import losses
 from harness.results import RunResult, RunStatus
 
@@ -171,7 +171,7 @@ class Report:
         prompts = "1 prompt" if plan["num_sequences"] == 1 else f"{plan['num_sequences']} prompts"
         lines = [
             f"plan: {plan['strategy']}, {plan['model']}, {plan['dtype']} on {plan['device']} ({hardware})",
-            f"  {prompts} x {plan['prompt_tokens']} tokens in batches of {plan['batch_size']}, "
+            f"  {prompts} x {plan['prompt_tokens']} tokens in batches of {batch_words(plan)}, "
             f"{plan['gen_tokens']} tokens each",
             f"  weights {weights}; KV cache {kv} a batch; workspace {gib(plan['workspace_bytes'])}",
         ]

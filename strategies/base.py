@@ -87,7 +87,7 @@ class Plan:
     """What a strategy is going to do; made and shown before a weight is loaded.
 
     Args:
-        batch_size: sequences that one call of `Engine.generate` takes.
+        batch_size: sequences that one call of `Engine.generate` takes; a strategy may have chosen others than were asked for.
         weight_bytes: planned bytes of weights by tier: gpu, cpu, disk.
         kv_bytes: planned bytes of KV cache by tier, at full context, of one batch.
         workspace_bytes: bytes for activations and buffers on the compute device.
@@ -136,6 +136,7 @@ class Plan:
             "prompt_tokens": request.workload.prompt_tokens,
             "gen_tokens": request.workload.gen_tokens,
             "batch_size": self.batch_size,
+            "batch_size_asked": request.batch_size,
             "lossless": self.lossless,
             "weight_bytes": dict(self.weight_bytes),
             "kv_bytes": dict(self.kv_bytes),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from harness.benchmark.merge import PEAKS
 from harness.benchmark.table import Row
+from profiling.contention import SHOWS_FROM_CORES
 
 MIB, GIB = 2.0**20, 2.0**30
 UNKNOWN = "-"
@@ -180,6 +181,12 @@ def _plain() -> tuple[tuple[str, str, Callable[[Row], str | None], str], ...]:
             "of a lossy cell: perplexity on real text over the lossless model's, less 1",
         ),
         ("runs", "runs", _runs, "launches x repeats of each"),
+        (
+            "others_cores",
+            "cores taken",
+            _others,
+            "processors that other processes kept busy during the timed passes: where the CPU computes, it was slower for them",
+        ),
     )
 
 
@@ -247,6 +254,11 @@ def _runs(row: Row) -> str | None:
     each, rest = divmod(row.repeats, max(row.launches, 1))
     # Launches that were cut short leave fewer repeats: only the sum is then true.
     return f"{max(row.launches, 1)}x{each}" if not rest else f"{row.repeats} in {row.launches}"
+
+
+def _others(row: Row) -> str | None:
+    taken = row.others_cores or 0.0
+    return number(taken) if taken >= SHOWS_FROM_CORES else None
 
 
 def _width(column: Column) -> int:

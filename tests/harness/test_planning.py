@@ -171,6 +171,13 @@ def test_without_a_gpu_there_is_one_memory(plan: Run) -> None:
     assert "measured in float16" not in done.stderr
 
 
+def test_batches_that_a_search_chose_are_told_of(plan: Run) -> None:
+    done = plan("laptop", "-m", "facebook/opt-1.3b", "-n", 4, "-b", 2)
+    assert "4 (the strategy's choice; --batch-size is 2) at a time" in done.stdout
+    done = plan("laptop", "-m", "facebook/opt-1.3b", "-n", 4, "-b", 2, "--set", "objective=latency")
+    assert "32 tokens each, 2 at a time" in done.stdout
+
+
 def test_this_machine_is_planned_for_with_its_own_profile(
     plan: Run, laptop_profile: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -93,6 +93,17 @@ def test_the_plan_says_what_its_policy_does_otherwise(capsys: pytest.CaptureFixt
     assert "\n  attention on the CPU, 40% of the KV in host memory made anew\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [(2, "batches of 2, "), (1, "batches of 2 (the strategy's choice; --batch-size is 1), ")],
+)
+def test_the_plan_says_whose_choice_the_batches_are(
+    capsys: pytest.CaptureFixture[str], asked: int, words: str
+) -> None:
+    Report().plan({**PLAN, "batch_size_asked": asked}, "a machine", to_stdout=True)
+    assert words in capsys.readouterr().out
+
+
 def test_the_plan_says_what_lies_where(capsys: pytest.CaptureFixture[str]) -> None:
     estimate = {"generation_tok_s": 1000.0, "prefill_bound": "compute", "decode_bound": "disk"}
     Report().plan({**PLAN, "predicted": estimate, "limit": estimate}, "a machine", to_stdout=True)
