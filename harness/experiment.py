@@ -41,7 +41,7 @@ from harness.results import (
 )
 from harness.run_folder import RunFolder, request_rows
 from harness.run_settings import opening_result, policy_params
-from profiling.contention import Others, is_much, usable_cores
+from profiling.contention import SHOWS_FROM_SHARE, Others, usable_cores
 from profiling.sampler import Sampler, device_peaks, energy_joules, peak_rss_bytes
 from strategies.base import CountsTraffic, Engine, Placed, Plan
 
@@ -218,9 +218,9 @@ class _Run:
 
     def _note_others(self, cores: float) -> None:
         """Keep what other processes used during the timed passes, and tell of it where it is much."""
-        self.once["others_cores"] = cores
         total = len(usable_cores())
-        if is_much(cores, total):
+        self.once["others_cores"], self.once["others_share"] = cores, cores / total
+        if cores >= SHOWS_FROM_SHARE * total:
             self._warn(
                 f"other processes kept {cores:.1f} of the {total} cores busy during the timed passes; where the CPU "
                 "computes, the figures are lower for it: measure again when the machine is idle"
@@ -231,8 +231,8 @@ class _Run:
         metrics = self._figures()["metrics"]
         if metrics.get("attainment", 0.0) > 1 + _OVER_LIMIT:
             self._warn(
-                f"{metrics['generation_tok_s']:,.1f} tok/s were measured where the physical limit is "
-                f"{metrics['limit_tok_s']:,.1f}: the machine was slower when its profile was taken (`harness profile "
+                f"{metrics['generation_tok_s']:,.4g} tok/s were measured where the physical limit is "
+                f"{metrics['limit_tok_s']:,.4g}: the machine was slower when its profile was taken (`harness profile "
                 "--refresh` takes it anew), or its caches hold the model"
             )
 

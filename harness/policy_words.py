@@ -21,12 +21,14 @@ def special_words(policy: Mapping[str, Any]) -> Iterator[str]:
 
 
 def batch_words(plan: Mapping[str, Any]) -> str:
-    """How many sequences are run together, and whose choice that is where it is not the user's.
+    """How many sequences are run together, and whose choice that is where a search made another than the user.
 
-    >>> batch_words({"batch_size": 4, "batch_size_asked": 4})
-    '4'
-    >>> batch_words({"batch_size": 8, "batch_size_asked": 4})
-    "8 (the strategy's choice; --batch-size is 4)"
+    >>> batch_words({"batch_size": 72, "batch_size_asked": 24, "policy": {"num_micro_batches": 3}})
+    '72'
+    >>> batch_words({"batch_size": 8, "batch_size_asked": 4, "search": {}})
+    "8 (the search's choice; --batch-size is 4)"
     """
     size, asked = plan["batch_size"], plan.get("batch_size_asked")
-    return str(size) if asked in (None, size) else f"{size} (the strategy's choice; --batch-size is {asked})"
+    if "search" not in plan or asked in (None, size):
+        return str(size)
+    return f"{size} (the search's choice; --batch-size is {asked})"

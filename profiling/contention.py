@@ -4,8 +4,8 @@ import time
 
 import psutil
 
-# From where on others' use of the processors shows in what is measured: cores, and a share of all.
-SHOWS_FROM_CORES, _SHOWS_FROM_SHARE = 0.25, 0.05
+SHOWS_FROM_SHARE = 0.1
+"""From this share of the processors on, what others use of them shows in what is measured."""
 
 
 class Others:
@@ -18,15 +18,6 @@ class Others:
         """Processors that they kept busy, on average since the beginning; 0 where the system does not tell."""
         elapsed = time.perf_counter() - self._at_s
         return max(0.0, _others_s() - self._others_s) / elapsed if elapsed > 0 else 0.0
-
-
-def is_much(cores: float, total: int) -> bool:
-    """Whether so many of `total` processors in others' use show in what is measured.
-
-    >>> is_much(0.2, 2), is_much(0.3, 2), is_much(0.3, 16)
-    (False, True, False)
-    """
-    return cores >= max(SHOWS_FROM_CORES, _SHOWS_FROM_SHARE * total)
 
 
 def usable_cores() -> list[int]:

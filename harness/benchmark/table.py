@@ -35,7 +35,7 @@ class Row:
         ratio_to_baseline: measured / the baseline's; 1 for the baseline itself.
         parity: share of sequences whose tokens all equal the baseline's; `first_divergence` the earliest position
             (from 0) that differs.
-        others_cores: processors that other processes kept busy during the timed passes, on average.
+        others_share: share of the processors that other processes kept busy during the timed passes, on average.
         lossy: what the cell's policy gives up, in words; None for a lossless one. The other three are beside what the same
             model does losslessly: perplexity, its ratio to the lossless one's, and the share of equal tokens.
     """
@@ -70,7 +70,7 @@ class Row:
     predicted_disk_bytes: float | None = None
     parity: float | None = None
     first_divergence: int | None = None
-    others_cores: float | None = None
+    others_share: float | None = None
     lossy: str | None = None
     perplexity: float | None = None
     perplexity_ratio: float | None = None
@@ -234,7 +234,7 @@ def _row(cell: Cell, benchmark: Benchmark, results: Mapping[str, RunResult], bas
         predicted_disk_bytes=disk_bytes,
         parity=None if parity is None else finite(parity.equal_share),
         first_divergence=None if parity is None else parity.first_divergence,
-        others_cores=get("others_cores"),
+        others_share=get("others_share"),
         lossy=losses(result.plan) or None,
         perplexity=get("perplexity"),
         perplexity_ratio=get("perplexity_ratio"),

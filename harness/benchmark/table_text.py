@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from harness.benchmark.merge import PEAKS
 from harness.benchmark.table import Row
-from profiling.contention import SHOWS_FROM_CORES
+from profiling.contention import SHOWS_FROM_SHARE
 
 MIB, GIB = 2.0**20, 2.0**30
 UNKNOWN = "-"
@@ -182,10 +182,10 @@ def _plain() -> tuple[tuple[str, str, Callable[[Row], str | None], str], ...]:
         ),
         ("runs", "runs", _runs, "launches x repeats of each"),
         (
-            "others_cores",
-            "cores taken",
+            "others_share",
+            "CPU taken",
             _others,
-            "processors that other processes kept busy during the timed passes: where the CPU computes, it was slower for them",
+            "share of the processors that other processes kept busy meanwhile, from a tenth on: the CPU was slower for it",
         ),
     )
 
@@ -257,8 +257,8 @@ def _runs(row: Row) -> str | None:
 
 
 def _others(row: Row) -> str | None:
-    taken = row.others_cores or 0.0
-    return number(taken) if taken >= SHOWS_FROM_CORES else None
+    taken = row.others_share or 0.0
+    return percent(taken) if taken >= SHOWS_FROM_SHARE else None
 
 
 def _width(column: Column) -> int:

@@ -107,7 +107,8 @@ def with_and_without() -> tuple[Kernel, Kernel]:
 
 AMX_SHAPES = [
     (2, 8, 1, 64), (1, 32, 4, 128), (2, 9, 3, 128), (1, 12, 2, 96), (1, 15, 1, 256), (1, 3, 3, 128),
-    (2, 8, 2, 32), (1, 12, 1, 64), (1, 5, 1, 160), (1, 32, 2, 128),
+    (2, 8, 2, 32), (1, 12, 1, 64), (1, 5, 1, 160), (1, 32, 2, 128), (1, 8, 1, 192), (1, 4, 1, 224),
+    (1, 8, 1, 288), (2, 10, 2, 320),
 ]  # fmt: skip
 
 
@@ -134,6 +135,23 @@ def test_amx_computes_attention(
                 short = q.to(dtype)
                 out = attend(with_and_without[0], short, codes, length, bias, threads=2, **parts)
                 assert error(out, expected(short, numbers, length, bias, first)) < BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("broken", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("heads", [4, 8])
+def test_a_value_that_is_no_number_harms_no_more_than_its_pair(
+    with_and_without: tuple[Kernel, Kernel], heads: int, broken: float
+) -> None:
+    torch.manual_seed(0)
+    q, kv = torch.randn(1, heads, 64).bfloat16(), torch.randn(70, 2, 1, 1, 64).bfloat16()
+    right = expected(q, kv, 70, None, 0)
+    kv[13, 1, 0, 0, 5] = broken
+    for kernel, harmed in zip(with_and_without, ([4, 5], [5]), strict=True):
+        out = attend(kernel, q, kv, 70, None)
+        for head in range(heads):
+            assert (~out[0, head].isfinite()).nonzero().flatten().tolist() == harmed
+        whole = [column for column in range(64) if column not in harmed]
+        assert error(out[..., whole], right[..., whole]) < BOUNDS[torch.bfloat16]
 
 
 def test_scores_that_grow_by_many_powers_of_two(with_and_without: tuple[Kernel, Kernel]) -> None:

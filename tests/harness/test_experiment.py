@@ -160,7 +160,7 @@ def test_a_profile_of_a_busy_machine_is_told_of(
     assert any("was busy" in warning for warning in events.of("planned")[0]["warnings"])
 
 
-@pytest.mark.parametrize(("cores", "told"), [(0.2, False), (0.9, True)])
+@pytest.mark.parametrize(("cores", "told"), [(0.1, False), (0.9, True)])
 def test_others_on_the_processors_during_the_timed_passes_are_told_of(
     run: Run, monkeypatch: pytest.MonkeyPatch, cores: float, told: bool
 ) -> None:
@@ -169,6 +169,7 @@ def test_others_on_the_processors_during_the_timed_passes_are_told_of(
     _, folder = run()
     result = RunResult.read(folder)
     assert result.metrics["others_cores"] == cores
+    assert result.metrics["others_share"] == cores / 2
     words = "other processes kept 0.9 of the 2 cores busy during the timed passes"
     assert any(words in warning for warning in result.warnings) == told
 
@@ -190,6 +191,17 @@ def test_a_limit_that_was_surpassed_is_told_of(
     result = RunResult.read(folder)
     assert (result.metrics["attainment"] > 1) == told
     assert any("harness profile --refresh" in warning for warning in result.warnings) == told
+
+
+@pytest.mark.parametrize(("attainment", "told"), [(1.01, False), (1.03, True)])
+def test_two_percent_above_the_limit_are_the_clocks(
+    run: Run, monkeypatch: pytest.MonkeyPatch, attainment: float, told: bool
+) -> None:
+    ratios = {"attainment": attainment, "limit_tok_s": 0.0351}
+    monkeypatch.setattr(experiment, "compare_with_plan", lambda *_: ratios)
+    _, folder = run(repeats=1)
+    warned = [each for each in RunResult.read(folder).warnings if "physical limit is 0.0351:" in each]
+    assert bool(warned) == told
 
 
 def test_building_a_kernel_and_measuring_are_phases_of_their_own(

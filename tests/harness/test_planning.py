@@ -173,9 +173,12 @@ def test_without_a_gpu_there_is_one_memory(plan: Run) -> None:
 
 def test_batches_that_a_search_chose_are_told_of(plan: Run) -> None:
     done = plan("laptop", "-m", "facebook/opt-1.3b", "-n", 4, "-b", 2)
-    assert "4 (the strategy's choice; --batch-size is 2) at a time" in done.stdout
+    assert "4 (the search's choice; --batch-size is 2) at a time" in done.stdout
     done = plan("laptop", "-m", "facebook/opt-1.3b", "-n", 4, "-b", 2, "--set", "objective=latency")
     assert "32 tokens each, 2 at a time" in done.stdout
+    by_hand = ("-s", "flexgen", "--set", "num_micro_batches=2", "--set", "micro_batch_size=2")
+    done = plan("laptop", "-m", "facebook/opt-1.3b", "-n", 4, "-b", 2, *by_hand)
+    assert "32 tokens each, 4 at a time" in done.stdout
 
 
 def test_this_machine_is_planned_for_with_its_own_profile(

@@ -94,13 +94,17 @@ def test_the_plan_says_what_its_policy_does_otherwise(capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize(
-    ("asked", "words"),
-    [(2, "batches of 2, "), (1, "batches of 2 (the strategy's choice; --batch-size is 1), ")],
+    ("plan", "words"),
+    [
+        ({"batch_size_asked": 1}, "batches of 2, "),
+        ({"batch_size_asked": 2, "search": {}}, "batches of 2, "),
+        ({"batch_size_asked": 1, "search": {}}, "batches of 2 (the search's choice; --batch-size is 1), "),
+    ],
 )
 def test_the_plan_says_whose_choice_the_batches_are(
-    capsys: pytest.CaptureFixture[str], asked: int, words: str
+    capsys: pytest.CaptureFixture[str], plan: dict[str, Any], words: str
 ) -> None:
-    Report().plan({**PLAN, "batch_size_asked": asked}, "a machine", to_stdout=True)
+    Report().plan({**PLAN, **plan}, "a machine", to_stdout=True)
     assert words in capsys.readouterr().out
 
 

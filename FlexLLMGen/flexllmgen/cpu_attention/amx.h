@@ -1,5 +1,5 @@
 // Tiles of AMX: eight registers of up to sixteen rows of 64 bytes, and their products. With FLEX_EMULATE_AMX plain
-// loops stand for them, so that what uses them can be tested on any processor.
+// loops stand for them, so that what uses them can be tested on any processor; they end the process where it would.
 
 // Shapes, as the processor reads them.
 struct Tiles {
@@ -16,10 +16,21 @@ struct Tile {
 inline thread_local Tiles tiles_now;
 inline thread_local Tile tile[8];
 
-inline void configure(const Tiles& shapes) { tiles_now = shapes; }
+inline void must(bool right) {
+    if (!right) __builtin_trap();
+}
+inline void configure(const Tiles& shapes) {
+    must(shapes.palette == 1);
+    for (int i = 0; i < 16; ++i) {
+        must(i < 8 ? shapes.rows[i] <= 16 && shapes.row_bytes[i] <= 64 : !shapes.rows[i] && !shapes.row_bytes[i]);
+        must(!shapes.rows[i] == !shapes.row_bytes[i]);
+    }
+    tiles_now = shapes;
+}
 inline void release() { tiles_now = Tiles{}; }
 template <int T>
 inline void tile_zero() {
+    must(tiles_now.rows[T]);
     std::memset(&tile[T], 0, sizeof tile[T]);
 }
 template <int T>
@@ -30,12 +41,17 @@ inline void tile_load(const void* from, int64_t step) {
 }
 template <int T>
 inline void tile_store(void* to, int64_t step) {
+    must(tiles_now.rows[T]);
     for (int r = 0; r < tiles_now.rows[T]; ++r)
         std::memcpy((char*)to + r * step, tile[T].at[r], tiles_now.row_bytes[T]);
 }
 // C[r][n] += sum of A[r][k] * B[k / per][n][k % per].
 template <class Sum, class F>
 inline void tile_products(int c, int a, int b, int per, F&& product) {
+    const Tiles& t = tiles_now;
+    must(t.rows[c] && t.rows[a] && t.rows[b] && c != a && c != b && a != b);
+    must(t.rows[c] == t.rows[a] && t.row_bytes[c] == t.row_bytes[b]);
+    must(t.row_bytes[a] == 4 * t.rows[b] && t.row_bytes[c] % 4 == 0);
     for (int r = 0; r < tiles_now.rows[c]; ++r)
         for (int n = 0; n < tiles_now.row_bytes[c] / 4; ++n)
             for (int k = 0; k < tiles_now.row_bytes[a] / 4; ++k)

@@ -199,7 +199,10 @@ inline void finish(Q type, const Call& c, const Piece& piece, const Partial* par
                     for (int column = 0; column < c.H / W; column += 2) {
                         V low = total_of(column), high = total_of(column + 1);
 #ifdef AMX
-                        by_matrix<GT>(c) ? pairs_in_order(low, high) : in_order(low, high);
+                        if (by_matrix<GT>(c))
+                            pairs_in_order(low, high);
+                        else
+                            in_order(low, high);
 #else
                         in_order(low, high);
 #endif

@@ -115,7 +115,7 @@ inline void turn_weights(const float* weight, int count, V* to) {
 
 // Weights [position][GT] of a block as first factors, of each TILE_ROWS positions [2][GT][position]: a word of a weight in
 // bf16 and a zero, then of a zero and the weight. Times a row's pairs of numbers they give the first of each, and the second;
-// beside a value that is infinite the other of its pair is no number.
+// beside a value that is infinite or no number, also one whose weight is 0, the other of its pair is no number.
 template <int GT>
 inline void pair_with_zeros(const float* weight, int count, uint32_t* to) {
     const Dots half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32(int(0xffff0000u));

@@ -197,20 +197,20 @@ def test_columns_share_a_unit_that_suits_the_largest() -> None:
 
 
 def test_cells_beside_which_others_were_busy_are_marked() -> None:
-    def row(name: str, cores: float | None) -> Row:
-        return Row(name=name, strategy="flexgen", status="FINISHED", others_cores=cores)
+    def row(name: str, share: float | None) -> Row:
+        return Row(name=name, strategy="flexgen", status="FINISHED", others_share=share)
 
-    quiet, busy = row("quiet", 0.1), row("busy", 0.9)
-    assert column([quiet, busy, row("older", None)], "others_cores") == ["-", "0.900", "-"]
-    assert "others_cores" not in {each.key for each in columns_of([quiet])}
+    quiet, busy = row("quiet", 0.05), row("busy", 0.45)
+    assert column([quiet, busy, row("older", None)], "others_share") == ["-", "45%", "-"]
+    assert "others_share" not in {each.key for each in columns_of([quiet])}
 
 
 def test_a_row_has_what_others_took(tmp_path: Path) -> None:
     folder = make_benchmark_folder(tmp_path)
     path = folder / "cells/autoflex-b4"
     result = RunResult.read(path)
-    result.model_copy(update={"metrics": {**result.metrics, "others_cores": 0.5}}).write(path)
-    taken = {row.name: row.others_cores for row in rows_in(folder)}
+    result.model_copy(update={"metrics": {**result.metrics, "others_share": 0.5}}).write(path)
+    taken = {row.name: row.others_share for row in rows_in(folder)}
     assert taken["autoflex-b4"] == 0.5
 
 
