@@ -11,11 +11,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from harness.benchmark.layers import AXES
 from harness.benchmark.record import Benchmark, Cell, CellStatus, read_cells
 from harness.quality.words import losses
 from harness.results import RunResult, Scalar, write_json, write_text
 
 TABLE_SCHEMA_VERSION = 1
+_SHARED = tuple(axis for axis in AXES if axis != "strategy")
+"""Axes that cells of every strategy may have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,13 +120,16 @@ def write_tables(folder: Path) -> None:
 
 
 def baseline_of(cell: Cell, benchmark: Benchmark, results: Mapping[str, RunResult]) -> str | None:
-    """The cell that `cell` is held against: of the same workload and machine, and most like it otherwise.
+    """The cell that `cell` is held against: of the same workload and machine, batch size and caps where there is one.
 
-    `benchmark.baseline` names a cell or a strategy. Where the grid has several workloads or batch sizes, each has its
-    own cell of the baseline's strategy; one in whose grid that strategy has no part, its first cell.
+    `benchmark.baseline` names a cell or a strategy. Where the grid has several workloads, batch sizes or caps, each has its
+    own cell of the baseline's strategy, with the policy and keys of the named cell, else the first; one in whose grid that
+    strategy has no part, its first cell.
     """
     cells = {one.name: one for one in benchmark.cells}
     named = cells.get(benchmark.baseline)
+    if named is not None and named.name not in results and all(_equal(named, cell, axis) for axis in _SHARED):
+        return None
     wanted = benchmark.baseline if named is None else _strategy(named, results)
     candidates = [
         one
@@ -149,12 +155,15 @@ def baseline_of(cell: Cell, benchmark: Benchmark, results: Mapping[str, RunResul
         candidates = candidates[:1] if len(candidates) > 1 else []
     if not candidates:
         return None
-    # The most equal axes; among equals the one that was named, then the first of the grid.
-    best = max(
-        enumerate(candidates),
-        key=lambda item: (_equal_axes(item[1], cell), item[1].name == benchmark.baseline, -item[0]),
-    )
-    return best[1].name
+    # A policy is held against another one and not against itself; so what is the cell's own does not count.
+    return max(
+        candidates,
+        key=lambda one: (
+            sum(_equal(one, cell, name) for name in _SHARED),
+            0 if named is None else sum(_equal(one, named, name) for name in {*one.axes, *named.axes}),
+            one.name == benchmark.baseline,
+        ),
+    ).name
 
 
 def measured_rows(rows: Sequence[Row]) -> list[Row]:
@@ -271,8 +280,8 @@ def _same_workload(one: RunResult, other: RunResult) -> bool:
     return (one.workload_key, one.hardware_fingerprint) == (other.workload_key, other.hardware_fingerprint)
 
 
-def _equal_axes(one: Cell, other: Cell) -> int:
-    return sum(name in other.axes and other.axes[name] == value for name, value in one.axes.items())
+def _equal(one: Cell, other: Cell, axis: str) -> bool:
+    return one.axes.get(axis) == other.axes.get(axis)
 
 
 def _clean(value: Scalar) -> Scalar:

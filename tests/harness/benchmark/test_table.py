@@ -72,6 +72,30 @@ def test_a_strategy_can_be_the_baseline(tmp_path: Path) -> None:
     assert rows["autoflex-b8"].baseline == "flexgen-b8"
 
 
+@pytest.mark.parametrize("baseline", ["flexgen", "flexgen-mine-b4"])
+def test_policies_of_one_strategy_are_held_against_the_baselines(baseline: str) -> None:
+    """And not against themselves; at each batch size."""
+    cells = [
+        make_cell("flexgen", size, name=f"flexgen-{policy}-b{size}", axes=axes | {"batch_size": size})
+        for size in (4, 8)
+        for policy, axes in {
+            "whole": {"strategy": "flexgen"},
+            "mine": {"strategy": "flexgen", "policy": "mine", "overlap": 0},
+            "other": {"strategy": "flexgen", "policy": "other", "overlap": 1},
+        }.items()
+    ]
+    benchmark = make_benchmark(cells=cells, baseline=baseline)
+    results = {cell.name: make_cell_result(cell, benchmark) for cell in cells}
+    policy = "whole" if baseline == "flexgen" else "mine"
+    for row in rows_of(benchmark, results):
+        assert row.baseline == f"flexgen-{policy}-b{row.axes['batch_size']}"
+    # Another policy's cell is not taken for the one that was named and failed.
+    del results[f"flexgen-{policy}-b4"]
+    bases = {row.name: row.baseline for row in rows_of(benchmark, results)}
+    assert bases["flexgen-other-b4"] == (None if baseline != "flexgen" else "flexgen-mine-b4")
+    assert bases["flexgen-other-b8"] == f"flexgen-{policy}-b8"
+
+
 def test_another_workload_or_machine_is_no_baseline() -> None:
     benchmark = make_benchmark()
     results = {cell.name: make_cell_result(cell, benchmark) for cell in benchmark.cells}
