@@ -12,14 +12,13 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from flexllmgen.errors import PlanInfeasible
-from flexllmgen.images import pack
 from flexllmgen.memory.pack import packed_bytes
 from flexllmgen.policy import Placement, Policy
 from profiling.hardware import free_disk_bytes
 from profiling.profile import HardwareProfile
 from strategies.autoflex_config import Config
 from strategies.base import Machine, Plan, PlanRequest
-from strategies.candidates import Candidate
+from strategies.candidates import Candidate, lossy_odd
 from strategies.choices import Limits
 from strategies.flexgen_config import SHORT, share_key
 from strategies.flexgen_engine import (
@@ -48,8 +47,8 @@ log = logging.getLogger(__name__)
 
 _FEWEST_BITS = 4
 """least_bits that rules nothing out."""
-_MOST_OF = 0.9
-"""Share of the memory that compressed weights may take beside everything else to be worth a hint."""
+WORTH_A_HINT = 1.15
+"""A lossy policy that is predicted to be this much faster is told of, where weights are read from disk."""
 REPLAN_GAIN = 1.05
 """Another policy must be this much faster before the engine is loaded anew."""
 
@@ -80,7 +79,12 @@ class AutoflexStrategy:
             make_checkpoint(request).validate(spec)
         if request.profile is None:
             raise PlanInfeasible("autoflex needs a hardware profile; measure one with `harness profile`")
-        return self._plan(request, self._found(request, request.profile))
+        try:
+            return self._plan(request, self._found(request, request.profile))
+        except PlanInfeasible as error:
+            if (lossy := self._lossy(request)) is None:
+                raise
+            raise PlanInfeasible(f"{error}; it fits with --allow-lossy: {_outlook(lossy)}") from None
 
     @contextmanager
     def build(self, plan: Plan) -> Iterator[FlexgenEngine]:
@@ -104,12 +108,13 @@ class AutoflexStrategy:
             shown_then = shown_by(other, engine, shown.profile)
             tried = tried_after(first, other, shown_then)
             loss = shown_then.cost.seconds / shown.cost.seconds
-            # What steps take is compared only where those of both were timed.
-            if loss <= REPLAN_GAIN or shown.stepped != shown_then.stepped:
+            price = _price(policy_of(plan), policy_of(other))
+            # What steps take is compared only where those of both were timed. What gives up more must really be faster.
+            if loss * price <= (1.0 if price > 1 else REPLAN_GAIN) or shown.stepped != shown_then.stepped:
                 engine.plan = tried
                 yield engine
                 return
-        log.warning("calibration: the other policy is %.0f %% slower; back to the first", 100 * (loss - 1))
+        log.warning("calibration: the other policy takes %.2f of the time; back to the first", loss)
         first = back_to(first, tried, loss)
         with load_policy(first, policy_of(first), folder) as engine:
             yield engine
@@ -143,6 +148,16 @@ class AutoflexStrategy:
         disk_room(request, found.best.placement, folder, path)
         return found
 
+    def _lossy(self, request: PlanRequest) -> Found | None:
+        """What a search would find that may give up precision, if that is a lossy policy; None without one."""
+        if request.allow_lossy or request.profile is None:
+            return None
+        try:
+            found = self._found(replace(request, allow_lossy=True), request.profile)
+        except PlanInfeasible:
+            return None
+        return None if found.best.policy.lossless else found
+
     def _plan(self, request: PlanRequest, found: Found) -> Plan:
         plan = plan_of(
             request, found.best.placement, strategy=self.name, details={"search": search_details(found)}
@@ -158,15 +173,10 @@ class AutoflexStrategy:
         bits = self.config.least_bits
         if bits != _FEWEST_BITS:
             yield "least_bits has no effect without --allow-lossy"
-        if not plan.weight_bytes["disk"]:
-            return
-        images, _ = pack(spec_of(request), Policy(micro_batch_size=1, weight_bits=bits), dtype_bytes(request))
-        memory = request.machine.cpu_bytes + (request.machine.gpu_bytes or 0)
-        if sum(image.num_bytes for image in images) < _MOST_OF * memory:
-            yield (
-                f"weights are read from disk in every pass; in {bits} bits they would fit in memory: with --allow-lossy "
-                "autoflex may compress them"
-            )
+        if plan.weight_bytes["disk"] and (lossy := self._lossy(request)) is not None:
+            gain = plan.predicted.seconds / lossy.best.seconds if plan.predicted else 0.0
+            if gain > WORTH_A_HINT:
+                yield f"weights are read from disk in every pass; faster with --allow-lossy: {_outlook(lossy)}"
 
     def _search_again(self, plan: Plan, profile: HardwareProfile, engine: FlexgenEngine) -> Found | None:
         """The best policy at other rates. What this engine holds on disk would be free for another one."""
@@ -189,7 +199,8 @@ class AutoflexStrategy:
         }
         told = changed(shown.calibration, plan.predicted, shown.cost)
         first = noted(replace(plan, predicted=shown.cost, warnings=(*plan.warnings, *told)), found_out)
-        if found is None or gain <= REPLAN_GAIN:
+        price = 1.0 if found is None else _price(policy_of(plan), found.best.policy)
+        if found is None or gain <= REPLAN_GAIN * price:
             return first, None
         log.warning("calibration: another policy is %.0f %% faster; loading it", 100 * (gain - 1))
         warning = (
@@ -199,6 +210,19 @@ class AutoflexStrategy:
         other = self._plan(replace(plan.request, profile=shown.profile), found)
         # The run's record holds the machine's profile as measured before.
         return first, replace(other, request=plan.request, warnings=(*plan.warnings, warning))
+
+
+def _price(first: Policy, other: Policy) -> float:
+    """By what factor another policy must be faster for what it gives up that the first one does not; below 1 the other way."""
+    return (1 + lossy_odd(other)) / (1 + lossy_odd(first))
+
+
+def _outlook(found: Found) -> str:
+    """What a lossy policy keeps in how many bits, and what it would reach."""
+    policy, speed = found.best.policy, found.best.cost.generation_tok_s
+    kept = (("weights", policy.weight_bits), ("KV cache", policy.kv_bits))
+    words = " and ".join(f"{what} in {bits} bits" for what, bits in kept if bits)
+    return f"{words}, predicted {speed:,.3g} tok/s"
 
 
 def policy_of(plan: Plan) -> Policy:

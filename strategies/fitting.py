@@ -127,7 +127,8 @@ def least_change(program: PlacementProgram, wanted: int | None) -> str:
     ):
         if (extra := _extra_bytes(program, tier)) is not None:
             ways.append(f"{gib(extra)} more {text}")
-    other = "a smaller model, a shorter --dtype or --input-len"
+    shorter = "--dtype float16 or bfloat16" if program.size > 2 else "a shorter --input-len"
+    other = f"a smaller model or {shorter}"
     return (
         f"no policy fits {name}, not even one sequence at a time; "
         f"it would with {', or with '.join([*ways, other])}"

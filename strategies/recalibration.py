@@ -70,9 +70,8 @@ def tried_after(first: Plan, other: Plan, shown: Shown) -> Plan:
 
 def back_to(first: Plan, tried: Plan, loss: float) -> Plan:
     """The first plan, with what was learnt of the other."""
-    warning = (
-        f"planned again, but what that found proved {100 * (loss - 1):.0f} % slower: back to the first policy"
-    )
+    proved = f"{100 * abs(loss - 1):.0f} % {'slower' if loss >= 1 else 'faster, and gives up more'}"
+    warning = f"planned again, but what that found proved {proved}: back to the first policy"
     found_out = first.details["calibration"] | {"other": tried.details["calibration"], "went_back": True}
     return noted(replace(first, warnings=(*first.warnings, warning)), found_out)
 
@@ -92,4 +91,4 @@ def _step_s(plan: Plan) -> float:
 def slowest(calibration: Calibration) -> str:
     """What differs most from its profile, in words."""
     name, factor = max(asdict(calibration).items(), key=lambda item: abs(item[1] - 1))
-    return f"{name} {abs(factor - 1) * 100:.0f} % {'slower' if factor > 1 else 'faster'}"
+    return f"{name} is {abs(factor - 1) * 100:.0f} % {'slower' if factor > 1 else 'faster'}"

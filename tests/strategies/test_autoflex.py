@@ -21,6 +21,7 @@ from strategies.autoflex import AutoflexStrategy, create, policy_of
 from strategies.autoflex_config import Config
 from strategies.base import Machine, ModelSource, PlanRequest
 from strategies.flexgen_engine import load_policy
+from strategies.recalibration import Shown
 from strategies.registry import find_strategy
 
 sys.path.append(str(Path(__file__).parents[1] / "profiling"))
@@ -118,7 +119,7 @@ def test_a_calibration_corrects_the_prediction(tmp_path: Path, monkeypatch: pyte
         assert noted["predicted_before_tok_s"] == plan.predicted.generation_tok_s
         assert policy_of(engine.plan) == policy_of(plan)
         (told,) = set(engine.plan.warnings) - set(plan.warnings)
-        assert told.startswith("calibration: pace 100 % slower than profiled; predicted ")
+        assert told.startswith("calibration: pace is 100 % slower than profiled; predicted ")
     monkeypatch.setattr("strategies.recalibration.calibrate", lambda *_: Calibration(pace=1.02))
     with mine.build(plan) as engine:
         assert engine.plan.warnings == plan.warnings, "a small change is not spoken of"
@@ -207,6 +208,56 @@ def test_a_policy_that_proves_slower_than_the_first_is_given_up(
         assert engine.plan.predicted is not None
 
 
+@pytest.mark.parametrize(
+    ("then", "kept"),
+    [(1.0, False), (0.97, False), (0.9, True)],
+    ids=["as fast", "hardly faster", "faster"],
+)
+def test_a_policy_that_gives_up_more_must_prove_faster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: float, kept: bool
+) -> None:
+    mine = strategy()
+    request = request_for(tmp_path, cpu_mib=290, dequantise_4bit_bytes_per_s=1e12)
+    plan, lossy = mine.plan(request), mine._lossy(request)
+    assert plan.lossless
+    assert lossy is not None
+    assert not lossy.best.policy.lossless
+    monkeypatch.setattr(AutoflexStrategy, "_search_again", lambda *_: lossy)
+    factors = iter([1.0, then])
+
+    def shown(plan: Any, _engine: Any, profile: Any) -> Shown:
+        cost = dataclasses.replace(plan.predicted, prefill_s=0.0, decode_s=100 * next(factors))
+        return Shown(Calibration(), profile, cost, stepped=True)
+
+    monkeypatch.setattr("strategies.autoflex.shown_by", shown)
+    with mine.build(plan) as engine:
+        assert engine.plan.lossless != kept
+        went_back = [each for each in engine.plan.warnings if "back to the first" in each]
+    assert bool(went_back) != kept
+    if then == 0.97:
+        assert "proved 3 % faster, and gives up more: back to the first policy" in went_back[0]
+
+
+@pytest.mark.parametrize(("gain", "tried"), [(1.04, False), (1.07, False), (1.2, True)])
+def test_a_policy_that_gives_up_more_is_tried_for_a_larger_gain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gain: float, tried: bool
+) -> None:
+    mine = strategy()
+    request = request_for(tmp_path, cpu_mib=290, dequantise_4bit_bytes_per_s=1e12)
+    plan, lossy = mine.plan(request), mine._lossy(request)
+    assert lossy is not None
+    monkeypatch.setattr(AutoflexStrategy, "_search_again", lambda *_: lossy)
+    seconds = iter([gain * lossy.best.seconds, lossy.best.seconds])
+
+    def shown(plan: Any, _engine: Any, profile: Any) -> Shown:
+        cost = dataclasses.replace(plan.predicted, prefill_s=0.0, decode_s=next(seconds))
+        return Shown(Calibration(), profile, cost, stepped=True)
+
+    monkeypatch.setattr("strategies.autoflex.shown_by", shown)
+    with mine.build(plan) as engine:
+        assert engine.plan.lossless != tried
+
+
 def test_it_does_not_go_back_where_steps_of_one_policy_only_were_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,14 +302,35 @@ def test_bits_that_nothing_may_use_are_told(tmp_path: Path) -> None:
     assert not any("least_bits" in each for each in strategy(least_bits=8).plan(allowed).warnings)
 
 
-def test_weights_on_disk_that_would_fit_in_fewer_bits_are_told_of(tmp_path: Path) -> None:
-    def hinted(request: PlanRequest) -> bool:
-        plan = strategy().plan(request)
-        assert plan.weight_bytes["disk"] or request.machine.cpu_bytes > 400 * MiB or request.allow_lossy
-        return any("--allow-lossy" in each and "4 bits" in each for each in plan.warnings)
+@pytest.mark.parametrize(("turned_back", "told"), [(1e12, True), (1e8, False)])
+def test_where_weights_are_read_from_disk_a_faster_lossy_policy_is_told_of(
+    tmp_path: Path, turned_back: float, told: bool
+) -> None:
+    """What it would keep in fewer bits, and its prediction: those of the plan that --allow-lossy makes."""
+    rates = {f"dequantise_{bits}bit_bytes_per_s": turned_back for bits in (4, 8)}
+    request = request_for(tmp_path, cpu_mib=290, **rates)
+    plan = strategy().plan(request)
+    assert plan.weight_bytes["disk"]
+    hints = [each for each in plan.warnings if "--allow-lossy" in each]
+    assert bool(hints) == told
+    lossy = strategy().plan(dataclasses.replace(request, allow_lossy=True))
+    assert not any("faster with" in each for each in lossy.warnings)
+    if told:
+        assert lossy.predicted is not None
+        bits = lossy.details["policy"]["weight_bits"]
+        expected = f"weights in {bits} bits"
+        assert expected in hints[0]
+        assert f"predicted {lossy.predicted.generation_tok_s:,.3g} tok/s" in hints[0]
+    assert not any("--allow-lossy" in each for each in strategy().plan(request_for(tmp_path)).warnings)
 
-    # 316 MiB as they are, of which 153 are tables that stay; with the matrices in 4 bits 176.
-    assert hinted(request_for(tmp_path, cpu_mib=290))
-    assert not hinted(request_for(tmp_path, cpu_mib=180))
-    assert not hinted(request_for(tmp_path))
-    assert not hinted(dataclasses.replace(request_for(tmp_path, cpu_mib=290), allow_lossy=True))
+
+def test_what_fits_in_fewer_bits_only_is_told_of(tmp_path: Path) -> None:
+    request = request_for(tmp_path, cpu_mib=290)
+    request = dataclasses.replace(request, machine=dataclasses.replace(request.machine, disk_bytes=0))
+    with pytest.raises(PlanInfeasible, match=r"it fits with --allow-lossy: weights in 4 bits.*, predicted "):
+        strategy().plan(request)
+    assert not strategy().plan(dataclasses.replace(request, allow_lossy=True)).lossless
+    nowhere = dataclasses.replace(request, machine=dataclasses.replace(request.machine, cpu_bytes=50 * MiB))
+    with pytest.raises(PlanInfeasible) as refused:
+        strategy().plan(nowhere)
+    assert "--allow-lossy" not in str(refused.value)
