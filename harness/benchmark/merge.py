@@ -4,13 +4,14 @@ Knows nothing of how the launches came about.
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from flexllmgen.units import gib
 from harness.benchmark.record import Benchmark, Cell, CellStatus, cell_folder
 from harness.benchmark.table import predicted_peaks
 from harness.measure import median_and_spread, ratios_to_plan
+from harness.quality.words import is_lossy, losses
 from harness.results import CellLink, RunError, RunResult, RunStatus, write_text
 
 # What a result folder holds beside the result; one launch's stand for all.
@@ -36,21 +37,22 @@ def launch_folder(folder: Path, cell: str, run_uuid: str) -> Path:
 def merge(benchmark: Benchmark, cell: Cell, launches: Sequence[RunResult]) -> RunResult:
     """The cell's result: every repeat of every launch, and the median over launches of each launch's median.
 
-    `spread` is (max - min) / median over the launches' medians where there are several, else over the repeats. What
-    launches say only once (peaks, load time) is the median over them too. The result is RUNNING while launches are
-    missing, or KILLED where the benchmark was interrupted.
+    `spread` is (max - min) / median over the launches' medians where there are several, else over the repeats. Launches of a
+    strategy that plans for itself may run different policies: the plan is that of most of them, and so is what is said only
+    once (peaks, load time, prediction, quality: the median over those), and a warning tells of the others. The result is
+    RUNNING while launches are missing, or KILLED where the benchmark was interrupted.
 
     Args:
         launches: their results, in order; at least one.
     """
     measured = [one for one in launches if one.repeats]
-    shown = (measured or launches)[-1]
+    shown, alike = shown_launch(launches), _of_most(measured or launches)
     repeats = [
         repeat.model_copy(update={"launch": number})
         for number, one in enumerate(launches)
         for repeat in one.repeats
     ]
-    metrics, spread = _figures(measured or list(launches))
+    metrics, spread = _figures(measured or list(launches), alike)
     if repeats:
         metrics["repeats"] = float(len(repeats))
         metrics["launches"] = float(len(measured))
@@ -78,10 +80,19 @@ def merge(benchmark: Benchmark, cell: Cell, launches: Sequence[RunResult]) -> Ru
                 cell=cell.name,
                 launches=[one.run_uuid for one in launches],
             ),
-            "warnings": list(dict.fromkeys(text for one in launches for text in one.warnings)),
+            "warnings": list(
+                dict.fromkeys(
+                    [*(text for one in launches for text in one.warnings), *_others(measured, alike)]
+                )
+            ),
             "error": cell.error,
         }
     )
+
+
+def shown_launch(launches: Sequence[RunResult]) -> RunResult:
+    """The launch whose plan and requests stand for the cell: the last that ran the policy of most of them."""
+    return _of_most([one for one in launches if one.repeats] or launches)[-1]
 
 
 def write_cell(folder: Path, result: RunResult, bulk_of: Path) -> None:
@@ -136,9 +147,43 @@ def _bytes(size: float) -> str:
     return f"{gib(size)} = {int(size)} bytes"
 
 
-def _figures(launches: Sequence[RunResult]) -> tuple[dict[str, float], dict[str, float]]:
+def _of_most(launches: Sequence[RunResult]) -> list[RunResult]:
+    """The launches that ran the policy of most of them; among equals the first one's. Shares differ from start to start."""
+    by_policy: dict[str, list[RunResult]] = {}
+    for one in launches:
+        policy = {**(one.plan.get("policy") or {}), "recompute": None}
+        by_policy.setdefault(repr(sorted(policy.items())), []).append(one)
+    return max(by_policy.values(), key=len)
+
+
+def _others(measured: Sequence[RunResult], alike: Sequence[RunResult]) -> Iterator[str]:
+    """A line on launches that ran another policy than the one that is shown."""
+    others = [one for one in measured if one not in alike]
+    if not others:
+        return
+    told = [f"{(one.metrics.get('generation_tok_s') or 0):,.4g} tok/s{_quality(one)}" for one in others]
+    yield (
+        f"the plan shown is that of {len(alike)} of {len(measured)} launches; other policies, planned again by what those "
+        f"launches measured: {'; '.join(told)}"
+    )
+
+
+def _quality(one: RunResult) -> str:
+    ratio = one.metrics.get("perplexity_ratio")
+    lossy = f", {losses(one.plan)}" if is_lossy(one.plan) else ", lossless"
+    return lossy if ratio is None else f"{lossy}, perplexity {ratio - 1:+.2%}"
+
+
+def _figures(
+    launches: Sequence[RunResult], alike: Sequence[RunResult]
+) -> tuple[dict[str, float], dict[str, float]]:
     metrics, spread = median_and_spread([one.metrics for one in launches])
     repeated = {name for one in launches for repeat in one.repeats for name in repeat.metrics}
+    # What one policy's launches say once is not mixed with another's.
+    once, _ = median_and_spread([one.metrics for one in alike])
+    metrics = {name: value for name, value in metrics.items() if name in repeated} | {
+        name: value for name, value in once.items() if name not in repeated
+    }
     spread = {name: value for name, value in spread.items() if name in repeated}
     if len(launches) == 1:
         spread = dict(launches[0].spread)

@@ -17,7 +17,7 @@ from typing import Any
 
 from flexllmgen.errors import OffloadError, UsageError
 from harness.benchmark.live import LiveGrid
-from harness.benchmark.merge import explain, launch_folder, merge, write_cell
+from harness.benchmark.merge import explain, launch_folder, merge, shown_launch, write_cell
 from harness.benchmark.record import Benchmark, Cell, CellStatus, cell_folder
 from harness.config import EvalConfig
 from harness.job import Job
@@ -216,9 +216,10 @@ def merge_cell(
     there = [(one, RunResult.read(one)) for one in folders if (one / "result.json").exists()]
     if not there:
         return None
-    result = merge(benchmark, cell, [one for _, one in there])
-    bulk_of = next((one for one, found in there if found.repeats), there[0][0])
-    write_cell(folder, result, bulk_of)
+    launches = [one for _, one in there]
+    result = merge(benchmark, cell, launches)
+    shown = shown_launch(launches)
+    write_cell(folder, result, next(path for path, one in there if one is shown))
     return result
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from benchmark_records import make_benchmark, make_cell, make_launch_result
 
-from harness.benchmark.merge import explain, merge, write_cell
+from harness.benchmark.merge import explain, merge, shown_launch, write_cell
 from harness.benchmark.record import CellStatus, cell_folder
 from harness.results import Repeat, RunError, RunResult, RunStatus
 
@@ -83,6 +83,35 @@ def test_a_launch_that_measured_nothing_takes_nothing_from_the_others() -> None:
     assert result.error == error
     assert result.metrics["generation_tok_s"] == 11
     assert result.plan != {}
+
+
+def test_launches_that_ran_other_policies_are_not_mixed() -> None:
+    """Speeds are of all; the plan and what hangs on it are of those that ran the policy of most."""
+
+    def planned(speed: float, bits: int | None, ratio: float, share: float = 0.25) -> RunResult:
+        policy = {"weight_bits": bits, "kv_bits": 4, "num_micro_batches": 1}
+        one = launch([speed])
+        metrics = {**one.metrics, "perplexity_ratio": ratio, "limit_tok_s": 10 * speed}
+        plan = {"policy": policy, "lossless": False, "shares": {"weights": {"gpu": share}}}
+        return one.model_copy(update={"metrics": metrics, "plan": plan})
+
+    launches = [
+        planned(34, None, 1.004),
+        planned(36, None, 1.006, 0.26),
+        planned(25, 4, 1.275),
+        planned(35, None, 1.005),
+    ]
+    for order in (launches, launches[::-1]):
+        result = merge(make_benchmark(), CELL, order)
+        assert result.plan["policy"]["weight_bits"] is None
+        assert result.metrics["generation_tok_s"] == 34.5
+        assert result.metrics["perplexity_ratio"] == 1.005
+        assert result.metrics["attainment"] == pytest.approx(34.5 / 350)
+        (told,) = [each for each in result.warnings if "other policies" in each]
+        assert told.startswith("the plan shown is that of 3 of 4 launches; other policies")
+        assert told.endswith("25 tok/s, weights in 4 bits, KV cache in 4 bits, perplexity +27.50%")
+        assert shown_launch(order).plan == result.plan
+    assert not any("other policies" in each for each in merge(make_benchmark(), CELL, launches[:2]).warnings)
 
 
 def test_the_cells_folder_is_a_result_folder(tmp_path: Path) -> None:
