@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flexllmgen.models.linear import FEW_ROWS, linear
+from flexllmgen.models.linear import FEW_ROWS, NARROW, linear
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -18,6 +18,20 @@ def test_linear_is_that_of_torch(shape: tuple[int, int], biased: bool, dtype: to
     out = linear(x, weight, bias)
     assert out.is_contiguous()
     torch.testing.assert_close(out, torch.nn.functional.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("width", [16, NARROW, NARROW + 16])
+@pytest.mark.parametrize("broken", [False, True])
+def test_one_row_is_that_of_torch(width: int, broken: bool) -> None:
+    """Also where the weights are infinite in places: the row of zeros beside it is not seen."""
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(1, width), torch.randn(80, width) / width, torch.randn(80)
+    if broken:
+        weight[3, 5] = torch.inf
+    for other in (None, bias):
+        out = linear(x, weight, other)
+        assert out.is_contiguous()
+        torch.testing.assert_close(out, torch.nn.functional.linear(x, weight, other))
 
 
 def test_inputs_need_not_be_contiguous() -> None:
