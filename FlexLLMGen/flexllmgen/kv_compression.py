@@ -27,12 +27,13 @@ or models.
 # L groups of E channels  G positions of a block
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from flexllmgen.compressed_size import compressed_bytes
-from flexllmgen.compression import quantise, split_compressed
+from flexllmgen.compression import quantise, split_compressed, turn_back, turn_rows_back, unpacked
 
 _NUMBERS_AT_ONCE = 1 << 22
 """Numbers that are turned back at once without a kernel: bounds what that takes."""
@@ -164,8 +165,14 @@ class KVCodec:
     ) -> None:
         """Writes the one position of a step."""
         keys = self.turned(k_BTKH) - segment.centre_BKH[:, None]
-        self._write(segment, 0, keys.flatten(2), position)
-        self._write(segment, 1, v_BTKH.flatten(2), position)
+        if keys.is_cuda:
+            self._write(segment, 0, keys.flatten(2), position)
+            self._write(segment, 1, v_BTKH.flatten(2), position)
+            return
+        # Both at once: of so few numbers it is the operations that take the time.
+        both_B2E = torch.cat((keys.flatten(2), v_BTKH.flatten(2)), dim=1)
+        for target, part in zip(_parts(segment), quantise(both_B2E, self.bits, self.group_size), strict=True):
+            target[position].copy_(part)
 
     def step_row(self, segment: CompressedSegment, k_BKH: torch.Tensor, v_BKH: torch.Tensor) -> torch.Tensor:
         """One position of the segment's sequences as it would be written, uint8 [bytes], on the compute device."""
@@ -196,8 +203,10 @@ class KVCodec:
             read_rows(segment, out_SB2E, first, self._blocks_stop, self.bits, self.group_size)
         else:
             at_once = max(1, _NUMBERS_AT_ONCE // (count * self._channels))
-            for start in range(first, stop, at_once):
-                self._read(segment, out_SB2E[start - first :][:at_once], start)
+            for which, blocks_stop in ((0, self._blocks_stop), (1, 0)):
+                for start, end in self._pieces(first, stop, at_once, blocks_stop):
+                    part_SBE = out_SB2E[start - first : end - first, :, which]
+                    self._read(segment, which, part_SBE, start, by_channel=start < blocks_stop)
         kv_SB2KH: torch.Tensor = out_SB2E.unflatten(-1, self._shape)
         return kv_SB2KH.transpose(1, 2)
 
@@ -223,55 +232,56 @@ class KVCodec:
         group, rows = self.group_size, slice(first, first + x_BTE.shape[1])
         blocks_BNEG = x_BTE.unflatten(1, (-1, group)).transpose(2, 3)
         codes, scale, zero = quantise(blocks_BNEG, self.bits, group)
-        codes_BTE = _unpacked(codes, self.bits, group).transpose(2, 3).flatten(1, 2)
+        codes = codes if self.bits == 8 else unpacked(codes, group)
+        codes_BTE = codes.transpose(2, 3).flatten(1, 2)
         segment.codes_SB2C[rows, :, 0] = _packed(codes_BTE, self.bits).transpose(0, 1)
         for target, part in ((segment.scale_SB2L, scale), (segment.zero_SB2L, zero)):
             room_BNE = part.new_zeros(*part.shape[:2], group * target.shape[-1])
             room_BNE[..., : self._channels] = part[..., 0]
             target[rows, :, 0] = room_BNE.unflatten(-1, (group, -1)).flatten(1, 2).transpose(0, 1)
 
-    def _read(self, segment: CompressedSegment, out_SB2E: torch.Tensor, first: int) -> None:
-        stop = first + len(out_SB2E)
-        middle = min(max(first, self._blocks_stop), stop)
-        for which, start, end in ((0, first, middle), (0, middle, stop), (1, first, stop)):
-            if start == end:
-                continue
-            blocks = which == 0 and start < self._blocks_stop
-            codes_SBC = segment.codes_SB2C[start:end, :, which]
-            scale, zero = (
-                self._of_blocks(part, start, end) if blocks else self._of_rows(part[start:end, :, which])
-                for part in (segment.scale_SB2L, segment.zero_SB2L)
-            )
-            codes = _unpacked(codes_SBC, self.bits, self._channels)
-            out_SB2E[start - first : end - first, :, which] = codes * scale + zero
+    def _pieces(self, first: int, stop: int, at_once: int, blocks_stop: int) -> Iterator[tuple[int, int]]:
+        """Cuts positions into runs of up to `at_once`; none has parts of two of the blocks that end at `blocks_stop`."""
+        while first < stop:
+            end = min(stop, first + at_once)
+            if first < blocks_stop:
+                end = min(end, first // self.group_size * self.group_size + self.group_size)
+            yield first, end
+            first = end
 
-    def _of_rows(self, part_SBL: torch.Tensor) -> torch.Tensor:
-        """Scales or zeros of each channel, [S, B, E] in fp32."""
-        each_SBLG = part_SBL.float()[..., None].expand(*part_SBL.shape, self.group_size)
-        return each_SBLG.flatten(-2)[..., : self._channels]
+    def _read(
+        self, segment: CompressedSegment, which: int, out_SBE: torch.Tensor, first: int, *, by_channel: bool
+    ) -> None:
+        """Keys (0) or values (1) of one of `_pieces`."""
+        stop = first + len(out_SBE)
+        codes_SBE = segment.codes_SB2C[first:stop, :, which]
+        if self.bits == 4:
+            codes_SBE = unpacked(codes_SBE, self._channels)
+        numbers_SBE = out_SBE if out_SBE.dtype == torch.float32 else torch.empty(out_SBE.shape)
+        scales = segment.scale_SB2L, segment.zero_SB2L
+        if by_channel:
+            scale_BE, zero_BE = (self._of_block(part, first) for part in scales)
+            turn_back(codes_SBE, scale_BE, zero_BE, numbers_SBE)
+        else:
+            scale_SBL, zero_SBL = (part[first:stop, :, which] for part in scales)
+            turn_rows_back(codes_SBE, scale_SBL, zero_SBL, self.group_size, numbers_SBE)
+        if numbers_SBE is not out_SBE:
+            out_SBE.copy_(numbers_SBE)
 
-    def _of_blocks(self, part_SB2L: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        group, begin = self.group_size, start // self.group_size * self.group_size
-        end = -(-stop // group) * group
-        blocks_NGBL: torch.Tensor = part_SB2L[begin:end, :, 0].float().unflatten(0, (-1, group))
-        channels_NBE: torch.Tensor = blocks_NGBL.transpose(1, 2).flatten(2)[..., : self._channels]
-        each_NGBE = channels_NBE[:, None].expand(-1, group, -1, -1)
-        return each_NGBE.flatten(0, 1)[start - begin : stop - begin]
+    def _of_block(self, part_SB2L: torch.Tensor, position: int) -> torch.Tensor:
+        """Scales or zeros of the channels of a prompt's block, [B, E]: they lie where those of its rows would."""
+        begin = position // self.group_size * self.group_size
+        block_GBL = part_SB2L[begin : begin + self.group_size, :, 0]
+        channels_BE: torch.Tensor = block_GBL.transpose(0, 1).flatten(1)[:, : self._channels]
+        return channels_BE
 
 
 def _parts(segment: CompressedSegment) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return segment.codes_SB2C, segment.scale_SB2L, segment.zero_SB2L
 
 
-def _unpacked(codes: torch.Tensor, bits: int, size: int) -> torch.Tensor:
-    """One code a byte, `size` along the last dimension."""
-    if bits == 8:
-        return codes
-    return torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)[..., :size]
-
-
 def _packed(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """The reverse of `_unpacked`."""
+    """The reverse of `unpacked`, of 4 bits."""
     if bits == 8:
         return codes
     if codes.shape[-1] % 2:
