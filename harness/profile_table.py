@@ -14,6 +14,9 @@ _TITLES = {
     "device_copy_bytes_per_s": "device memory, copy",
     "dequantise_8bit_bytes_per_s": "8-bit weights turned back",
     "dequantise_4bit_bytes_per_s": "4-bit weights turned back",
+    "kv_8bit_bytes_per_s": "8-bit KV turned back",
+    "kv_4bit_bytes_per_s": "4-bit KV turned back",
+    "kv_rows_per_s": "steps' rows of KV compressed a second",
     "host_bytes_per_s": "host memory, read",
     "host_copy_bytes_per_s": "host memory, copy",
     "host_under_copies_bytes_per_s": "host memory, read under copies",
@@ -85,7 +88,7 @@ def _rate_row(name: str, profile: HardwareProfile) -> tuple[str, ...]:
     def reading(rate: float) -> str:
         if name == "compute_flops_per_s":
             return f"{rate / 1e12:,.2f} TFLOP/s"
-        if name in ("disk_reads_per_s", "disk_writes_per_s"):
+        if not name.endswith("bytes_per_s"):
             return f"{rate:,.0f} /s"
         return f"{rate / 1e9:,.2f} GB/s"
 

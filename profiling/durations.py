@@ -322,7 +322,9 @@ class Durations:
             if self.attends_on_host(step):
                 here -= self.rows[stage.layer][step.micro_batch]
             dense = rows * here * self.plan.dense_kv_row_bytes
-            seconds += dense / self.rates.dequantise_bytes_per_s(policy.kv_bits)
+            seconds += dense / self.rates.kv_bytes_per_s(policy.kv_bits)
+            if step.token and self.rates.kv_rows_per_s:
+                seconds += 1 / self.rates.kv_rows_per_s
         return seconds
 
     def _recompute_seconds(self, step: Step) -> float:

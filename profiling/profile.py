@@ -72,7 +72,8 @@ class Rates:
     page-locked host memory: alone, `_both_ways` while the other direction runs too, `_under_reads` while the CPU
     reads memory. Disk rates bypass the page cache, `_alone` with one piece under way; reads and writes per second are of
     single pages; `cached_file_bytes_per_s` is reading a file that lies in it. `dequantise_*` are bytes of numbers that the
-    compute device turns compressed weights back into.
+    compute device turns compressed weights back into, `kv_*bit_*` compressed KV; `kv_rows_per_s` are steps' rows of one
+    layer that it compresses.
     """
 
     compute_flops_per_s: float
@@ -80,6 +81,9 @@ class Rates:
     device_copy_bytes_per_s: float | None = None
     dequantise_8bit_bytes_per_s: float | None = None
     dequantise_4bit_bytes_per_s: float | None = None
+    kv_8bit_bytes_per_s: float | None = None
+    kv_4bit_bytes_per_s: float | None = None
+    kv_rows_per_s: float | None = None
     host_bytes_per_s: float
     host_copy_bytes_per_s: float | None = None
     host_under_copies_bytes_per_s: float | None = None
@@ -103,6 +107,11 @@ class Rates:
         """Bytes of numbers a second that compressed ones are turned back into; unmeasured, as a copy of them."""
         measured = self.dequantise_8bit_bytes_per_s if bits == 8 else self.dequantise_4bit_bytes_per_s
         return measured or self.device_copy_bytes_per_s or self.device_bytes_per_s / 2
+
+    def kv_bytes_per_s(self, bits: int) -> float:
+        """Bytes of numbers a second that compressed KV is turned back into; unmeasured, as weights."""
+        measured = self.kv_8bit_bytes_per_s if bits == 8 else self.kv_4bit_bytes_per_s
+        return measured or self.dequantise_bytes_per_s(bits)
 
     def attention_bytes_per_s(self, times: LayerTimes, kv_bits: int | None = None) -> tuple[float, float]:
         """Bytes of KV a second, as kept, that the CPU attends to, alone and beside copies up.

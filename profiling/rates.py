@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from flexllmgen.compression import BITS
-from profiling.compute import measure_dequantise, timed_runs
+from profiling.compute import measure_dequantise, measure_kv, timed_runs
 from profiling.disk import measure_cached_file, measure_disk
 from profiling.links import Links, open_links
 from profiling.memory import host_attention, host_read, measure_copy, measure_read
@@ -70,6 +70,8 @@ def _of_device(device: str, dtype: torch.dtype) -> Iterator[Part]:
             f"dequantise_{bits}bit_bytes_per_s": measure_dequantise(device, dtype, bits) for bits in BITS
         },
     )
+    if device == "cpu":
+        yield "compressed KV cache", lambda: measure_kv(dtype)
 
 
 def _ended(aside: tuple[str, Callable[[], object]] | None) -> Iterator[Part]:

@@ -441,7 +441,7 @@ class PlacementProgram:
         """Seconds of a step to turn back the compressed KV of a whole block that the device attends to."""
         if self.variant.kv_bits is None:
             return 0.0
-        rate = self.rates.dequantise_bytes_per_s(self.variant.kv_bits)
+        rate = self.rates.kv_bytes_per_s(self.variant.kv_bits)
         return block * self.spec.kv_bytes(context, self.size) / rate
 
     def _recompute_s(self, cut: Cut, block: int) -> float:

@@ -46,6 +46,12 @@ def test_rates_are_plausible_for_any_machine(small: None, tmp_path: Path) -> Non
     for bits in (8, 4):
         assert 1e5 < rates.dequantise_bytes_per_s(bits) < 1e13
         assert rates.dequantise_bytes_per_s(bits) == measured[f"dequantise_{bits}bit_bytes_per_s"].median
+        assert 1e5 < rates.kv_bytes_per_s(bits) < 1e13
+        assert rates.kv_bytes_per_s(bits) == measured[f"kv_{bits}bit_bytes_per_s"].median
+        unmeasured = dataclasses.replace(rates, kv_8bit_bytes_per_s=None, kv_4bit_bytes_per_s=None)
+        assert unmeasured.kv_bytes_per_s(bits) == rates.dequantise_bytes_per_s(bits)
+    assert rates.kv_rows_per_s is not None
+    assert 1 < rates.kv_rows_per_s < 1e7
     assert rates.h2d_bytes_per_s is None
     assert "h2d_bytes_per_s" not in rates.as_dict()
     assert all(each.best >= each.median > 0 and each.trials > 1 for each in measured.values())
@@ -71,9 +77,10 @@ def test_what_the_host_does_aside_has_ended_before_it_is_measured(
         on_progress=lambda title, *_: order.append(title),
         aside=("build", lambda: order.append("built")),
     )
-    assert order[:6] == [
+    assert order[:7] == [
         "matrix products",
         "compressed weights",
+        "compressed KV cache",
         "build",
         "built",
         "host memory",

@@ -364,6 +364,12 @@ def test_compressed_kv_takes_fewer_bytes_and_some_compute() -> None:
     assert slow.decode_bound == "compute"
     extra = slow.decode_busy_s["compute"] - lossy.decode_busy_s["compute"]
     assert extra == pytest.approx(dense * (1 / 1e9 - 1 / 1.9e12), rel=0.02)
+    # As fast as was measured of KV, where it was; and a row of each layer and micro-batch is compressed.
+    measured = cost(dataclasses.replace(policy, kv_bits=4), kv_4bit_bytes_per_s=1e9, kv_rows_per_s=1e3)
+    blocks = WORKLOAD.num_sequences / policy.block_size
+    rows = blocks * 15 * SPEC.num_layers * policy.num_micro_batches
+    more = measured.decode_busy_s["compute"] - slow.decode_busy_s["compute"]
+    assert more == pytest.approx(rows / 1e3, rel=0.02)
 
 
 def test_codes_that_the_cpu_attends_to_are_not_turned_back() -> None:
