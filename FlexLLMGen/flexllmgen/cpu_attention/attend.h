@@ -11,23 +11,37 @@ inline bool by_codes(const Call&) { return false; }
 inline int64_t packed_codes(const Call&) { return 0; }
 #endif
 
+#ifndef AMX
+constexpr int GROUPS = 0;
+inline bool in_code_tiles(const Call&) { return false; }
+#endif
+
+// Positions of a block, and the most key heads of a piece.
+inline std::pair<int, int64_t> block_of(const Call& c) {
+    if (in_code_tiles(c)) return {CODE_BLOCK, GROUPS / c.groups};
+    return {c.N / c.K >= 4 || c.groups ? LONG_BLOCK : BLOCK, c.K};
+}
+
 // What a thread works with.
 struct Bench {
     std::vector<float> memory;
-    float *q, *score, *alpha, *scale, *zero;
+    float *q, *score, *alpha, *scale, *zero, *sums;
     std::vector<Row> rows;
 
     void size(const Call& c, const Plan& plan) {
         const size_t queries = size_t(plan.heads) * (c.N / c.K), rows_now = size_t(plan.heads) * plan.block;
-        const size_t scores = queries * plan.block + 2 * 8 * NR, groups = 2 * rows_now * c.groups + 2 * NR;
+        const size_t scores = queries * plan.block + 2 * 8 * NR;
+        const size_t groups = 2 * std::max<size_t>(rows_now * c.groups, in_code_tiles(c) ? plan.block * GROUPS : 0) + 2 * NR;
         const size_t packed = size_t(plan.heads) * size_t(std::max(packed_floats(c), packed_codes(c)));
-        memory.resize(packed + scores + queries + 2 * NR + 2 * groups + 16);
+        const size_t each = (queries + 2 * NR + 15) / 16 * 16;
+        memory.resize(packed + scores + each + 2 * groups + size_t(Shared::stride(c, plan)) + 16);
         float* at = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
         q = at, at += packed;
         score = at, at += scores;
-        alpha = at, at += queries + 2 * NR;
+        alpha = at, at += each;
         scale = at, at += groups;
-        zero = at;
+        zero = at, at += groups;
+        sums = at;
         rows.resize(2 * rows_now);
     }
 };
@@ -82,32 +96,53 @@ inline void find_rows(const Call& c, const Piece& piece, int64_t position, int b
     }
 }
 
-// Scales and zeros of a block's codes as fp32; those of the next are fetched.
+// Where the scales, or the zeros, of a piece's keys or values of a block begin, and how far positions lie apart.
+struct Groups {
+    const char* data;
+    int64_t step;
+};
+
+inline Groups groups_of(const Call& c, const Piece& piece, int64_t position, int half, bool zeros) {
+    const int64_t skip = piece.head * c.groups * 2;
+    if (zeros)
+        return {c.zero + position * c.zero_position_bytes + half * c.zero_half_bytes +
+                    piece.sequence * c.zero_sequence_bytes + skip,
+                c.zero_position_bytes};
+    return {c.scale + position * c.scale_position_bytes + half * c.scale_half_bytes +
+                piece.sequence * c.scale_sequence_bytes + skip,
+            c.scale_position_bytes};
+}
+
+// Scales and zeros of a block's codes as fp32.
 inline void find_groups(const Call& c, const Piece& piece, int64_t position, int block, Bench& bench) {
     const int groups = int(c.groups) * piece.heads;
-    const int64_t skip = piece.head * c.groups * 2;
     for (int half = 0; half < 2; ++half) {
+        for (bool zeros : {false, true}) {
+            Groups from = groups_of(c, piece, position, half, zeros);
+            float* to = zeros ? bench.zero : bench.scale;
 #ifdef BF16_DOTS
-        if (by_codes(c)) {
-            const char* s = c.scale + position * c.scale_position_bytes + half * c.scale_half_bytes;
-            const char* z = c.zero + position * c.zero_position_bytes + half * c.zero_half_bytes;
-            turn_groups(s + piece.sequence * c.scale_sequence_bytes + skip, c.scale_position_bytes, groups, block,
-                        bench.scale + half * groups * LONG_BLOCK);
-            turn_groups(z + piece.sequence * c.zero_sequence_bytes + skip, c.zero_position_bytes, groups, block,
-                        bench.zero + half * groups * LONG_BLOCK);
-        }
+            if (by_codes(c) && !in_code_tiles(c)) {
+                turn_groups(from.data, from.step, groups, block, to + half * groups * LONG_BLOCK);
+                continue;
+            }
 #endif
-        for (int p = 0; p < block; ++p) {
-            const int64_t at = (half * block + p) * groups;
-            const char* s = c.scale + (position + p) * c.scale_position_bytes + half * c.scale_half_bytes +
-                            piece.sequence * c.scale_sequence_bytes + skip;
-            const char* z = c.zero + (position + p) * c.zero_position_bytes + half * c.zero_half_bytes +
-                            piece.sequence * c.zero_sequence_bytes + skip;
-            if (!by_codes(c)) widen(s, groups, bench.scale + at);
-            if (!by_codes(c)) widen(z, groups, bench.zero + at);
-            fetch(s + block * c.scale_position_bytes, groups * 2);
-            fetch(z + block * c.zero_position_bytes, groups * 2);
+            const int row = in_code_tiles(c) ? GROUPS : groups;
+            to += half * block * row;
+            for (int p = 0; p < block; ++p, to += row, from.data += from.step) widen(from.data, groups, to);
+            // Where tiles are of more positions, weights of nothing are multiplied by these.
+            if (half && in_code_tiles(c)) std::fill_n(to, (CODE_BLOCK - block) * row, 0.0f);
         }
+    }
+}
+
+// Those of the next block are fetched before its keys. Those of a position's keys and values are often neighbours.
+inline void fetch_groups(const Call& c, const Piece& piece, int64_t position, int block, Fetcher& next) {
+    const int64_t run = c.groups * piece.heads * 2;
+    for (bool zeros : {false, true}) {
+        const Groups keys = groups_of(c, piece, position, 0, zeros), values = groups_of(c, piece, position, 1, zeros);
+        const bool near = values.data - keys.data <= 2 * run;
+        next.before(keys.data, near ? values.data - keys.data + run : run, keys.step, block);
+        if (!near) next.before(values.data, run, values.step, block);
     }
 }
 
@@ -137,7 +172,9 @@ inline void attend_piece(const Call& c, const Plan& plan, const Piece& piece, Be
         const char* keys = c.kv + position * c.position_bytes + piece.sequence * c.sequence_bytes + piece.head * c.H * T::size;
         const int64_t run = piece.heads * c.H * T::size, left = piece.stop - position - block;
         Fetcher values_now(keys + c.half_bytes, run, c.position_bytes, block);
-        Fetcher keys_next(keys + block * c.position_bytes, run, c.position_bytes, int(std::min<int64_t>(left, plan.block)));
+        const int next = int(std::min<int64_t>(left, plan.block));
+        Fetcher keys_next(keys + block * c.position_bytes, run, c.position_bytes, next);
+        if (c.groups) fetch_groups(c, piece, position + block, next, keys_next);
         in_groups(queries, [&](auto together, int g0) {
             constexpr int GT = decltype(together)::value;
             const int at = g0 * piece.heads;
@@ -157,6 +194,12 @@ inline void attend_piece(const Call& c, const Plan& plan, const Piece& piece, Be
                 }
             }
             if constexpr (std::is_same_v<T, U8>) {
+#ifdef AMX
+                if constexpr (GT >= 4)
+                    if (in_code_tiles(c))
+                        return attend_code_tiles<GT>(c, piece.heads, block, g0, keys, bias, bench.q, bench.scale, bench.zero,
+                                                     bench.score, bench.alpha, to, values_now, keys_next);
+#endif
                 if (by_codes(c))
                     return attend_codes<GT>(c, piece.heads, block, g0, keys, bias, bench.q, bench.scale, bench.zero,
                                             bench.score, bench.alpha, to, values_now, keys_next);
@@ -182,9 +225,11 @@ inline void finish(Q type, const Call& c, const Piece& piece, const Partial* par
                 const int64_t n = int64_t(h) * queries + g0;
                 float top = parts[0].m[at], total = 0;
                 for (int i = 1; i < count; ++i) top = std::max(top, parts[i].m[at]);
-                for (int i = 0; i < count; ++i) total += parts[i].l[at] * std::exp2(parts[i].m[at] - top);
-                const float each = total > 0 ? 1 / total : 0;
-                for (int i = 0; i < count; ++i) share[i] = std::exp2(parts[i].m[at] - top) * each;
+                for (int i = 0; i < count; ++i) {
+                    share[i] = count > 1 ? std::exp2(parts[i].m[at] - top) : 1;
+                    total += parts[i].l[at] * share[i];
+                }
+                for (int i = 0; i < count; ++i) share[i] *= total > 0 ? 1 / total : 0;
                 char* out = c.out + (piece.sequence * c.N + int64_t(piece.head) * queries + n + g) * c.H * Q::size;
                 const auto total_of = [&](int column) {
                     V sum = Simd::zero();
@@ -249,11 +294,18 @@ void serve(const Call& c, const Plan& plan, Shared& shared) {
 #ifdef AMX
         turn_queries(c, piece.heads, bench.q);
 #endif
-        attend_piece<T>(c, plan, piece, bench, shared.partial(c, plan, task));
-        if (shared.left[unit].fetch_sub(int(count)) != count) continue;
+        // A whole unit's sums stay near the core.
+        const bool whole = count == plan.chunks;
+        const Partial sums = whole ? Partial::at(bench.sums, c, plan) : shared.partial(c, plan, task);
+        attend_piece<T>(c, plan, piece, bench, sums);
         parts.clear();
-        for (int64_t i = unit * plan.chunks; i < (unit + 1) * plan.chunks; i += shared.taken[i])
-            parts.push_back(shared.partial(c, plan, i));
+        if (whole)
+            parts.push_back(sums);
+        else if (shared.left[unit].fetch_sub(int(count)) == count)
+            for (int64_t i = unit * plan.chunks; i < (unit + 1) * plan.chunks; i += shared.taken[i])
+                parts.push_back(shared.partial(c, plan, i));
+        else
+            continue;
         shares.resize(parts.size());
         by_query_type(c, [&](auto type) { finish(type, c, piece, parts.data(), int(parts.size()), shares.data()); });
     }

@@ -3,18 +3,13 @@
 // A block's weights times the scale of their group become whole numbers of 16 bits, as queries do; four rows' codes are
 // interleaved, so that one instruction adds up four positions.
 
-// Whether the values of GT queries are added up by tiles, which want weights the other way around.
-template <int GT>
-constexpr bool IN_TILES = TILES && GT >= 4;
-
-// From where in packed bytes those of [4 positions][GT][4] come, or of [GT][4 positions][4].
+// From where in packed bytes those of [4 positions][GT][4] come.
 template <int GT>
 struct Places {
     alignas(64) uint8_t at[CHUNK];
     Places() {
         for (int i = 0; i < CHUNK; ++i) {
-            const int word = i / 4, four = IN_TILES<GT> ? word % (W / GT) : word / GT;
-            const int from = (four * 4 + i % 4) * GT + (IN_TILES<GT> ? word / (W / GT) : word % GT);
+            const int word = i / 4, from = (word / GT * 4 + i % 4) * GT + word % GT;
             at[i] = uint8_t(from % W / 4 * W + from / W * 4 + from % 4);
         }
     }
@@ -26,15 +21,6 @@ struct Weights {
     static constexpr int COUNT = LONG_BLOCK * GT / W;  // vectors of fp32
     alignas(64) uint32_t high[(COUNT + 3) / 4 * W], low[(COUNT + 3) / 4 * W];
     alignas(64) float step[W], zeros[W];  // of each query: what one stands for, the sum of weighted zeros
-
-    // The same for each query: over its lanes.
-    template <class F>
-    static V fold(V x, F&& f) {
-        const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        for (int step = GT; step < W; step *= 2)
-            x = f(x, _mm512_permutexvar_ps(_mm512_add_epi32(lane, _mm512_set1_epi32(step)), x));
-        return x;
-    }
 
     // With each vector `lines` lines are fetched.
     void set(const float* weight, int block, const float* scale, const float* zero, Fetcher& next, int lines) {
@@ -53,9 +39,9 @@ struct Weights {
             sum = Simd::fma(w, z, sum);
             next.lines(lines);
         }
-        top = fold(top, [](V a, V b) { return Simd::larger(a, b); });
+        top = fold<GT>(top, [](V a, V b) { return Simd::larger(a, b); });
         Simd::store(step, Simd::mul(top, Simd::set1(1 / MOST)));
-        Simd::store(zeros, fold(sum, [](V a, V b) { return _mm512_add_ps(a, b); }));
+        Simd::store(zeros, fold<GT>(sum, [](V a, V b) { return a + b; }));
         const V by = _mm512_div_ps(Simd::set1(MOST), top);
         const Codes half = _mm512_set1_epi16(128), byte = _mm512_set1_epi16(255), order = load_codes(places.at);
         for (int i = 0; i < COUNT; i += 4) {
@@ -71,39 +57,14 @@ struct Weights {
     }
 };
 
-// Interleaves 64 codes of four rows: [column][4].
-inline void interleave(const char* v, int64_t step, Codes* to) {
-    const Codes x = load_codes(v), y = load_codes(v + step), z = load_codes(v + 2 * step), w = load_codes(v + 3 * step);
+// Interleaves 64 codes of four rows, three of which lie so many bytes after the first: [column][4].
+inline void interleave(const char* v, int64_t second, int64_t third, int64_t fourth, Codes* to) {
+    const Codes x = load_codes(v), y = load_codes(v + second), z = load_codes(v + third), w = load_codes(v + fourth);
     const Codes a = _mm512_unpacklo_epi8(x, y), b = _mm512_unpackhi_epi8(x, y);
     const Codes c = _mm512_unpacklo_epi8(z, w), d = _mm512_unpackhi_epi8(z, w);
     to[0] = _mm512_unpacklo_epi16(a, c), to[1] = _mm512_unpackhi_epi16(a, c);
     to[2] = _mm512_unpacklo_epi16(b, d), to[3] = _mm512_unpackhi_epi16(b, d);
 }
-
-#ifdef AMX
-// The weights' tile: a query's high bytes a row, and then the low ones; of eight, even queries before odd ones.
-template <int GT>
-inline void load_weights(const Weights<GT>& bytes) {
-    const Codes first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
-    const Codes second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-    alignas(64) Codes rows[GT];
-    for (int half = 0; half < 2; ++half) {
-        const uint32_t* from = half ? bytes.low : bytes.high;
-        Codes x[4];
-        for (int i = 0; i < GT / 2; ++i) x[i] = load_codes(from + i * W);
-        if (GT == 8) {
-            const Codes a = _mm512_unpacklo_epi64(x[0], x[1]), b = _mm512_unpacklo_epi64(x[2], x[3]);
-            const Codes c = _mm512_unpackhi_epi64(x[0], x[1]), d = _mm512_unpackhi_epi64(x[2], x[3]);
-            x[0] = a, x[1] = b, x[2] = c, x[3] = d;
-        }
-        for (int i = 0; i < GT / 2; i += 2) {
-            rows[half * GT / 2 + i] = _mm512_permutex2var_epi64(x[i], first, x[i + 1]);
-            rows[half * GT / 2 + i + 1] = _mm512_permutex2var_epi64(x[i], second, x[i + 1]);
-        }
-    }
-    tile_load<CODE_WEIGHTS>(rows, LONG_BLOCK);
-}
-#endif
 
 // Adds weighted values of one head.
 template <int GT>
@@ -131,7 +92,7 @@ inline void values_codes(const Call& c, const Rows& rows, int block, const float
 #pragma GCC unroll 1
             for (int four = 0; four < FOURS; ++four) {
                 Codes x[4];
-                interleave(v + 4 * four * rows.step, rows.step, x);
+                interleave(v + 4 * four * rows.step, rows.step, 2 * rows.step, 3 * rows.step, x);
                 const Codes u = _mm512_set1_epi32(int(bytes.high[four])), l = _mm512_set1_epi32(int(bytes.low[four]));
                 for (int i = 0; i < 4; ++i) high[i] = products(high[i], x[i], u), low[i] = products(low[i], x[i], l);
                 next.lines(4);
@@ -143,28 +104,9 @@ inline void values_codes(const Call& c, const Rows& rows, int block, const float
         // Unrolled, these loops would want more registers than there are.
 #pragma GCC unroll 1
         for (int four = 0; four < FOURS; ++four) {
-            interleave(v + 4 * four * rows.step, rows.step, x + 4 * four);
+            interleave(v + 4 * four * rows.step, rows.step, 2 * rows.step, 3 * rows.step, x + 4 * four);
             next.lines(2);
         }
-#ifdef AMX
-        if constexpr (IN_TILES<GT>) {
-            alignas(64) Codes sum[4][2 * GT];
-            if (chunk % width == 0) load_weights(bytes);
-            for (int i = 0; i < 4; ++i) {
-                tile_zero<CODE_OUT>();
-                tile_load<CODE_VALUES>(x + i, 4 * CHUNK);
-                tile_signed_unsigned<CODE_OUT, CODE_WEIGHTS, CODE_VALUES>();
-                tile_store<CODE_OUT>(sum[i], 64);
-            }
-            for (int i = 0; i < 4; ++i) {
-                for (int g = 0; g < GT; ++g) {
-                    const int row = GT == 8 ? g % 2 * 4 + g / 2 : g;
-                    add(i, g, _mm512_add_epi32(times_256(sum[i][row]), sum[i][GT + row]));
-                }
-            }
-            continue;
-        }
-#endif
         for (int i = 0; i < 4; i += CT) {
             Codes sum[CT * GT];
             for (Codes& each : sum) each = _mm512_setzero_si512();
@@ -196,13 +138,10 @@ inline void attend_codes(const Call& c, int heads, int block, int g0, const char
                          Fetcher& values_now, Fetcher& keys_next) {
     const int64_t groups = c.groups * LONG_BLOCK, queries = c.N / c.K;
     alignas(64) char memory[LONG_BLOCK * MOST_GROUPS * CHUNK];
-#ifdef AMX
-    shape<Work::codes, GT>();
-#endif
     const int vectors = LONG_BLOCK * GT / W, left = int(c.H / CHUNK) * LONG_BLOCK / W * (W - LINES_A_CHUNK);
     const int lines = GT > 1 ? (left + vectors - 1) / vectors : 0;
     for (int h = 0; h < heads; ++h) {
-        const Rows keys(data + h * c.H, c.position_bytes, block, c.H, memory);
+        const Rows keys(data + h * c.H, c.position_bytes, block, LONG_BLOCK, c.H, memory);
         const float* packed = q + h * packed_codes(c) + group_count(g0) * (c.H / CHUNK) * PACKED;
         scores_codes<GT>(c, keys, block, packed, scale + h * groups, zero + h * groups, h + 1 == heads,
                          score + h * block * GT, values_now);
@@ -211,7 +150,7 @@ inline void attend_codes(const Call& c, int heads, int block, int g0, const char
     values_now.rest();
     scale += heads * groups, zero += heads * groups, data += c.half_bytes;
     for (int h = 0; h < heads; ++h) {
-        const Rows values(data + h * c.H, c.position_bytes, block, c.H, memory);
+        const Rows values(data + h * c.H, c.position_bytes, block, LONG_BLOCK, c.H, memory);
         values_codes<GT>(c, values, block, score + h * block * GT, alpha + h * GT, scale + h * groups, zero + h * groups,
                          to.acc + (h * queries + g0) * c.H, keys_next);
     }

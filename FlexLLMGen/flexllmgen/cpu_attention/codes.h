@@ -30,55 +30,6 @@ inline V largest(V x) { return Simd::set1(_mm512_reduce_max_ps(x)); }
 inline int group_count(int queries) { return queries / 8 + __builtin_popcount(unsigned(queries % 8)); }
 inline int64_t packed_codes(const Call& c) { return group_count(int(c.N / c.K)) * (c.H / CHUNK) * PACKED; }
 
-// Packed queries of a chunk: of one query its high bytes, its low ones, the step and the sum. Of more, [4 numbers]
-// [8 queries' high, then low][4] bytes, then for each of these lanes the step, and the sum where it is counted.
-template <class Q>
-inline void pack_codes(Q type, const Call& c, const Piece& piece, float* q) {
-    const int queries = int(c.N / c.K);
-    const V factor = Simd::set1(c.factor * LOG2E);
-    for (int h = 0; h < piece.heads; ++h) {
-        in_groups(queries, [&](auto together, int g0) {
-            constexpr int GT = decltype(together)::value;
-            const int64_t first = piece.sequence * c.N + (int64_t(piece.head) + h) * queries + g0;
-            float* to = q + h * packed_codes(c) + group_count(g0) * (c.H / CHUNK) * PACKED;
-            for (int chunk = 0; chunk < c.H / CHUNK; ++chunk, to += PACKED) {
-                if (GT > 1) std::fill_n(to, PACKED, 0.0f);
-                for (int g = 0; g < GT; ++g) {
-                    const char* from = c.q + ((first + g) * c.H + chunk * CHUNK) * Q::size;
-                    V x[4], top = Simd::set1(1e-30f);
-                    for (int i = 0; i < 4; ++i) {
-                        x[i] = Simd::mul(factor, Simd::get(type, from + i * W * Q::size));
-                        top = Simd::larger(_mm512_abs_ps(x[i]), top);
-                    }
-                    const float step = _mm512_reduce_max_ps(top) / MOST;
-                    Codes sum = _mm512_setzero_si512();
-                    alignas(16) int8_t high[CHUNK], low[CHUNK];
-                    for (int i = 0; i < 4; ++i) {
-                        const Codes n = _mm512_cvtps_epi32(Simd::mul(x[i], Simd::set1(1 / step)));
-                        const Codes upper = _mm512_srai_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(128)), 8);
-                        _mm_store_si128((__m128i*)(high + i * W), _mm512_cvtepi32_epi8(upper));
-                        _mm_store_si128((__m128i*)(low + i * W), _mm512_cvtepi32_epi8(n));
-                        sum = _mm512_add_epi32(sum, n);
-                    }
-                    const float total = step * float(_mm512_reduce_add_epi32(sum));
-                    if constexpr (GT == 1) {
-                        std::memcpy(to, high, CHUNK);
-                        std::memcpy(to + W, low, CHUNK);
-                        to[2 * W] = step, to[2 * W + 1] = total;
-                        continue;
-                    }
-                    for (int i = 0; i < CHUNK / 4; ++i) {
-                        std::memcpy(to + i * W + g, high + 4 * i, 4);
-                        std::memcpy(to + i * W + 8 + g, low + 4 * i, 4);
-                    }
-                    float* steps = to + CHUNK / 4 * W;
-                    steps[g] = 256 * step, steps[8 + g] = step, steps[W + g] = total;
-                }
-            }
-        });
-    }
-}
-
 // Turns sixteen vectors around: x[i] lane j goes to x[j] lane i.
 inline void turn(V* x) {
     V y[16];
@@ -91,6 +42,58 @@ inline void turn(V* x) {
     for (int i = 0; i < 4; ++i) {
         in_order(y[i], y[4 + i], y[8 + i], y[12 + i]);
         for (int j = 0; j < 4; ++j) x[4 * j + i] = y[4 * j + i];
+    }
+}
+
+// Packed queries of a chunk: of one query its high bytes, its low ones, the step and the sum. Of more, [4 numbers]
+// [8 queries' high, then low][4] bytes, then for each of these lanes the step, and the sum where it is counted. The step
+// is one for all of a query.
+template <class Q>
+inline void pack_codes(Q type, const Call& c, const Piece& piece, float* q) {
+    const int queries = int(c.N / c.K);
+    for (int h = 0; h < piece.heads; ++h) {
+        in_groups(queries, [&](auto together, int g0) {
+            constexpr int GT = decltype(together)::value;
+            const int64_t first = piece.sequence * c.N + (int64_t(piece.head) + h) * queries + g0;
+            float* to = q + h * packed_codes(c) + group_count(g0) * (c.H / CHUNK) * PACKED;
+            float step_of[GT];
+            for (int g = 0; g < GT; ++g) {
+                V top = Simd::zero();
+                for (int column = 0; column < c.H; column += W)
+                    top = Simd::larger(_mm512_abs_ps(Simd::get(type, c.q + ((first + g) * c.H + column) * Q::size)), top);
+                step_of[g] = std::max(1e-30f, _mm512_reduce_max_ps(top) * c.factor * LOG2E) / MOST;
+            }
+            for (int chunk = 0; chunk < c.H / CHUNK; ++chunk, to += PACKED) {
+                Codes bytes[16] = {};  // eight queries' high ones, then low ones
+                if (GT > 1) std::fill_n(to + CHUNK / 4 * W, 2 * W, 0.0f);
+                for (int g = 0; g < GT; ++g) {
+                    const char* from = c.q + ((first + g) * c.H + chunk * CHUNK) * Q::size;
+                    const float step = step_of[g];
+                    const V by = Simd::set1(c.factor * LOG2E / step);
+                    Codes sum = _mm512_setzero_si512();
+                    __m128i *high = (__m128i*)(bytes + g), *low = (__m128i*)(bytes + 8 + g);
+                    for (int i = 0; i < 4; ++i) {
+                        const Codes n = _mm512_cvtps_epi32(Simd::mul(by, Simd::get(type, from + i * W * Q::size)));
+                        const Codes upper = _mm512_srai_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(128)), 8);
+                        _mm_store_si128(high + i, _mm512_cvtepi32_epi8(upper));
+                        _mm_store_si128(low + i, _mm512_cvtepi32_epi8(n));
+                        sum = _mm512_add_epi32(sum, n);
+                    }
+                    const float total = step * float(_mm512_reduce_add_epi32(sum));
+                    if constexpr (GT == 1) {
+                        std::memcpy(to, high, CHUNK);
+                        std::memcpy(to + W, low, CHUNK);
+                        to[2 * W] = step, to[2 * W + 1] = total;
+                        continue;
+                    }
+                    float* steps = to + CHUNK / 4 * W;
+                    steps[g] = 256 * step, steps[8 + g] = step, steps[W + g] = total;
+                }
+                if (GT == 1) continue;
+                turn((V*)bytes);
+                std::memcpy(to, bytes, sizeof bytes);
+            }
+        });
     }
 }
 
@@ -127,13 +130,6 @@ inline V sums_of(const Codes* a) {
 
 // Products of sixteen rows' chunk with packed queries: a vector a row.
 inline void key_products(const char* k, int64_t step, const float* packed, Codes* sum) {
-#ifdef AMX
-    tile_zero<CODE_SUMS>();
-    tile_load<CODE_QUERIES>(packed, 64);
-    tile_load<CODE_KEYS>(k, step);
-    tile_unsigned_signed<CODE_SUMS, CODE_KEYS, CODE_QUERIES>();
-    return tile_store<CODE_SUMS>(sum, 64);
-#endif
     for (int r = 0; r < W; ++r) sum[r] = _mm512_setzero_si512();
     const char *k4 = k + 4 * step, *k8 = k + 8 * step, *k12 = k + 12 * step;
     for (int i = 0; i < CHUNK / 4; ++i, k += 4, k4 += 4, k8 += 4, k12 += 4) {

@@ -27,8 +27,10 @@
 
 constexpr float LOG2E = 1.44269504088896f;
 constexpr float LOWEST = -1e30f;  // Below every score; finite, so that differences are numbers.
+constexpr float LEAST_POWER = -126;  // Powers of two under it count as nothing.
 constexpr int BLOCK = 16;                  // positions whose keys are read before their values
 constexpr int LONG_BLOCK = 32;             // where many queries share them
+constexpr int CODE_BLOCK = 64;             // and codes are multiplied in tiles
 constexpr int64_t BLOCK_BYTES = 64 << 10;   // keys read together: they and their values stay near the core
 constexpr int64_t QUERY_BYTES = 128 << 10;  // queries and sums that go with them
 constexpr int MIN_GROUP = 64;  // of codes
@@ -83,11 +85,11 @@ struct Plan {
     int64_t parts, chunks, chunk, units;
     int heads, block, threads;
 
-    explicit Plan(const Call& c) {
+    Plan(const Call& c, std::pair<int, int64_t> most_of) : block(most_of.first) {
         static constexpr int64_t sizes[] = {4, 2, 2, 1};
         const int64_t queries = c.N / c.K, row = c.H * sizes[c.kv_type], positions = c.length - c.first;
-        const int64_t most = std::max<int64_t>(1, std::min(BLOCK_BYTES / (BLOCK * row), QUERY_BYTES / (queries * c.H * 8)));
-        block = queries >= 4 || c.groups ? LONG_BLOCK : BLOCK;
+        const int64_t fitting = std::min(BLOCK_BYTES / (BLOCK * row), QUERY_BYTES / (queries * c.H * 8));
+        const int64_t most = std::max<int64_t>(1, std::min(fitting, most_of.second));
         parts = (c.K + most - 1) / most;
         heads = int((c.K + parts - 1) / parts);
         parts = (c.K + heads - 1) / heads;
@@ -111,6 +113,11 @@ struct Plan {
 // Of some queries: sums of weighted values, largest scores, sums of weights.
 struct Partial {
     float *acc, *m, *l;
+
+    static Partial at(float* memory, const Call& c, const Plan& plan) {
+        const int64_t queries = plan.heads * (c.N / c.K);
+        return Partial{memory, memory + queries * c.H, memory + queries * (c.H + 1)};
+    }
 };
 
 struct Shared {
@@ -120,7 +127,7 @@ struct Shared {
     int* taken;              // of a task from which on some were done as one piece: how many
 
     Shared(const Call& c, const Plan& plan, Pool& pool) {
-        const size_t floats = size_t(plan.tasks() * stride(c, plan));
+        const size_t floats = plan.chunks > 1 ? size_t(plan.tasks() * stride(c, plan)) : 0;
         char* memory = pool.memory(floats * 4 + size_t(plan.units) * sizeof(*left) + size_t(plan.tasks()) * 4);
         sums = reinterpret_cast<float*>(memory);
         left = reinterpret_cast<std::atomic<int>*>(sums + floats);
@@ -140,9 +147,7 @@ struct Shared {
         return (plan.heads * (c.N / c.K) * (c.H + 2) + 15) / 16 * 16;
     }
     Partial partial(const Call& c, const Plan& plan, int64_t task) const {
-        const int64_t queries = plan.heads * (c.N / c.K);
-        float* acc = sums + task * stride(c, plan);
-        return Partial{acc, acc + queries * c.H, acc + queries * (c.H + 1)};
+        return Partial::at(sums + task * stride(c, plan), c, plan);
     }
 };
 
@@ -204,6 +209,7 @@ namespace amx {
 #include "matrix.h"
 #include "codes.h"
 #include "code_values.h"
+#include "code_matrix.h"
 #include "attend.h"
 }  // namespace amx
 namespace level = amx;
@@ -214,7 +220,7 @@ extern "C" {
 
 void flex_attend(const Call* call) {
     const Call& c = *call;
-    const Plan plan(c);
+    const Plan plan(c, level::block_of(c));
     // By this thread, before any other reads: it is little.
     if (c.k_new) append(c, 0, c.k_new);
     if (c.v_new) append(c, c.half_bytes, c.v_new);

@@ -9,19 +9,18 @@ constexpr int TILE_ROWS = 16, BLOCK_TILES = LONG_BLOCK / TILE_ROWS;
 // What is fetched with a tile of 16 lines; the others are fetched while weights are made, and turned.
 constexpr int LINES_A_SCORE_TILE = 8, LINES_A_VALUE_TILE = 13;
 
-// What the processor's eight tiles hold: while scores are made, while values are added, and of codes while either is.
+// What the processor's eight tiles hold: while scores are made, and while values are added.
 constexpr int SUMS = 0, KEYS = 4, QUERIES = 6;
 constexpr int OUT = 0, WEIGHTS = 4, VALUES = 6;
-constexpr int CODE_SUMS = 0, CODE_KEYS = 1, CODE_QUERIES = 2, CODE_OUT = 3, CODE_WEIGHTS = 4, CODE_VALUES = 5;
 
-enum class Work { none, scores, values, codes };
+enum class Work { none, scores, values };
 inline thread_local int shape_now = 0;
 
-// For GT queries. Codes' queries always fill a row: eight high bytes, eight low ones.
+// For GT queries, or columns of queries.
 template <Work WORK, int GT>
 inline void shape() {
-    if (shape_now == 16 * int(WORK) + GT) return;
-    shape_now = 16 * int(WORK) + GT;
+    if (shape_now == 32 * int(WORK) + GT) return;
+    shape_now = 32 * int(WORK) + GT;
     Tiles t{};
     const auto set = [&](int tile, int count, int rows, int bytes) {
         for (int i = tile; i < tile + count; ++i) t.rows[i] = uint8_t(rows), t.row_bytes[i] = uint16_t(bytes);
@@ -29,13 +28,9 @@ inline void shape() {
     t.palette = 1;
     if (WORK == Work::scores) {
         static_assert(SUMS + BLOCK_TILES <= KEYS);
-        set(SUMS, BLOCK_TILES, 16, 4 * GT), set(KEYS, 2, 16, 64), set(QUERIES, 1, 16, 4 * GT);
-    } else if (WORK == Work::values) {
-        set(OUT, 4, 2 * GT, 64), set(WEIGHTS, 2, 2 * GT, 64), set(VALUES, 2, 16, 64);
+        set(SUMS, BLOCK_TILES, 16, 4 * GT), set(KEYS, 2, 16, 64), set(QUERIES, 2, 16, 4 * GT);
     } else {
-        set(CODE_SUMS, 1, 16, 64), set(CODE_KEYS, 1, 16, 64), set(CODE_QUERIES, 1, 16, 64);
-        set(CODE_OUT, 1, 2 * GT, 64), set(CODE_WEIGHTS, 1, 2 * GT, LONG_BLOCK);
-        set(CODE_VALUES, 1, LONG_BLOCK / 4, 64);
+        set(OUT, 4, 2 * GT, 64), set(WEIGHTS, 2, 2 * GT, 64), set(VALUES, 2, 16, 64);
     }
     configure(t);
 }
@@ -90,14 +85,9 @@ inline void scores_matrix(const Call& c, const Rows& rows, const float* q, float
     each_of<BLOCK_TILES>([&](auto i) { tile_store<SUMS + i>(out + i * TILE_ROWS * GT, 4 * GT); });
 }
 
-// Weights [position][GT] of TILE_ROWS positions, or of as many as `count` numbers are, as [GT][position].
+// Words [position][GT] of TILE_ROWS positions as [GT][position].
 template <int GT>
-inline void turn_weights(const float* weight, int count, V* to) {
-    V x[GT];
-    for (int i = 0; i < GT; ++i, count -= W) {
-        const uint32_t some = count >= W ? ~0u : count > 0 ? (1u << count) - 1 : 0;
-        x[i] = _mm512_maskz_loadu_ps(__mmask16(some), weight + i * W);
-    }
+inline void turn_words(const V* x, V* to) {
     if constexpr (GT == 8) {
         const __m512i first = _mm512_setr_epi32(0, 8, 16, 24, 1, 9, 17, 25, 2, 10, 18, 26, 3, 11, 19, 27);
         const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(4));
@@ -113,6 +103,13 @@ inline void turn_weights(const float* weight, int count, V* to) {
     in_order(to[0], to[1], to[2], to[3]);
 }
 
+// The first `count` of some numbers, but for those of vectors before `at`; the rest of a vector is zero.
+inline V some_of(const float* from, int at, int count) {
+    const int left = count - at;
+    const uint32_t some = left >= W ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
+    return _mm512_maskz_loadu_ps(__mmask16(some), from + at);
+}
+
 // Weights [position][GT] of a block as first factors, of each TILE_ROWS positions [2][GT][position]: a word of a weight in
 // bf16 and a zero, then of a zero and the weight. Times a row's pairs of numbers they give the first of each, and the second;
 // beside a value that is infinite or no number, also one whose weight is 0, the other of its pair is no number.
@@ -120,8 +117,9 @@ template <int GT>
 inline void pair_with_zeros(const float* weight, int count, uint32_t* to) {
     const Dots half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32(int(0xffff0000u));
     for (int tile = 0; tile < BLOCK_TILES; ++tile, to += 2 * GT * W) {
-        V x[GT];
-        turn_weights<GT>(weight + tile * GT * W, count - tile * GT * W, x);
+        V some[GT], x[GT];
+        for (int i = 0; i < GT; ++i) some[i] = some_of(weight, (tile * GT + i) * W, count);
+        turn_words<GT>(some, x);
         for (int g = 0; g < GT; ++g) {
             const Dots rounded = _mm512_add_epi32((Dots)x[g], half);
             _mm512_store_si512(to + g * W, _mm512_srli_epi32(rounded, 16));
@@ -182,7 +180,7 @@ inline void attend_matrix(const Call& c, int heads, int block, int g0, const cha
     alignas(64) uint32_t weights[2][BLOCK_TILES * 2 * GT * W];
     shape<Work::scores, GT>();
     for (int h = 0; h < heads; ++h) {
-        const Rows keys(data + h * bytes, c.position_bytes, block, bytes, memory);
+        const Rows keys(data + h * bytes, c.position_bytes, block, LONG_BLOCK, bytes, memory);
         scores_matrix<GT>(c, keys, q + h * packed_floats(c) + g0 * c.H, score + h * block * GT, values_now);
     }
     // Not sooner: a vector that two rows of a tile make up can be loaded only once both lie in memory.
@@ -200,7 +198,7 @@ inline void attend_matrix(const Call& c, int heads, int block, int g0, const cha
             keys_next.lines(with_weights);
             pair_with_zeros<GT>(score + (h + 1) * block * GT, block * GT, weights[(h + 1) % 2]);
         }
-        const Rows values(data + c.half_bytes + h * bytes, c.position_bytes, block, bytes, memory);
+        const Rows values(data + c.half_bytes + h * bytes, c.position_bytes, block, LONG_BLOCK, bytes, memory);
         values_matrix<GT>(c, values, weights[h % 2], alpha + h * GT, to.acc + (h * queries + g0) * c.H, keys_next);
     }
 }

@@ -4,23 +4,26 @@
 
 using V = Simd::V;
 constexpr int W = Simd::W, NR = Simd::NR;
-#ifdef AMX
-constexpr bool TILES = true;
-#else
-constexpr bool TILES = false;
-#endif
-
 // Powers of two that a weight may come to before all sums so far are scaled down.
 constexpr float SLACK = 8;
 
-// 2 to the power of x <= SLACK, nothing under 2^-126: the series to the sixth power, off by 1e-7 at most.
+// 2 to the power of x <= SLACK, nothing under LEAST_POWER; of 0 exactly 1. The polynomial is the one whose largest relative
+// error over [0, 1) is least, 8e-8.
 inline V exp2(V x) {
-    const V least = Simd::set1(-126.0f), bounded = Simd::larger(x, least), n = Simd::nearest(bounded);
-    const V f = Simd::fma(n, Simd::set1(-1.0f), bounded);
-    V y = Simd::set1(1.5403530e-4f);
-    for (float each : {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.0f})
+    const V f = Simd::fraction(x);
+    V y = Simd::set1(1.8671302e-3f);
+    for (float each : {9.0170298e-3f, 5.5799913e-2f, 2.4016444e-1f, 6.9315130e-1f, 1.0f})
         y = Simd::fma(y, f, Simd::set1(each));
-    return Simd::where_ge(x, least, Simd::times_power(y, n));
+    return Simd::times_power(y, x);
+}
+
+// f over the lanes of each query, in all of them: lanes are GT queries, and the same again.
+template <int GT, class F>
+inline V fold(V x, F&& f) {
+    if constexpr (GT < W)
+        return fold<2 * GT>(f(x, Simd::turned<GT>(x)), f);
+    else
+        return x;
 }
 
 // Calls f(how many, from which) for the queries of a key head: eight at a time, then four, two, one.
@@ -59,53 +62,63 @@ inline V of_group(const float* values, int group) {
     return Simd::zero();
 }
 
-inline void fetch(const char* p, int64_t bytes) {
-    const char* end = p + bytes;
-    for (p = (const char*)(uintptr_t(p) / 64 * 64); p < end; p += 64) __builtin_prefetch(p, 0, 2);
-}
-
 // Rows of one head, `step` bytes apart.
 struct Rows {
     const char* data;
     int64_t step;
 
-    // `count` of them, in `memory` followed by rows of zeros if they are less than a whole block.
-    Rows(const char* data, int64_t step, int count, int64_t bytes, char* memory) : data(data), step(step) {
-        if (count == LONG_BLOCK) return;
+    // `count` of them, in `memory` followed by rows of zeros if they are less than a `whole` block.
+    Rows(const char* data, int64_t step, int count, int whole, int64_t bytes, char* memory) : data(data), step(step) {
+        if (count == whole) return;
         for (int p = 0; p < count; ++p) std::memcpy(memory + p * bytes, data + p * step, size_t(bytes));
-        std::memset(memory + count * bytes, 0, size_t((LONG_BLOCK - count) * bytes));
+        std::memset(memory + count * bytes, 0, size_t((whole - count) * bytes));
         this->data = memory, this->step = bytes;
     }
 };
 
 // Fetches what is read next while something else is computed, in the order in which it lies: that is what the
-// processor's own prefetching follows. `runs` runs of `run` bytes, `step` apart. Lines are spread over all that is computed,
-// by the time that it takes: a core waits while many are under way, and with none under way memory is idle.
-struct Fetcher {
-    const char *start, *at, *end;
-    int64_t run, step;
-    int runs;
+// processor's own prefetching follows. Lines are spread over all that is computed, by the time that it takes: a core waits
+// while many are under way, and with none under way memory is idle.
+class Fetcher {
+   public:
+    // `runs` runs of `run` bytes, `step` apart.
+    Fetcher(const char* from, int64_t run, int64_t step, int runs) { before(from, run, step, runs); }
 
-    Fetcher(const char* from, int64_t run, int64_t step, int runs) : start(from), run(run), step(step), runs(runs) {
+    // Others before all that there are.
+    void before(const char* from, int64_t run, int64_t step, int runs) {
+        if (runs <= 0) return;
+        parts_[count_++] = Part{from, run, step, runs};
         begin();
     }
-    void begin() {
-        at = (const char*)(uintptr_t(start) / 64 * 64);
-        end = start + run;
-    }
     void lines(int count) {
-        if (runs <= 0) return;
+        if (!count_) return;
         for (int i = 0; i < count; ++i) {
-            __builtin_prefetch(at, 0, 2);  // Into the second cache: the first would be too small.
-            if ((at += 64) < end) continue;
-            if (--runs <= 0) return;
-            start += step;
+            __builtin_prefetch(at_, 0, 2);  // Into the second cache: the first would be too small.
+            if ((at_ += 64) < end_) continue;
+            Part& part = parts_[count_ - 1];
+            part.from += part.step;
+            if (--part.runs <= 0 && !--count_) return;
             begin();
         }
     }
     void rest() {
-        while (runs > 0) lines(64);
+        while (count_) lines(64);
     }
+
+   private:
+    struct Part {
+        const char* from;
+        int64_t run, step;
+        int runs;
+    };
+    void begin() {
+        const Part& part = parts_[count_ - 1];
+        at_ = (const char*)(uintptr_t(part.from) / 64 * 64);
+        end_ = part.from + part.run;
+    }
+    Part parts_[5];
+    int count_ = 0;
+    const char *at_ = nullptr, *end_ = nullptr;
 };
 
 // Scores of `rows` rows, [row][GT], of the queries from `g0` on.
@@ -190,50 +203,54 @@ inline void scores(const Call& c, const Row* row, int rows, int g0, float* out, 
 template <int GT>
 inline void weigh(int heads, int block, const float* bias, float* score, float* m, float* l, float* alpha, Fetcher& next,
                   int lines) {
-    const int count = block * GT;
+    const int count = block * GT, whole = count / W * W;
     for (int h = 0; h < heads; ++h, score += count, m += GT, l += GT, alpha += GT) {
         if (bias)
             for (int p = 0; p < block; ++p)
                 for (int g = 0; g < GT; ++g) score[p * GT + g] += bias[p] * LOG2E;
-        // Lanes of a vector are queries, and then the next position's; what is past the end repeats the first.
-        float lane[W], change[W] = {};
-        V top = Simd::set1(LOWEST), sum = Simd::zero();
-        const int whole = count / W * W;
-        for (int i = 0; i < whole; i += W) top = Simd::larger(Simd::load(score + i), top);
-        Simd::store(lane, top);
-        for (int i = whole; i < count; ++i) lane[i - whole] = std::max(lane[i - whole], score[i]);
-        for (int step = W; (step /= 2) >= GT;)
-            for (int i = 0; i < step; ++i) lane[i] = std::max(lane[i], lane[i + step]);
-        bool moved = false;
-        for (int g = 0; g < GT; ++g) {
-            lane[g] = lane[g] > m[g] + SLACK ? lane[g] : m[g];
-            change[g] = m[g] - lane[g];
-            m[g] = lane[g];
-            moved |= change[g] != 0;
+        // Lanes of a vector are queries, and then the next position's; the last one may not be full.
+        float last[W];
+        std::fill_n(last, W, LOWEST);
+        std::copy(score + whole, score + count, last);
+        V top = Simd::load(last), sum = Simd::zero(), tops[4], sums[4];
+        for (int i = 0; i < 4; ++i) tops[i] = top, sums[i] = sum;
+        // Four at a time, so that none waits for the one before it.
+        const int fours = whole / (4 * W) * (4 * W);
+        for (int i = 0; i < fours; i += 4 * W)
+            for (int j = 0; j < 4; ++j) tops[j] = Simd::larger(Simd::load(score + i + j * W), tops[j]);
+        for (int i = fours; i < whole; i += W) top = Simd::larger(Simd::load(score + i), top);
+        for (V each : tops) top = Simd::larger(each, top);
+        top = fold<GT>(top, [](V a, V b) { return Simd::larger(a, b); });
+        const V before = Simd::repeat<GT>(m), most = before + Simd::set1(SLACK);
+        V now = before, change = Simd::set1(1.0f);
+        if (Simd::any_gt(top, most)) {
+            now = Simd::where_gt(top, most, top, before);
+            change = exp2(before - now);
+            Simd::store_first<GT>(m, now);
         }
-        if (moved)
-            Simd::store(change, exp2(Simd::load(change)));
-        else
-            std::fill_n(change, GT, 1.0f);
-        for (int i = GT; i < W; ++i) lane[i] = lane[i - GT];
-        const V minus = Simd::mul(Simd::load(lane), Simd::set1(-1.0f)), one = Simd::set1(1.0f);
-        for (int i = 0; i < whole; i += W) {
-            const V weight = exp2(Simd::fma(Simd::load(score + i), one, minus));
+        Simd::store_first<GT>(alpha, change);
+        const auto one = [&](int i) {
+            const V weight = exp2(Simd::load(score + i) - now);
             Simd::store(score + i, weight);
+            return weight;
+        };
+        for (int i = 0; i < fours; i += 4 * W) {
+            for (int j = 0; j < 4; ++j) sums[j] = sums[j] + one(i + j * W);
+            next.lines(4 * lines);
+        }
+        for (int i = fours; i < whole; i += W) {
+            sum = sum + one(i);
             next.lines(lines);
-            sum = Simd::fma(weight, one, sum);
         }
-        Simd::store(lane, sum);
+        for (V each : sums) sum = sum + each;
         if (whole < count) {
-            float rest[W];
-            for (int i = 0; i < W; ++i) rest[i] = whole + i < count ? score[whole + i] - m[i % GT] : LOWEST;
-            Simd::store(rest, exp2(Simd::load(rest)));
-            for (int i = 0; i < W; ++i) lane[i] += rest[i];
-            for (int i = whole; i < count; ++i) score[i] = rest[i - whole];
+            const V weight = exp2(Simd::load(last) - now);
+            Simd::store(last, weight);
+            std::copy_n(last, count - whole, score + whole);
+            sum = sum + weight;
         }
-        for (int step = W; (step /= 2) >= GT;)
-            for (int i = 0; i < step; ++i) lane[i] += lane[i + step];
-        for (int g = 0; g < GT; ++g) l[g] = l[g] * (alpha[g] = change[g]) + lane[g];
+        sum = fold<GT>(sum, [](V a, V b) { return a + b; });
+        Simd::store_first<GT>(l, Simd::fma(Simd::repeat<GT>(l), change, sum));
     }
 }
 

@@ -46,11 +46,35 @@ struct Simd {
         store(out, _mm256_add_ps(_mm256_permute2f128_ps(c, d, 0x20), _mm256_permute2f128_ps(c, d, 0x31)));
     }
 
-    static V nearest(V x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
     static V larger(V a, V b) { return _mm256_max_ps(a, b); }
-    static V times_power(V y, V n) {
-        const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
-        return _mm256_mul_ps(y, _mm256_castsi256_ps(power));
+    static bool any_gt(V a, V b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
+    static V where_gt(V a, V b, V x, V y) { return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
+
+    static V whole(V x) { return _mm256_floor_ps(_mm256_max_ps(x, set1(LEAST_POWER))); }
+    static V fraction(V x) { return _mm256_sub_ps(_mm256_max_ps(x, set1(LEAST_POWER)), whole(x)); }
+    static V times_power(V y, V x) {
+        const __m256i n = _mm256_add_epi32(_mm256_cvtps_epi32(whole(x)), _mm256_set1_epi32(127));
+        const V product = _mm256_mul_ps(y, _mm256_castsi256_ps(_mm256_slli_epi32(n, 23)));
+        return _mm256_and_ps(_mm256_cmp_ps(x, set1(LEAST_POWER), _CMP_GE_OQ), product);
     }
-    static V where_ge(V x, V least, V y) { return _mm256_and_ps(_mm256_cmp_ps(x, least, _CMP_GE_OQ), y); }
+
+    template <int STEP>
+    static V turned(V x) {
+        const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        return _mm256_permutevar8x32_ps(x, _mm256_add_epi32(lane, _mm256_set1_epi32(STEP)));
+    }
+    template <int N>
+    static V repeat(const float* p) {
+        if constexpr (N == 8) return load(p);
+        if constexpr (N == 4) return _mm256_broadcast_ps((const __m128*)p);
+        if constexpr (N == 2) return _mm256_castpd_ps(_mm256_broadcast_sd((const double*)p));
+        if constexpr (N == 1) return set1(*p);
+    }
+    template <int N>
+    static void store_first(float* p, V v) {
+        if constexpr (N == 8) store(p, v);
+        if constexpr (N == 4) _mm_storeu_ps(p, _mm256_castps256_ps128(v));
+        if constexpr (N == 2) _mm_storel_pi((__m64*)p, _mm256_castps256_ps128(v));
+        if constexpr (N == 1) *p = v[0];
+    }
 };

@@ -51,8 +51,30 @@ struct Simd {
         store(out, _mm512_add_ps(_mm512_shuffle_f32x4(d, e, 0x88), _mm512_shuffle_f32x4(d, e, 0xdd)));
     }
 
-    static V nearest(V x) { return _mm512_roundscale_ps(x, 8); }
     static V larger(V a, V b) { return _mm512_max_ps(a, b); }
-    static V times_power(V y, V n) { return _mm512_scalef_ps(y, n); }
-    static V where_ge(V x, V least, V y) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, least, _CMP_GE_OQ), y); }
+    static bool any_gt(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+    static V where_gt(V a, V b, V x, V y) { return _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), x); }
+
+    static V fraction(V x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+    static V times_power(V y, V x) {
+        return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, set1(LEAST_POWER), _CMP_GE_OQ), y, x);
+    }
+
+    template <int STEP>
+    static V turned(V x) {
+        const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        return _mm512_permutexvar_ps(_mm512_add_epi32(lane, _mm512_set1_epi32(STEP)), x);
+    }
+    template <int N>
+    static V repeat(const float* p) {
+        if constexpr (N == 16) return load(p);
+        if constexpr (N == 8) return _mm512_broadcast_f32x8(_mm256_loadu_ps(p));
+        if constexpr (N == 4) return _mm512_broadcast_f32x4(_mm_loadu_ps(p));
+        if constexpr (N == 2) return _mm512_castpd_ps(_mm512_set1_pd(*(const double*)p));
+        if constexpr (N == 1) return set1(*p);
+    }
+    template <int N>
+    static void store_first(float* p, V v) {
+        _mm512_mask_storeu_ps(p, __mmask16((1u << N) - 1), v);
+    }
 };

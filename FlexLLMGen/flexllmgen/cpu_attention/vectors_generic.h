@@ -46,17 +46,44 @@ struct Simd {
         for (int i = 0; i < NR; ++i) out[i] = (a[i][0] + a[i][1]) + (a[i][2] + a[i][3]);
     }
 
-    static V nearest(V x) { return V{rintf(x[0]), rintf(x[1]), rintf(x[2]), rintf(x[3])}; }
     static V larger(V a, V b) {
         for (int i = 0; i < W; ++i) a[i] = a[i] > b[i] ? a[i] : b[i];
         return a;
     }
-    static V times_power(V y, V n) {
-        for (int i = 0; i < W; ++i) y[i] *= of_bits(uint32_t(int(n[i]) + 127) << 23);
+    static bool any_gt(V a, V b) {
+        bool any = false;
+        for (int i = 0; i < W; ++i) any |= a[i] > b[i];
+        return any;
+    }
+    static V where_gt(V a, V b, V x, V y) {
+        for (int i = 0; i < W; ++i) y[i] = a[i] > b[i] ? x[i] : y[i];
         return y;
     }
-    static V where_ge(V x, V least, V y) {
-        for (int i = 0; i < W; ++i) y[i] = x[i] >= least[i] ? y[i] : 0.0f;
+
+    static V fraction(V x) {
+        for (int i = 0; i < W; ++i) x[i] = x[i] >= LEAST_POWER ? x[i] - std::floor(x[i]) : 0;
+        return x;
+    }
+    static V times_power(V y, V x) {
+        for (int i = 0; i < W; ++i)
+            y[i] = x[i] >= LEAST_POWER ? y[i] * of_bits(uint32_t(int(std::floor(x[i])) + 127) << 23) : 0;
         return y;
+    }
+
+    template <int STEP>
+    static V turned(V x) {
+        V y;
+        for (int i = 0; i < W; ++i) y[i] = x[(i + STEP) % W];
+        return y;
+    }
+    template <int N>
+    static V repeat(const float* p) {
+        V y;
+        for (int i = 0; i < W; ++i) y[i] = p[i % N];
+        return y;
+    }
+    template <int N>
+    static void store_first(float* p, V v) {
+        std::memcpy(p, &v, N * sizeof(float));
     }
 };
