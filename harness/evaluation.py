@@ -14,6 +14,7 @@ from harness import exit_codes
 from harness.config import Settings
 from harness.job import Job
 from harness.launch import Launch, one_signal_ignored
+from harness.policy_words import unused_leave
 from harness.provenance import collect_provenance, without_credentials
 from harness.report import Report
 from harness.results import RunResult, Timeline
@@ -111,6 +112,8 @@ class _Evaluation:
             self.report.plan(event["plan"], event["hardware"], to_stdout=self.job.dry_run)
         for warning in event["warnings"]:
             self.report.warn(warning)
+        if self.job.common.allow_lossy and (words := unused_leave(event["plan"])):
+            self.report.warn(words)
         if self.job.dry_run:
             return
         if self.tracker is not None:

@@ -66,7 +66,9 @@ def draw_memory(timeline: Timeline, result: RunResult, path: Path) -> Path:
         times, gib = [time for time, _ in points], [value / GIB for _, value in points]
         highest = max(highest, *gib)
         # The peak is told in the legend: labels on curves that lie close together cover each other.
-        label = f"{label}, peak {_gib(max(gib))}"
+        # The run's own may have come between two samples.
+        recorded = result.metrics.get("peak_rss_bytes", 0.0) / GIB if name == "rss_bytes" else 0.0
+        label = f"{label}, peak {_gib(max(*gib, recorded))}"
         axes.plot(times, gib, color=colour, linestyle=_DASHES[number], linewidth=2.4, label=label)
         axes.plot(times[_argmax(gib)], max(gib), "o", color=colour, markersize=7)
     if highest == 0.0:
@@ -181,7 +183,9 @@ def _draw_caps(axes: Axes, result: RunResult, highest_gib: float) -> None:
         if not isinstance(cap_bytes, int | float) or not cap_bytes:
             continue  # no cap was set
         cap_gib = cap_bytes / GIB
-        label = f"--{name.replace('_', '-')} cap, {_gib(cap_gib)}"
+        # Beside what a cap counts, host memory holds the process itself.
+        what = "cap" if name == "gpu_mem" and result.plan.get("device") == "cuda" else "of model"
+        label = f"--{name.replace('_', '-')} {what}, {_gib(cap_gib)}"
         if cap_gib <= highest_gib * IN_VIEW:
             axes.axhline(cap_gib, color=colour, linestyle=":", linewidth=2.2, label=label)
         else:

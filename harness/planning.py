@@ -15,6 +15,7 @@ from flexllmgen.errors import OffloadError, UsageError
 from harness.config import Settings
 from harness.models import resolve_model
 from harness.plan_view import PlanView
+from harness.policy_words import unused_leave
 from harness.prepare import (
     check_context,
     choose_machine,
@@ -97,6 +98,8 @@ def make_plan(
     with _log_shown(report.verbose):
         plan = strategy.plan(replace(request, profile=profile))
     warnings += plan.warnings
+    if config.allow_lossy and (words := unused_leave(plan.as_dict())):
+        warnings.append(words)
     return plan, profile, warnings
 
 

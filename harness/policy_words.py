@@ -20,6 +20,18 @@ def special_words(policy: Mapping[str, Any]) -> Iterator[str]:
         yield f"{policy['recompute']:.0%} of the KV in host memory made anew"
 
 
+def unused_leave(plan: Mapping[str, Any]) -> str | None:
+    """What to tell whoever gave leave to a plan that nobody searched for; None where a search could use it.
+
+    >>> unused_leave({"strategy": "flexgen"})
+    '--allow-lossy has no effect on flexgen: it gives up what its own keys (--set) say'
+    >>> unused_leave({"strategy": "autoflex", "search": {}})
+    """
+    if "search" in plan:
+        return None
+    return f"--allow-lossy has no effect on {plan['strategy']}: it gives up what its own keys (--set) say"
+
+
 def batch_words(plan: Mapping[str, Any]) -> str:
     """How many sequences are run together, and whose choice that is where a search made another than the user.
 

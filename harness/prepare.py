@@ -226,6 +226,8 @@ def cap_machine(
             )
     elif gpu_bytes is not None:
         # What stands in for a GPU's memory is this machine's own.
+        if gpu_bytes > available:
+            warnings.append(f"--gpu-mem is more than the {gib(available)} that can be had here, which count")
         gpu_bytes = min(gpu_bytes, available)
         available -= gpu_bytes
     if config.cpu_mem and config.cpu_mem > available:

@@ -216,7 +216,8 @@ def _what(result: RunResult) -> str:
     details = [
         f"{name} {param_text(result.params[name])}" for name in ("dtype", "weights") if name in result.params
     ]
-    if (batch := result.params.get("batch_size")) is not None:
+    # The plan's, which a search may have chosen.
+    if (batch := result.plan.get("batch_size", result.params.get("batch_size"))) is not None:
         details.append(f"batch {batch}")
     if (gen := result.params.get("gen_len")) is not None:
         details.append(f"{result.params.get('input_len')} tokens in, {gen} out")

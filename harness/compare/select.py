@@ -23,6 +23,8 @@ _LATEST = re.compile(r"@latest(?:~(?P<back>\d+))?(?::(?P<strategy>[^~]+))?(?:~(?
 _DIRTY = re.compile(r"(?P<name>.+)\+dirty(?:\.(?P<patch>[0-9a-f]+))?")
 # MLflow's ids and ours; a cell's goes on with its name.
 _RUN_ID = re.compile(r"[0-9a-f-]{32}")
+# The first digits, as a list of runs shows them.
+_ID_BEGINNING = re.compile(r"[0-9a-f-]{8,}")
 _SHA = re.compile(r"[0-9a-f]{4,40}")
 _LISTED = 5  # how many commits an error names
 
@@ -127,11 +129,26 @@ class Records:
         """Results by our ids or MLflow's, of runs, cells and benchmarks; folders first."""
 
         def is_named(one: Measured) -> bool:
-            return name in (one.result.run_uuid, one.group, *one.run_ids)
+            return name in _ids(one)
 
-        found = [one for one in self.local if is_named(one)]
+        found = [one for one in self.local if is_named(one)] or self._beginning(name)
         if not found and _RUN_ID.match(name) and self.store is not None:
             found = [one for one in self.store.of_run(name) if _ended(one)]
+        return found
+
+    def _beginning(self, name: str) -> list[Measured]:
+        """Results of the folder whose ids begin with `name`, if it is long enough and no commit's.
+
+        Raises:
+            UsageError: several runs or benchmarks begin so.
+        """
+        if not _ID_BEGINNING.fullmatch(name) or resolve(self.cwd, name):
+            return []
+        found = [one for one in self.local if any(each.startswith(name) for each in _ids(one))]
+        groups = sorted({one.group for one in found})
+        if len(groups) > 1:
+            shown = ", ".join(groups[:_LISTED])
+            raise UsageError(f"{name!r} begins the ids of several runs: {shown}; give more digits")
         return found
 
     def _of_revision(self, name: str) -> Selection:
@@ -253,6 +270,11 @@ def _of_strategy(found: Sequence[Measured], strategy: str | None) -> list[Measur
 
 def _is_wanted(revision: Revision, dirty: bool, patch: str | None) -> bool:
     return revision.dirty == dirty and (patch is None or revision.patch.startswith(patch))
+
+
+def _ids(one: Measured) -> tuple[str, ...]:
+    """What a result may be named by: our id, its benchmark's, MLflow's."""
+    return (one.result.run_uuid, one.group, *one.run_ids)
 
 
 def _ended(one: Measured) -> bool:

@@ -151,6 +151,25 @@ def test_memory_cap_is_drawn_where_it_is_in_view(tmp_path: Path) -> None:
     assert draw_memory(make_timeline(), far, tmp_path / "far.png").read_bytes() != none
 
 
+def test_the_peak_is_the_runs_own_also_between_samples(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    told: list[str] = []
+
+    def legend(figure: Figure, **_: object) -> None:
+        told.extend(label for axes in figure.axes for label in axes.get_legend_handles_labels()[1])
+
+    monkeypatch.setattr("harness.pictures.draw_legend", legend)
+    params = {"cpu_mem": 2**31, "gpu_mem": 2**31}
+    for peak_gib in (0.5, 64):
+        result = make_result(
+            metrics={"peak_rss_bytes": peak_gib * 2**30}, params=params, plan={"device": "cuda"}
+        )
+        draw_memory(make_timeline(), result, tmp_path / "memory.png")
+    assert ["peak 64 GiB" in label for label in told if "RSS" in label] == [False, True]
+    assert {"--cpu-mem of model, 2 GiB", "--gpu-mem cap, 2 GiB"} <= set(told)
+
+
 @pytest.mark.parametrize(
     "timeline",
     [

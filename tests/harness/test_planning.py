@@ -125,6 +125,18 @@ def test_nothing_fits_tells_the_least_change(plan: Run, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("strategy", "told"), [("flexgen", True), ("autoflex", False)])
+def test_leave_that_no_search_could_use_is_told_of(plan: Run, strategy: str, told: bool) -> None:
+    done = plan("gpu", "--model", "opt-30b", "--strategy", strategy, "--batch-size", 8, "--allow-lossy")
+    assert (f"--allow-lossy has no effect on {strategy}" in done.stderr) is told
+
+
+def test_a_cap_of_more_than_a_machine_without_a_gpu_has_is_told_of(plan: Run) -> None:
+    done = plan("laptop", "--model", "opt-1.3b", "--gpu-mem", "1000TiB")
+    assert "--gpu-mem is more than the " in done.stderr
+    assert "that can be had here, which count" in done.stderr
+
+
 @pytest.mark.parametrize("lossy", [(), ("--allow-lossy", "--set", "least_bits=8")])
 def test_what_a_search_finds_is_asked_for_by_hand(plan: Run, lossy: tuple[str, ...]) -> None:
     run = ("-m", "facebook/opt-30b", "--gpu-mem", "16GiB", "-n", 96, "--input-len", 512)

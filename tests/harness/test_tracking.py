@@ -178,6 +178,11 @@ def test_description_says_what_ran_and_what_came_out(tracker: Tracker, client: A
         assert words in note
 
 
+def test_description_tells_the_batch_that_ran() -> None:
+    result = make_result(params={"batch_size": 4}, plan={"batch_size": 8})
+    assert "batch 8" in describe(result, None)
+
+
 @pytest.mark.parametrize(("cut", "mode", "told"), [(3, "pad", True), (0, "pad", False), (3, "fill", False)])
 def test_description_tells_prompts_that_were_cut(cut: int, mode: str, told: bool) -> None:
     """A filled row is cut by design; a prompt of its own is not."""

@@ -46,6 +46,18 @@ def test_run_ids_of_ours_and_of_mlflow(tree: Tree) -> None:
     assert uuids(tree, "ab" * 16) == [one]
 
 
+def test_run_ids_by_their_first_digits(tree: Tree) -> None:
+    one, other = leave(tree.results, tree.commits[0], 10), leave(tree.results, tree.commits[0], 11)
+    for run, run_id in ((one, "ab12cd34" * 4), (other, "ab12cd35" * 4)):
+        (tree.results / run.run_uuid / ".delivered.json").write_text(json.dumps({"run_id": run_id}))
+    assert uuids(tree, "ab12cd34") == [one.run_uuid]
+    assert uuids(tree, "ab12cd35ab") == [other.run_uuid]
+    with pytest.raises(UsageError, match="begins the ids of several runs"):
+        uuids(tree, one.run_uuid[:20])
+    with pytest.raises(UsageError, match="no results of ab12cd3"):
+        uuids(tree, "ab12cd3")
+
+
 def test_the_latest_and_those_before(tree: Tree) -> None:
     oldest = leave(tree.results, tree.commits[4], 10, strategy="accelerate").run_uuid
     middle = leave(tree.results, tree.commits[0], 10).run_uuid
