@@ -65,6 +65,15 @@ _DEVICE_NAMES = {"cuda": "GPU", "cpu": "compute device"}
 
 
 _PIPED_WIDTH, _FILE_WIDTH = 1000, 120
+_SAME = 0.01
+
+
+def _before_loading(result: RunResult) -> float | None:
+    """What the plan that was shown predicted, where a calibration found something else."""
+    calibration = result.plan.get("calibration")
+    before = calibration.get("predicted_before_tok_s") if isinstance(calibration, Mapping) else None
+    now = result.metrics["predicted_tok_s"]
+    return before if before and abs(now / before - 1) > _SAME else None
 
 
 class _Out(Console):
@@ -267,6 +276,8 @@ class Report:
                 continue
             spread = result.spread.get(name)
             label = label.format(device=_DEVICE_NAMES.get(str(result.params.get("device")), "GPU"))
+            if name == "predicted_tok_s" and (shown := _before_loading(result)) is not None:
+                label += f" ({_reading(shown, unit)} before loading)"
             table.add_row(label, _reading(value, unit), "" if spread is None else f"{spread:.1%}")
         self._table(table)
         self._where(folder, how_to_see)

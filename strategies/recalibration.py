@@ -17,6 +17,7 @@ _WORTH_TELLING = 0.1
 """A prediction that changed by less is not spoken of."""
 _LONG_STEP_S = 2.0
 """Steps that take longer are not tried out for a calibration."""
+_FEWEST_TRIALS, _MOST_TRIALS, _TRIED_S = 3, 11, 0.4
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +38,10 @@ def shown_by(plan: Plan, engine: FlexgenEngine, profile: HardwareProfile | None)
     """Calibrates against a profile: the machine's, or the one that led to this plan, so that corrections add up."""
     placement = engine.engine.placement
     assert profile is not None
-    stepped = 0 < _step_s(plan) < _LONG_STEP_S
-    calibration = calibrate(placement, profile, engine.engine.probe(steps=stepped))
+    step_s = _step_s(plan)
+    stepped = 0 < step_s < _LONG_STEP_S
+    probe = engine.engine.probe(steps=stepped, trials=_trials(step_s, placement.max_context))
+    calibration = calibrate(placement, profile, probe)
     profile = corrected(profile, calibration, placement)
     cost = engine_cost(placement, profile)
     assert cost is not None
@@ -79,6 +82,13 @@ def back_to(first: Plan, tried: Plan, loss: float) -> Plan:
 def noted(plan: Plan, calibration: dict[str, Any]) -> Plan:
     """The plan, with what a calibration found out among its details."""
     return replace(plan, details={**plan.details, "calibration": calibration})
+
+
+def _trials(step_s: float, max_context: int) -> int:
+    """How many steps are tried: of short ones more, since what else the machine does troubles them more."""
+    wanted = max(_FEWEST_TRIALS, min(_MOST_TRIALS, int(_TRIED_S / step_s) if step_s else 0))
+    # Their tokens, one of a prompt and two besides must fit.
+    return max(_FEWEST_TRIALS, min(wanted, max_context - 3))
 
 
 def _step_s(plan: Plan) -> float:

@@ -133,6 +133,20 @@ def test_the_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert str(tmp_path / "results" / "u") in out
 
 
+@pytest.mark.parametrize(
+    ("before", "words"), [(83.6, "(83.60 tok/s before loading)"), (100.4, ""), (None, "")]
+)
+def test_the_table_says_what_was_predicted_before_loading(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, before: float | None, words: str
+) -> None:
+    plan = {"calibration": {"predicted_before_tok_s": before}}
+    metrics = {"generation_tok_s": 99.0, "predicted_tok_s": 100.0}
+    Report().result(make_result(metrics=metrics, plan=plan), tmp_path, None)
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  predicted"))
+    assert ("before loading" in row) is bool(words)
+    assert words in row
+
+
 def test_a_run_that_did_not_finish_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     Report().result(make_result(status=RunStatus.KILLED), tmp_path, None)
     assert "(KILLED)" in capsys.readouterr().out
