@@ -129,7 +129,7 @@ inline void find_groups(const Call& c, const Piece& piece, int64_t position, int
             const int row = in_code_tiles(c) ? GROUPS : groups;
             to += half * block * row;
             for (int p = 0; p < block; ++p, to += row, from.data += from.step) widen(from.data, groups, to);
-            // Where tiles are of more positions, weights of nothing are multiplied by these.
+            // Weights past the block's end are zero; what they are multiplied by must be a number.
             if (half && in_code_tiles(c)) std::fill_n(to, (CODE_BLOCK - block) * row, 0.0f);
         }
     }

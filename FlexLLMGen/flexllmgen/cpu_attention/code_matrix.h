@@ -15,6 +15,7 @@ constexpr int LINES_OF_WEIGHTS = 32, LINES_OF_COLUMNS = 16, LINES_OF_SUMS = 16;
 constexpr int GROUPS = W;
 constexpr int LARGER_SIZE = 0b1011;  // Told to the instruction that compares: by size, and without a sign.
 
+// Other numbers of queries come in groups of which some are too small for tiles: then none goes through them.
 inline bool in_code_tiles(const Call& c) { return by_codes(c) && c.N / c.K % 4 == 0; }
 
 // Loads a number into some lanes. By the assembler's name: compilers take two instructions.
@@ -152,10 +153,13 @@ struct CodeWeights {
     }
 };
 
+// Where a head is one chunk: that which is added up, that which is multiplied, and that which is prepared.
+constexpr int HEADS_AT_ONCE = 3;
+
 // What CodeSums works with; apart from it, as it is never set to zeros.
 template <int GT>
 struct CodeSpace {
-    CodeWeights<GT> weights[2][MOST_GROUPS];
+    CodeWeights<GT> weights[HEADS_AT_ONCE][MOST_GROUPS];
     alignas(64) Codes columns[2][CODE_BLOCK], sums[2][4][2 * GT];
     alignas(64) char memory[CODE_BLOCK * MOST_GROUPS * CHUNK];
 };
@@ -186,7 +190,7 @@ struct CodeSums {
     }
 
     const CodeWeights<GT>& weights_of(int head, int chunk) const {
-        return space.weights[head % 2][chunk * CHUNK / c.group_size];
+        return space.weights[head % HEADS_AT_ONCE][chunk * CHUNK / c.group_size];
     }
 
     void prepare(int head, int chunk, Codes* to) {
@@ -195,7 +199,7 @@ struct CodeSums {
             rows = Rows(data + head * c.H, c.position_bytes, block, CODE_BLOCK, c.H, space.memory);
             const int lines = int((LINES_OF_WEIGHTS * c.group_size / CHUNK + Weights::COUNT - 1) / Weights::COUNT);
             for (int i = 0; i < c.groups; ++i)
-                space.weights[head % 2][i].set(weight + head * block * GT, block * GT, scale + head * c.groups + i,
+                space.weights[head % HEADS_AT_ONCE][i].set(weight + head * block * GT, block * GT, scale + head * c.groups + i,
                                          zero + head * c.groups + i, next, lines);
         }
         const char* v = rows.data + chunk * CHUNK;

@@ -24,7 +24,6 @@ inline Codes products(Codes sum, Codes codes, Codes bytes) {
     return sum;
 }
 inline Codes times_256(Codes x) { return _mm512_slli_epi32(x, 8); }
-inline V largest(V x) { return Simd::set1(_mm512_reduce_max_ps(x)); }
 
 // How many times in_groups calls for the first `queries`, and so where the packed queries of a call begin.
 inline int group_count(int queries) { return queries / 8 + __builtin_popcount(unsigned(queries % 8)); }

@@ -103,7 +103,7 @@ inline void turn_words(const V* x, V* to) {
     in_order(to[0], to[1], to[2], to[3]);
 }
 
-// The first `count` of some numbers, but for those of vectors before `at`; the rest of a vector is zero.
+// Numbers [at, at + W) of `count`; those past the count are zero.
 inline V some_of(const float* from, int at, int count) {
     const int left = count - at;
     const uint32_t some = left >= W ? 0xffff : left > 0 ? (1u << left) - 1 : 0;

@@ -67,7 +67,7 @@ struct Simd {
     static V repeat(const float* p) {
         if constexpr (N == 8) return load(p);
         if constexpr (N == 4) return _mm256_broadcast_ps((const __m128*)p);
-        if constexpr (N == 2) return _mm256_castpd_ps(_mm256_broadcast_sd((const double*)p));
+        if constexpr (N == 2) return _mm256_castpd_ps(_mm256_broadcastsd_pd(_mm_castsi128_pd(_mm_loadl_epi64((const __m128i*)p))));
         if constexpr (N == 1) return set1(*p);
     }
     template <int N>

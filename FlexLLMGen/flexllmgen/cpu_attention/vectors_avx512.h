@@ -67,10 +67,9 @@ struct Simd {
     }
     template <int N>
     static V repeat(const float* p) {
-        if constexpr (N == 16) return load(p);
         if constexpr (N == 8) return _mm512_broadcast_f32x8(_mm256_loadu_ps(p));
         if constexpr (N == 4) return _mm512_broadcast_f32x4(_mm_loadu_ps(p));
-        if constexpr (N == 2) return _mm512_castpd_ps(_mm512_set1_pd(*(const double*)p));
+        if constexpr (N == 2) return _mm512_castpd_ps(_mm512_broadcastsd_pd(_mm_castsi128_pd(_mm_loadl_epi64((const __m128i*)p))));
         if constexpr (N == 1) return set1(*p);
     }
     template <int N>
