@@ -19,10 +19,11 @@ from flexllmgen.workload import Workload
 from profiling.calibration import Calibration
 from strategies.autoflex import AutoflexStrategy, create, policy_of
 from strategies.autoflex_config import Config
-from strategies.base import Machine, ModelSource, PlanRequest
+from strategies.base import Machine, ModelSource, Plan, PlanRequest
 from strategies.flexgen_engine import load_policy
 from strategies.recalibration import Shown
 from strategies.registry import find_strategy
+from strategies.search import Found
 
 sys.path.append(str(Path(__file__).parents[1] / "profiling"))
 from machines import machine
@@ -208,6 +209,20 @@ def test_a_policy_that_proves_slower_than_the_first_is_given_up(
         assert engine.plan.predicted is not None
 
 
+def with_lossy_found_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[AutoflexStrategy, Plan, Found]:
+    """A lossless plan, and a lossy policy that the search after loading finds whatever it is asked."""
+    mine = strategy()
+    request = request_for(tmp_path, cpu_mib=290, dequantise_4bit_bytes_per_s=1e12)
+    plan, lossy = mine.plan(request), mine._lossy(request)
+    assert plan.lossless
+    assert lossy is not None
+    assert not lossy.best.policy.lossless
+    monkeypatch.setattr(AutoflexStrategy, "_search_again", lambda *_: lossy)
+    return mine, plan, lossy
+
+
 @pytest.mark.parametrize(
     ("then", "kept"),
     [(1.0, False), (0.97, False), (0.9, True)],
@@ -216,13 +231,7 @@ def test_a_policy_that_proves_slower_than_the_first_is_given_up(
 def test_a_policy_that_gives_up_more_must_prove_faster(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: float, kept: bool
 ) -> None:
-    mine = strategy()
-    request = request_for(tmp_path, cpu_mib=290, dequantise_4bit_bytes_per_s=1e12)
-    plan, lossy = mine.plan(request), mine._lossy(request)
-    assert plan.lossless
-    assert lossy is not None
-    assert not lossy.best.policy.lossless
-    monkeypatch.setattr(AutoflexStrategy, "_search_again", lambda *_: lossy)
+    mine, plan, _ = with_lossy_found_again(tmp_path, monkeypatch)
     factors = iter([1.0, then])
 
     def shown(plan: Any, _engine: Any, profile: Any) -> Shown:
@@ -242,11 +251,7 @@ def test_a_policy_that_gives_up_more_must_prove_faster(
 def test_a_policy_that_gives_up_more_is_tried_for_a_larger_gain(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gain: float, tried: bool
 ) -> None:
-    mine = strategy()
-    request = request_for(tmp_path, cpu_mib=290, dequantise_4bit_bytes_per_s=1e12)
-    plan, lossy = mine.plan(request), mine._lossy(request)
-    assert lossy is not None
-    monkeypatch.setattr(AutoflexStrategy, "_search_again", lambda *_: lossy)
+    mine, plan, lossy = with_lossy_found_again(tmp_path, monkeypatch)
     seconds = iter([gain * lossy.best.seconds, lossy.best.seconds])
 
     def shown(plan: Any, _engine: Any, profile: Any) -> Shown:
