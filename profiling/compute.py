@@ -53,14 +53,16 @@ def measure_kv(dtype: torch.dtype) -> dict[str, Measurement]:
         codec.write_prompt(segment, prompt, prompt, 0, None)
         read = timed_runs(functools.partial(codec.read, segment, 0, positions), "cpu", _TRIALS)
         rates[f"kv_{bits}bit_bytes_per_s"] = Measurement.of(scratch.nbytes, read)
-
-        def write(codec: KVCodec = codec, segment: CompressedSegment = segment) -> None:
-            codec.turned(row)
-            codec.write_step(segment, row, row, positions - 1)
-
         if bits == _ROW_BITS:
+            write = functools.partial(_compress_row, codec, segment, row, positions - 1)
             rates["kv_rows_per_s"] = Measurement.of(1, timed_runs(write, "cpu", _TRIALS))
     return rates
+
+
+def _compress_row(codec: KVCodec, segment: CompressedSegment, row_B1KH: torch.Tensor, position: int) -> None:
+    """What a step does with the key and value of one layer; both are `row_B1KH` here."""
+    codec.turned(row_B1KH)
+    codec.write_step(segment, row_B1KH, row_B1KH, position)
 
 
 def timed_runs(action: Callable[[], object], device: str, trials: int) -> list[float]:

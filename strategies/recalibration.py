@@ -86,9 +86,9 @@ def noted(plan: Plan, calibration: dict[str, Any]) -> Plan:
 
 def _trials(step_s: float, max_context: int) -> int:
     """How many steps are tried: of short ones more, since what else the machine does troubles them more."""
-    wanted = max(_FEWEST_TRIALS, min(_MOST_TRIALS, int(_TRIED_S / step_s) if step_s else 0))
+    in_time = int(_TRIED_S / step_s) if step_s else 0
     # Their tokens, one of a prompt and two besides must fit.
-    return max(_FEWEST_TRIALS, min(wanted, max_context - 3))
+    return max(_FEWEST_TRIALS, min(_MOST_TRIALS, in_time, max_context - 3))
 
 
 def _step_s(plan: Plan) -> float:

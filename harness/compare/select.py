@@ -142,9 +142,11 @@ class Records:
         Raises:
             UsageError: several runs or benchmarks begin so.
         """
-        if not _ID_BEGINNING.fullmatch(name) or resolve(self.cwd, name):
+        if not _ID_BEGINNING.fullmatch(name):
             return []
         found = [one for one in self.local if any(each.startswith(name) for each in _ids(one))]
+        if not found or resolve(self.cwd, name):
+            return []
         groups = sorted({one.group for one in found})
         if len(groups) > 1:
             shown = ", ".join(groups[:_LISTED])

@@ -16,11 +16,13 @@ constexpr int GROUPS = 0;
 inline bool in_code_tiles(const Call&) { return false; }
 #endif
 
-// Positions of a block, and the most key heads of a piece.
-inline std::pair<int, int64_t> block_of(const Call& c) {
+inline Limits limits_of(const Call& c) {
     if (in_code_tiles(c)) return {CODE_BLOCK, GROUPS / c.groups};
     return {c.N / c.K >= 4 || c.groups ? LONG_BLOCK : BLOCK, c.K};
 }
+
+// Scales, or zeros, that a position of some heads has room for.
+inline int groups_a_row(const Call& c, int heads) { return in_code_tiles(c) ? GROUPS : heads * int(c.groups); }
 
 // What a thread works with.
 struct Bench {
@@ -31,7 +33,7 @@ struct Bench {
     void size(const Call& c, const Plan& plan) {
         const size_t queries = size_t(plan.heads) * (c.N / c.K), rows_now = size_t(plan.heads) * plan.block;
         const size_t scores = queries * plan.block + 2 * 8 * NR;
-        const size_t groups = 2 * std::max<size_t>(rows_now * c.groups, in_code_tiles(c) ? plan.block * GROUPS : 0) + 2 * NR;
+        const size_t groups = 2 * size_t(plan.block) * groups_a_row(c, plan.heads) + 2 * NR;
         const size_t packed = size_t(plan.heads) * size_t(std::max(packed_floats(c), packed_codes(c)));
         const size_t each = (queries + 2 * NR + 15) / 16 * 16;
         memory.resize(packed + scores + each + 2 * groups + size_t(Shared::stride(c, plan)) + 16);
@@ -126,7 +128,7 @@ inline void find_groups(const Call& c, const Piece& piece, int64_t position, int
                 continue;
             }
 #endif
-            const int row = in_code_tiles(c) ? GROUPS : groups;
+            const int row = groups_a_row(c, piece.heads);
             to += half * block * row;
             for (int p = 0; p < block; ++p, to += row, from.data += from.step) widen(from.data, groups, to);
             // Weights past the block's end are zero; what they are multiplied by must be a number.

@@ -225,8 +225,7 @@ struct CodeSums {
         float* to = acc + head * stride + (chunk * 4 + quarter) * GT * W;
         for (int g = 0; g < GT; ++g, to += W) {
             const Codes whole = _mm512_add_epi32(times_256(sum[g]), sum[GT + g]);
-            const V before = Simd::fma(Simd::load(to), Simd::set1(alpha[head * GT + g]), Simd::set1(of.zeros[g]));
-            Simd::store(to, Simd::fma(_mm512_cvtepi32_ps(whole), Simd::set1(of.step[g]), before));
+            add_codes(to, whole, alpha[head * GT + g], of.step[g], of.zeros[g]);
         }
         next.lines(LINES_OF_SUMS / 4);
     }

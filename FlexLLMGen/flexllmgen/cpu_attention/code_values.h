@@ -30,8 +30,7 @@ struct Weights {
         V x[(COUNT + 3) / 4 * 4], top = Simd::set1(1e-30f), sum = Simd::zero();
         for (V& each : x) each = Simd::zero();
         for (int i = 0; i < COUNT; ++i) {
-            const int left = std::max(0, std::min(W, block * GT - i * W));
-            const V w = _mm512_maskz_loadu_ps(__mmask16((1u << left) - 1), weight + i * W);
+            const V w = some_of(weight, i * W, block * GT);
             const V s = _mm512_permutexvar_ps(position, Simd::load(scale + i * W / GT));
             const V z = _mm512_permutexvar_ps(position, Simd::load(zero + i * W / GT));
             x[i] = Simd::mul(w, s);
@@ -66,6 +65,12 @@ inline void interleave(const char* v, int64_t second, int64_t third, int64_t fou
     to[2] = _mm512_unpacklo_epi16(b, d), to[3] = _mm512_unpackhi_epi16(b, d);
 }
 
+// Adds W columns of a query's weighted codes, of which each one stands for `step`, and of the zeros.
+inline void add_codes(float* to, Codes sum, float alpha, float step, float zeros) {
+    const V before = Simd::fma(Simd::load(to), Simd::set1(alpha), Simd::set1(zeros));
+    Simd::store(to, Simd::fma(_mm512_cvtepi32_ps(sum), Simd::set1(step), before));
+}
+
 // Adds weighted values of one head.
 template <int GT>
 inline void values_codes(const Call& c, const Rows& rows, int block, const float* weight, const float* alpha,
@@ -82,9 +87,7 @@ inline void values_codes(const Call& c, const Rows& rows, int block, const float
         const Weights<GT>& bytes = all[chunk / width];
         const char* v = rows.data + chunk * CHUNK;
         const auto add = [&](int i, int g, Codes sum) {
-            float* to = acc + (i * GT + g) * W;
-            const V before = Simd::fma(Simd::load(to), Simd::set1(alpha[g]), Simd::set1(bytes.zeros[g]));
-            Simd::store(to, Simd::fma(_mm512_cvtepi32_ps(sum), Simd::set1(bytes.step[g]), before));
+            add_codes(acc + (i * GT + g) * W, sum, alpha[g], bytes.step[g], bytes.zeros[g]);
         };
         if constexpr (GT == 1) {
             Codes high[4], low[4];

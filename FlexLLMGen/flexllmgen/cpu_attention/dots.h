@@ -77,6 +77,13 @@ inline void scores_dots(const Call& c, const Row* row, int rows, int g0, float* 
     }
 }
 
+// Numbers [at, at + W) of `count`; those past the count are zero.
+inline V some_of(const float* from, int at, int count) {
+    const int left = count - at;
+    const uint32_t some = left >= W ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
+    return _mm512_maskz_loadu_ps(__mmask16(some), from + at);
+}
+
 // Weights [position][GT] to bf16, [pair of positions][GT][2]; a missing last one counts nothing.
 template <int GT>
 inline void pair_weights(const float* weight, int count, uint32_t* to) {
@@ -84,9 +91,7 @@ inline void pair_weights(const float* weight, int count, uint32_t* to) {
     for (int j = 0; j < W; ++j) order[j] = uint16_t((2 * (j / (2 * GT)) + j % 2) * GT + j / 2 % GT);
     const __m256i places = _mm256_load_si256((const __m256i*)order);
     for (int i = 0; i < count; i += W) {
-        const int left = count - i;
-        const __m512 some = _mm512_maskz_loadu_ps(left >= W ? 0xffff : (1 << left) - 1, weight + i);
-        const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(some);
+        const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(some_of(weight, i, count));
         _mm256_storeu_si256((__m256i*)(to + i / 2), _mm256_permutexvar_epi16(places, rounded));
     }
 }

@@ -80,16 +80,22 @@ struct Piece {
     int64_t first, stop;
 };
 
+// Positions of a block, and the most key heads of a piece.
+struct Limits {
+    int block;
+    int64_t heads;
+};
+
 // How a call is cut: a unit is some heads of a sequence, a unit's positions are chunks, each a task.
 struct Plan {
     int64_t parts, chunks, chunk, units;
     int heads, block, threads;
 
-    Plan(const Call& c, std::pair<int, int64_t> most_of) : block(most_of.first) {
+    Plan(const Call& c, const Limits& limits) : block(limits.block) {
         static constexpr int64_t sizes[] = {4, 2, 2, 1};
         const int64_t queries = c.N / c.K, row = c.H * sizes[c.kv_type], positions = c.length - c.first;
         const int64_t fitting = std::min(BLOCK_BYTES / (BLOCK * row), QUERY_BYTES / (queries * c.H * 8));
-        const int64_t most = std::max<int64_t>(1, std::min(fitting, most_of.second));
+        const int64_t most = std::max<int64_t>(1, std::min(fitting, limits.heads));
         parts = (c.K + most - 1) / most;
         heads = int((c.K + parts - 1) / parts);
         parts = (c.K + heads - 1) / heads;
@@ -220,7 +226,7 @@ extern "C" {
 
 void flex_attend(const Call* call) {
     const Call& c = *call;
-    const Plan plan(c, level::block_of(c));
+    const Plan plan(c, level::limits_of(c));
     // By this thread, before any other reads: it is little.
     if (c.k_new) append(c, 0, c.k_new);
     if (c.v_new) append(c, c.half_bytes, c.v_new);

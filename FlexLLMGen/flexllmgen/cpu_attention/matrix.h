@@ -103,13 +103,6 @@ inline void turn_words(const V* x, V* to) {
     in_order(to[0], to[1], to[2], to[3]);
 }
 
-// Numbers [at, at + W) of `count`; those past the count are zero.
-inline V some_of(const float* from, int at, int count) {
-    const int left = count - at;
-    const uint32_t some = left >= W ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
-    return _mm512_maskz_loadu_ps(__mmask16(some), from + at);
-}
-
 // Weights [position][GT] of a block as first factors, of each TILE_ROWS positions [2][GT][position]: a word of a weight in
 // bf16 and a zero, then of a zero and the weight. Times a row's pairs of numbers they give the first of each, and the second;
 // beside a value that is infinite or no number, also one whose weight is 0, the other of its pair is no number.
