@@ -35,8 +35,8 @@ from flexllmgen.workspace import apart
 
 GIB = 1 << 30
 SHAPES = {"MHA, 56 heads of 128": (56, 56, 128), "GQA, 64 on 8 heads of 128": (64, 8, 128)}
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.uint8}
-GROUP = 64
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+GROUPS = {"int8, groups of 64": 64, "int8, groups of 128": 128}
 PAUSE_S = 0.02
 
 
@@ -50,6 +50,10 @@ def main() -> None:
     )
     parser.add_argument("--context", type=int, default=544)
     parser.add_argument("--trials", type=int, default=9)
+    kinds = [*DTYPES, *GROUPS]
+    parser.add_argument(
+        "--kinds", nargs="+", choices=kinds, default=kinds, metavar="KIND", help=f"of {', '.join(kinds)}"
+    )
     parser.add_argument("--out", type=Path, default=Path("cpu_attention.json"))
     args = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
@@ -60,7 +64,7 @@ def main() -> None:
 
     if which() == "torch":
         sys.exit("the kernel could not be built: see the line above")
-    bench = Bench(int(args.gib * GIB), args.context, args.trials)
+    bench = Bench(int(args.gib * GIB), args.context, args.trials, args.kinds)
     rows: list[dict[str, Any]] = []
     for load in ("alone", "under copies") if torch.cuda.is_available() else ("alone",):
         with copies() if load == "under copies" else nothing() as copied:
@@ -84,8 +88,8 @@ def main() -> None:
 class Bench:
     """KV in two buffers that take turns, so that no call finds its own in a cache."""
 
-    def __init__(self, num_bytes: int, context: int, trials: int) -> None:
-        self.num_bytes, self.context, self.trials = num_bytes, context, trials
+    def __init__(self, num_bytes: int, context: int, trials: int, kinds: list[str]) -> None:
+        self.num_bytes, self.context, self.trials, self.kinds = num_bytes, context, trials, kinds
         self.buffers = [
             torch.frombuffer(map_memory(num_bytes + num_bytes // 8), dtype=torch.uint8) for _ in range(2)
         ]
@@ -98,7 +102,7 @@ class Bench:
         kernel, summed = _kernel(128), min(self.num_bytes, GIB) // 4 * 4
         assert kernel is not None
         for shape in SHAPES:
-            for name in DTYPES:
+            for name in self.kinds:
                 calls, num_bytes = self._calls(shape, name, threads, prepare_attention)
                 reads = [
                     lambda each=each: kernel.read(each[: self.num_bytes], threads) for each in self.buffers
@@ -118,11 +122,11 @@ class Bench:
         ) -> Callable[[], None]:
             return functools.partial(
                 attend_with_torch, q, kv, length, None, first=0, out_BNH=out_BNH, threads=threads,
-                scale_S2BKG=None, zero_S2BKG=None, group_size=GROUP,
+                scale_S2BKG=None, zero_S2BKG=None, group_size=64,
             )  # fmt: skip
 
         for shape in SHAPES:
-            for name in ("bf16", "fp16", "fp32"):
+            for name in filter(DTYPES.get, self.kinds):
                 calls, num_bytes = self._calls(shape, name, threads, prepare)
                 (seconds,) = self._timed(calls[:1], trials=2)
                 yield row("torch", shape, name, threads, num_bytes / seconds)
@@ -131,21 +135,20 @@ class Bench:
         self, shape: str, name: str, threads: int, prepare: Callable[..., Callable[[], None]]
     ) -> tuple[list[Callable[[], None]], int]:
         heads, num_kv_heads, size = SHAPES[shape]
-        dtype = DTYPES[name]
-        codes, numbers = name == "int8", num_kv_heads * size
-        each = compressed_bytes((2, numbers), 8, GROUP) if codes else 2 * numbers * dtype.itemsize
+        group, dtype, numbers = GROUPS.get(name), DTYPES.get(name, torch.bfloat16), num_kv_heads * size
+        each = compressed_bytes((2, numbers), 8, group) if group else 2 * numbers * dtype.itemsize
         sequences = self.num_bytes // (each * self.context)
         content, row = sequences * each, apart(sequences * each)
-        q = torch.randn(sequences, heads, size).to(torch.bfloat16 if codes else dtype)
+        q = torch.randn(sequences, heads, size).to(dtype)
         out = torch.empty_like(q)
         calls = []
         for buffer in self.buffers:  # Laid out as the engine's cache is.
             rows = buffer[: self.context * row].view(self.context, row)[:, :content]
             more: dict[str, Any] = {}
-            if codes:
-                parts = split_compressed(rows, (sequences, 2, numbers), 8, GROUP)
+            if group:
+                parts = split_compressed(rows, (sequences, 2, numbers), 8, group)
                 kv, scale, zero = (part.unflatten(-1, (num_kv_heads, -1)).transpose(1, 2) for part in parts)
-                more = {"scale_S2BKG": scale, "zero_S2BKG": zero}
+                more = {"scale_S2BKG": scale, "zero_S2BKG": zero, "group_size": group}
             else:
                 kv = rows.view(dtype).unflatten(1, (2, sequences, num_kv_heads, size))
             calls.append(prepare(q, kv, self.context, out_BNH=out, threads=threads, **more))
@@ -194,7 +197,7 @@ def report(rows: Iterator[dict[str, Any]], load: str, copied: Callable[[], float
             )
         beside = f"   copies {full['h2d_bytes_per_s'] / 1e9:.1f}" if full["h2d_bytes_per_s"] else ""
         print(
-            f"{load:12} {each['who']:6} {each['shape']:26} {each['dtype']} {each['threads']:3} threads "
+            f"{load:12} {each['who']:6} {each['shape']:26} {each['dtype']:19} {each['threads']:3} threads "
             f"{each['kv_bytes_per_s'] / 1e9:6.1f} GB/s {against}{beside}",
             flush=True,
         )
