@@ -35,8 +35,8 @@ from flexllmgen.workspace import apart
 
 GIB = 1 << 30
 SHAPES = {"MHA, 56 heads of 128": (56, 56, 128), "GQA, 64 on 8 heads of 128": (64, 8, 128)}
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-GROUPS = {"int8, groups of 64": 64, "int8, groups of 128": 128}
+DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+GROUPS: dict[str, int] = {"int8, groups of 64": 64, "int8, groups of 128": 128}
 PAUSE_S = 0.02
 
 
@@ -50,7 +50,7 @@ def main() -> None:
     )
     parser.add_argument("--context", type=int, default=544)
     parser.add_argument("--trials", type=int, default=9)
-    kinds = [*DTYPES, *GROUPS]
+    kinds: list[str] = [*DTYPES, *GROUPS]
     parser.add_argument(
         "--kinds", nargs="+", choices=kinds, default=kinds, metavar="KIND", help=f"of {', '.join(kinds)}"
     )
@@ -126,7 +126,7 @@ class Bench:
             )  # fmt: skip
 
         for shape in SHAPES:
-            for name in filter(DTYPES.get, self.kinds):
+            for name in (kind for kind in self.kinds if kind in DTYPES):
                 calls, num_bytes = self._calls(shape, name, threads, prepare)
                 (seconds,) = self._timed(calls[:1], trials=2)
                 yield row("torch", shape, name, threads, num_bytes / seconds)
