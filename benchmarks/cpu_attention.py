@@ -135,7 +135,10 @@ class Bench:
         self, shape: str, name: str, threads: int, prepare: Callable[..., Callable[[], None]]
     ) -> tuple[list[Callable[[], None]], int]:
         heads, num_kv_heads, size = SHAPES[shape]
-        group, dtype, numbers = GROUPS.get(name), DTYPES.get(name, torch.bfloat16), num_kv_heads * size
+        group, numbers = GROUPS.get(name), num_kv_heads * size
+        dtype = (
+            torch.bfloat16 if group else DTYPES[name]
+        )  # of queries, and of keys and values that are no codes
         each = compressed_bytes((2, numbers), 8, group) if group else 2 * numbers * dtype.itemsize
         sequences = self.num_bytes // (each * self.context)
         content, row = sequences * each, apart(sequences * each)
