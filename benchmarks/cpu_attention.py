@@ -19,7 +19,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "FlexLLMGen"))
 from flexllmgen.compressed_size import compressed_bytes
 from flexllmgen.compression import split_compressed
 from flexllmgen.memory.mapping import map_memory
-from flexllmgen.workspace import apart
 
 GIB = 1 << 30
 SHAPES = {"MHA, 56 heads of 128": (56, 56, 128), "GQA, 64 on 8 heads of 128": (64, 8, 128)}
@@ -141,21 +140,21 @@ class Bench:
         )  # of queries, and of keys and values that are no codes
         each = compressed_bytes((2, numbers), 8, group) if group else 2 * numbers * dtype.itemsize
         sequences = self.num_bytes // (each * self.context)
-        content, row = sequences * each, apart(sequences * each)
         q = torch.randn(sequences, heads, size).to(dtype)
         out = torch.empty_like(q)
         calls = []
+        num_bytes = sequences * self.context * each
         for buffer in self.buffers:  # Laid out as the engine's cache is.
-            rows = buffer[: self.context * row].view(self.context, row)[:, :content]
-            more: dict[str, Any] = {}
-            if group:
-                parts = split_compressed(rows, (sequences, 2, numbers), 8, group)
-                kv, scale, zero = (part.unflatten(-1, (num_kv_heads, -1)).transpose(1, 2) for part in parts)
-                more = {"scale_S2BKG": scale, "zero_S2BKG": zero, "group_size": group}
-            else:
-                kv = rows.view(dtype).unflatten(1, (2, sequences, num_kv_heads, size))
+            rows = buffer[:num_bytes].view(sequences, self.context, each)
+            parts: Sequence[torch.Tensor] = (
+                split_compressed(rows, (2, numbers), 8, group)
+                if group
+                else [rows.view(dtype).unflatten(-1, (2, -1))]
+            )
+            kv, *sides = (part.unflatten(-1, (num_kv_heads, -1)).permute(1, 2, 0, 3, 4) for part in parts)
+            more = {"scale_S2BKG": sides[0], "zero_S2BKG": sides[1], "group_size": group} if group else {}
             calls.append(prepare(q, kv, self.context, out_BNH=out, threads=threads, **more))
-        return calls, content * self.context
+        return calls, num_bytes
 
     def _timed(self, *actions: list[Callable[[], object]], trials: int | None = None) -> list[float]:
         """The median of the trials of each, its variants taking turns. Each begins when torch's threads, which spin for some

@@ -3,7 +3,7 @@
 Sizes are larger than caches are. Copy rates count each byte once, though it is read and written.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,6 @@ from flexllmgen.compression import split_compressed
 from flexllmgen.cpu_attention import prepare_attention
 from flexllmgen.host_attention import attention_threads
 from flexllmgen.memory.arena import HostArena
-from flexllmgen.workspace import apart
 from profiling.compute import timed_runs
 from profiling.profile import Measurement
 
@@ -66,21 +65,23 @@ def host_attention(
     )
     batch = max(1, _KV_BYTES // (position_bytes * _POSITIONS))
     arena = HostArena(register=False)
-    region = arena.reserve(apart(batch * position_bytes) * _POSITIONS)
+    region = arena.reserve(batch * _POSITIONS * position_bytes)
     arena.commit()
     # Small numbers as any type.
-    rows = arena.view(region).fill_(0x1C).view(_POSITIONS, -1)[:, : batch * position_bytes]
+    rows_BSC = arena.view(region).fill_(0x1C).view(batch, _POSITIONS, -1)
     more: dict[str, Any] = {}
+    parts: Sequence[torch.Tensor] = (
+        split_compressed(rows_BSC, (2, numbers // 2), 8, CODES_GROUP)
+        if codes
+        else [rows_BSC.view(dtype).unflatten(-1, (2, -1))]
+    )
+    kv_S2BKH, *sides = (part.unflatten(-1, (num_kv_heads, -1)).permute(1, 2, 0, 3, 4) for part in parts)
     if codes:
-        parts = split_compressed(rows, (batch, 2, numbers // 2), 8, CODES_GROUP)
-        kv_S2BKH, scale, zero = (part.unflatten(-1, (num_kv_heads, -1)).transpose(1, 2) for part in parts)
-        more = {"scale_S2BKG": scale, "zero_S2BKG": zero, "group_size": CODES_GROUP}
-    else:
-        kv_S2BKH = rows.view(dtype).unflatten(1, (2, batch, num_kv_heads, head_dim))
+        more = {"scale_S2BKG": sides[0], "zero_S2BKG": sides[1], "group_size": CODES_GROUP}
     query = torch.ones(batch, num_heads, head_dim, dtype=dtype)
     out, threads = torch.empty_like(query), attention_threads()
     call = prepare_attention(query, kv_S2BKH, _POSITIONS, out_BNH=out, threads=threads, **more)
-    return HostWork(call, rows.nbytes)
+    return HostWork(call, rows_BSC.nbytes)
 
 
 def measure_read(device: str) -> Measurement:

@@ -111,7 +111,7 @@ class ActivationStore:
             copy_whole(self._homes.disk_part(micro_batch, slot)[:disk], whole[gpu + cpu : gpu + cpu + disk])
 
         apart = self._lanes.down.submit(part, [after])
-        self._homes.store(micro_batch, slot, (0, cpu), (0, disk), apart)
+        self._homes.store(micro_batch, slot, [(0, cpu)], (0, disk), apart)
 
     def release(self, slot: int, event: Event) -> None:
         """The slot is in use until `event`."""

@@ -1,10 +1,12 @@
 """KVCache: keys and values of every layer and micro-batch, split by sequence over the tiers.
 
-Rows are positions, so what a step reads is one run of bytes and what it appends is another. A unit is one
-layer of one micro-batch; its sequences lie on the device first, then on the host, then on disk. Nothing is
-ever moved to make room: all memory is taken once. Where the policy says so, rows are compressed (kv_compression.py): on
-the device, before they are stored, so that every tier holds and every link carries compressed bytes. Of a share of the
-sequences in host memory the layer's inputs are kept there instead (layer_inputs.py), in blocks and slots of their own.
+Rows are positions, so what a step reads is one run of bytes and what it appends is another. Where the CPU attends,
+host memory holds one sequence after another instead, each position after position: a thread reads one sequence at a
+time, in the order in which it lies. A unit is one layer of one micro-batch; its sequences lie on the device first,
+then on the host, then on disk. Nothing is ever moved to make room: all memory is taken once. Where the policy says
+so, rows are compressed (kv_compression.py): on the device, before they are stored, so that every tier holds and every
+link carries compressed bytes. Of a share of the sequences in host memory the layer's inputs are kept there instead
+(layer_inputs.py), in blocks and slots of their own.
 """
 
 # B sequences  S cached positions  K key heads  H head dim  D model
@@ -173,7 +175,7 @@ class KVCache:
         if not split.cpu or count <= split.gpu:
             return None, None
         if unit not in self._host_views:
-            self._host_views[unit] = self._stored(unit, self._blocks.home(unit), split.gpu, split.cpu)
+            self._host_views[unit] = self._stored(unit, self._blocks.home(unit), split.gpu, split.cpu, "cpu")
         mine = self._host_views[unit]
         return mine.part(mine.start, min(mine.stop, count)), self._blocks.stored(unit)
 
@@ -197,9 +199,10 @@ class KVCache:
             cpu = 0  # Whoever attends there has written it.
         # Each takes the host a while, and is left out where there is nothing to move.
         if cpu or disk:
-            self._blocks.store(unit, slot, (first * cpu, stop * cpu), (first * disk, stop * disk), after)
+            on_host = self._runs(cpu, self._splits[unit].cpu, first, stop)
+            self._blocks.store(unit, slot, on_host, (first * disk, stop * disk), after)
         if self._inputs is not None and (row := self._input_row(self._splits[unit])):
-            self._inputs.store(unit, slot, (first * row, stop * row), (0, 0), after)
+            self._inputs.store(unit, slot, [(first * row, stop * row)], (0, 0), after)
 
     def release(self, slot: int, event: Event) -> None:
         """The slot is in use until `event`."""
@@ -279,15 +282,32 @@ class KVCache:
             else:
                 memory = None
             if memory is not None:
-                segments.append(self._stored(unit, memory, start, count))
+                segments.append(self._stored(unit, memory, start, count, tier))
             start += count
         return segments
 
-    def _stored(self, unit: int, memory: torch.Tensor, start: int, count: int) -> StoredSegment:
-        if self._codec is None:
+    def _by_sequence(self, tier: str) -> bool:
+        """Whether a tier holds sequence after sequence, and not position after position."""
+        return tier == "cpu" and self._plan.attends_on_host
+
+    def _runs(self, row: int, sequences: int, first: int, stop: int) -> list[tuple[int, int]]:
+        """Where positions [first, stop) of a unit's sequences lie in its part in host memory; `row` bytes a position."""
+        if not row or not self._by_sequence("cpu"):
+            return [(first * row, stop * row)]
+        each = row // sequences
+        starts = range(0, row * self._plan.max_context, each * self._plan.max_context)
+        return [(start + first * each, start + stop * each) for start in starts]
+
+    def _stored(self, unit: int, memory: torch.Tensor, start: int, count: int, tier: str) -> StoredSegment:
+        context, by_sequence = self._plan.max_context, self._by_sequence(tier)
+        if self._codec is not None:
+            rows = memory.view(count, context, -1) if by_sequence else memory.view(context, -1)
+            return self._codec.segment(rows, start, self._centres[unit][start : start + count])
+        if not by_sequence:
             return Segment(start, start + count, self._as_rows(memory, count))
-        rows = memory.view(self._plan.max_context, -1)
-        return self._codec.segment(rows, start, self._centres[unit][start : start + count])
+        spec = self._plan.spec
+        kv_BS2KH = memory.view(self._dtype).view(count, context, 2, spec.num_kv_heads, spec.head_dim)
+        return Segment(start, start + count, kv_BS2KH.permute(1, 2, 0, 3, 4))
 
     def _make_input_segment(self, unit: int, slot: int, start: int) -> InputSegment:
         assert self._inputs is not None
@@ -297,7 +317,7 @@ class KVCache:
         return InputSegment(start, start + count, x_SBD, plan.recomputed_sequences)
 
     def _as_rows(self, memory: torch.Tensor, sequences: int) -> torch.Tensor:
-        """Rows may be longer than their content, where disk wants whole pages and the CPU rows that lie apart."""
+        """Rows may be longer than their content, where disk wants whole pages."""
         spec, context = self._plan.spec, self._plan.max_context
         rows = memory.view(self._dtype).view(context, -1)
         content = 2 * sequences * spec.kv_size

@@ -1,12 +1,13 @@
 """KVCodec: keys and values of the cache as group-wise integers; how they are written, and turned back for a step.
 
-A row is a position, as in a dense cache, so that everything that moves rows is the same. It holds scales, zeros and codes
-[sequence, key or value, channel]. Values, and keys of generated tokens, have a scale and a zero for each `group_size`
-channels of a position. Keys of a prompt have them for each channel over `group_size` positions, as KIVI (Liu et al. 2024,
-arXiv 2402.02750) found to be better: a channel keeps its magnitude over positions, while neighbouring channels differ.
-A prompt is known at once, so its blocks are; what is left of it beyond whole blocks is written as generated tokens are.
-Where the CPU attends all keys are, since its kernel takes one scale for a group of a row.
-As many scales are needed either way, so that those of a block's channels lie where those of its rows would.
+A row is a position, as in a dense cache, so that everything that moves rows is the same. It holds scales, zeros and
+codes [sequence, key or value, channel], or those of one sequence where its positions lie together. Values, and keys
+of generated tokens, have a scale and a zero for each `group_size` channels of a position. Keys of a prompt have them
+for each channel over `group_size` positions, as KIVI (Liu et al. 2024, arXiv 2402.02750) found to be better: a
+channel keeps its magnitude over positions, while neighbouring channels differ. A prompt is known at once, so its
+blocks are; what is left of it beyond whole blocks is written as generated tokens are. Where the CPU attends all keys
+are, since its kernel takes one scale for a group of a row. As many scales are needed either way, so that those of a
+block's channels lie where those of its rows would.
 
 Two steps make generated keys' groups alike. Each head is turned by a Hadamard matrix, queries too, which leaves scores as
 they are and spreads what few channels hold over all (as QuaRot does, Ashkboos et al. 2024, arXiv 2404.00456). And the
@@ -127,10 +128,20 @@ class KVCodec:
         self._blocks_stop = blocks * self.group_size
 
     def segment(self, rows: torch.Tensor, start: int, centre_BKH: torch.Tensor) -> CompressedSegment:
-        """The segment whose rows are `rows`, uint8 [S, bytes]: of the sequences from `start` that have a centre."""
+        """The segment of the sequences from `start` that have a centre.
+
+        Args:
+            rows: uint8 [S, bytes of all sequences], or [B, S, bytes of one].
+        """
         count = len(centre_BKH)
-        parts = split_compressed(rows, (count, 2, self._channels), self.bits, self.group_size)
-        return CompressedSegment(start, start + count, *parts, centre_BKH, self)
+        if rows.dim() == 2:
+            codes, scale, zero = split_compressed(
+                rows, (count, 2, self._channels), self.bits, self.group_size
+            )
+        else:
+            parts_BS = split_compressed(rows, (2, self._channels), self.bits, self.group_size)
+            codes, scale, zero = (part.transpose(0, 1) for part in parts_BS)
+        return CompressedSegment(start, start + count, codes, scale, zero, centre_BKH, self)
 
     def write_prompt(
         self,

@@ -14,11 +14,6 @@ CHUNK_TOKENS = (8192, 4096, 2048, 1024, 1)
 KV_SCRATCH_BYTES = 128 << 20
 """Compressed KV is turned back for so many sequences at once as come to this, for one at the least."""
 
-_ALIKE = 32 << 10
-"""Rows at a distance that is a multiple of it share a quarter of a cache's sets, or less."""
-_LEAST_ROW = 64 << 10
-"""Shorter rows would grow by more than a sixteenth."""
-
 Recording = Literal["none", "layers", "step"]
 """What of a decode step is recorded: nothing, each layer's work for a micro-batch, or all of it."""
 RECORDED_BYTES: Mapping[Recording, int] = {"none": 0, "layers": 96 << 20, "step": 256 << 20}
@@ -50,28 +45,13 @@ def recorded_part(
 def row_bytes(spec: ModelSpec, policy: Policy, sequences: int, dtype_bytes: int, *, tier: Tier) -> int:
     """Bytes of one position's keys and values of `sequences` sequences in one layer, as a tier keeps them.
 
-    On disk they are whole pages. Rows that the CPU attends to are kept from lying in the same few sets of a cache.
+    On disk they are whole pages.
     """
     if policy.kv_bits is None:
         num_bytes = 2 * spec.kv_size * sequences * dtype_bytes
     else:
         num_bytes = compressed_bytes((sequences, 2, spec.kv_size), policy.kv_bits, policy.kv_group_size)
-    if tier == "disk":
-        return round_up(num_bytes, PAGE)
-    return apart(num_bytes) if tier == "cpu" and policy.cpu_attention else num_bytes
-
-
-def apart(row: int) -> int:
-    """The distance of rows of so many bytes at which the same part of many rows fits into a cache together.
-
-    A cache chooses the set of a line by the low bits of its address, 17 of them in a second cache of 2048 sets. Where
-    rows follow one another by a multiple of a large power of two, in huge pages, a sequence's keys of all positions
-    lie in a few sets and drive one another out before they are read: a page between rows mends that.
-
-    >>> apart(768 << 10) - (768 << 10), apart(388 << 10) - (388 << 10), apart(32 << 10) - (32 << 10)
-    (4096, 0, 0)
-    """
-    return row + PAGE if row >= _LEAST_ROW and row % _ALIKE == 0 else row
+    return round_up(num_bytes, PAGE) if tier == "disk" else num_bytes
 
 
 class Exchange(NamedTuple):

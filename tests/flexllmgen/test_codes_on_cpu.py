@@ -12,12 +12,15 @@ from test_kv_compression import run
 from test_parity import MIXED
 from tiny_models import TinyModel, make_tiny, prompts
 
+from flexllmgen import host_attention
+from flexllmgen.cpu_attention import prepare_attention
 from flexllmgen.engine import FlexEngine
 from flexllmgen.errors import PolicyError
 from flexllmgen.placement import plan_placement
 from flexllmgen.policy import ON_CPU, ON_GPU, Placement, Policy
 from flexllmgen.spec import OPT_125M
 from flexllmgen.workload import Workload
+from flexllmgen.workspace import row_bytes
 
 SIZES: dict[str, dict[str, Any]] = {
     "opt": {"hidden_size": 128, "num_attention_heads": 2, "word_embed_proj_dim": 128},
@@ -58,6 +61,27 @@ def test_the_cpu_reads_what_the_device_would(
     assert same[:, 0].all()
     error = (logits - exact)[:, 1:][same].abs().median() / exact.std()
     assert 0 < error < 0.01
+
+
+@pytest.mark.parametrize("kv_bits", [None, 8])
+def test_a_sequence_lies_together(
+    wide: dict[str, TinyModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kv_bits: int | None
+) -> None:
+    """A thread reads one sequence at a time: its positions follow one another, and sequences come after."""
+    seen: list[torch.Tensor] = []
+
+    def preparing(q_BNH: torch.Tensor, kv_S2BKH: torch.Tensor, *args: Any, **more: Any) -> Any:
+        seen.append(kv_S2BKH)
+        return prepare_attention(q_BNH, kv_S2BKH, *args, **more)
+
+    monkeypatch.setattr(host_attention, "prepare_attention", preparing)
+    policy = Policy(micro_batch_size=6, kv_cache=ON_CPU, kv_bits=kv_bits, cpu_attention=True)
+    run(wide["llama"], policy, tmp_path, in_place=False)
+    assert seen
+    position = row_bytes(wide["llama"].spec, policy, 1, 4, tier="cpu")
+    for kv_S2BKH in seen:
+        assert kv_S2BKH.stride(0) * kv_S2BKH.itemsize == position
+        assert kv_S2BKH.stride(2) == kv_S2BKH.shape[0] * kv_S2BKH.stride(0)
 
 
 def test_a_row_is_written_as_the_device_writes_it(wide: dict[str, TinyModel], tmp_path: Path) -> None:

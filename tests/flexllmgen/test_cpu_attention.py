@@ -259,46 +259,62 @@ def test_rows_may_be_longer_than_their_content(q_dtype: torch.dtype) -> None:
     assert error(out, expected(q, kv, 50, None, 0)) < BOUNDS[q_dtype]
 
 
-def test_the_tokens_own_row_is_written_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the kernel and by torch; nothing else of the cache changes, and rows of other sequences lie between."""
+def by_sequence(part_SB: torch.Tensor, axis: int) -> torch.Tensor:
+    """The same numbers, a sequence's positions one after another in memory; sequences are the dimension `axis`."""
+    return part_SB.transpose(0, axis).contiguous().transpose(0, axis)
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize(("length", "heads"), [(53, 2), (700, 24)])
+def test_the_tokens_own_row_is_written_before_it_is_read(
+    monkeypatch: pytest.MonkeyPatch, length: int, heads: int, together: bool
+) -> None:
+    """By the kernel, in one piece or many, and by torch; nothing else of the cache changes, in either order of it."""
     torch.manual_seed(0)
-    rows = torch.randn(60, 2, 5, 2, 32)
-    q, k, v = torch.randn(3, 4, 32), torch.randn(3, 2, 32), torch.randn(3, 2, 32)
+    rows = torch.randn(length + 7, 2, 5, heads, 128)
+    q, k, v = torch.randn(3, 2 * heads, 128), torch.randn(3, heads, 128), torch.randn(3, heads, 128)
     wanted = rows.clone()
-    wanted[52, 0, 1:4], wanted[52, 1, 1:4] = k, v
-    right = expected(q, wanted[:, :, 1:4], 53, None, 2)
-    for one in (cpu_attention._kernel(64), None):
+    wanted[length - 1, 0, 1:4], wanted[length - 1, 1, 1:4] = k, v
+    right = expected(q, wanted[:, :, 1:4], length, None, 2)
+    for one in (cpu_attention._kernel(128), None):
         monkeypatch.setattr(cpu_attention, "_kernel", lambda _, one=one: one)
-        cache, out = rows.clone(), torch.empty_like(q)
+        cache, out = by_sequence(rows, 2) if together else rows.clone(), torch.empty_like(q)
         cpu_attention.prepare_attention(
-            q, cache[:, :, 1:4], 53, first=2, out_BNH=out, threads=2, k_BKH=k, v_BKH=v
+            q, cache[:, :, 1:4], length, first=2, out_BNH=out, threads=2, k_BKH=k, v_BKH=v
         )()
         assert torch.equal(cache, wanted)
         assert error(out, right) < 2e-6
 
 
-def test_a_row_of_codes_is_written_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As compressed rows lie in the cache, [position, sequence, key or value]; of the first three of five sequences."""
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize(("length", "heads"), [(53, 2), (700, 24)])
+def test_a_row_of_codes_is_written_before_it_is_read(
+    monkeypatch: pytest.MonkeyPatch, length: int, heads: int, together: bool
+) -> None:
+    """[position, sequence, key or value], in either order in memory; of the first three of five sequences."""
     torch.manual_seed(0)
-    numbers = torch.randn(60, 5, 2, 2 * 64)
+    numbers = torch.randn(length + 7, 5, 2, heads * 64)
     rows = quantise(numbers, 8, 64)
-    new = quantise(torch.randn(3, 2, 2 * 64), 8, 64)
+    new = quantise(torch.randn(3, 2, heads * 64), 8, 64)
     wanted = tuple(part.clone() for part in rows)
     for part, row in zip(wanted, new, strict=True):
-        part[52, :3] = row
+        part[length - 1, :3] = row
     dense = (
-        dequantise(*wanted, 8, 64, torch.empty_like(numbers))[:, :3].unflatten(-1, (2, 64)).transpose(1, 2)
+        dequantise(*wanted, 8, 64, torch.empty_like(numbers))[:, :3]
+        .unflatten(-1, (heads, 64))
+        .transpose(1, 2)
     )
-    q = torch.randn(3, 4, 64)
+    q = torch.randn(3, 2 * heads, 64)
     for one in (cpu_attention._kernel(64), None):
         monkeypatch.setattr(cpu_attention, "_kernel", lambda _, one=one: one)
-        cache, out = tuple(part.clone() for part in rows), torch.empty_like(q)
-        codes, scale, zero = (part[:, :3].unflatten(-1, (2, -1)).transpose(1, 2) for part in cache)
+        cache = tuple(by_sequence(part, 1) if together else part.clone() for part in rows)
+        codes, scale, zero = (part[:, :3].unflatten(-1, (heads, -1)).transpose(1, 2) for part in cache)
+        out = torch.empty_like(q)
         cpu_attention.prepare_attention(
-            q, codes, 53, first=2, out_BNH=out, threads=2, scale_S2BKG=scale, zero_S2BKG=zero, row=new
+            q, codes, length, first=2, out_BNH=out, threads=2, scale_S2BKG=scale, zero_S2BKG=zero, row=new
         )()
         assert all(torch.equal(part, other) for part, other in zip(cache, wanted, strict=True))
-        assert error(out, expected(q, dense, 53, None, 2)) < 1e-4
+        assert error(out, expected(q, dense, length, None, 2)) < 1e-4
 
 
 def test_calls_that_follow_at_once_find_their_threads(kernel: Kernel) -> None:

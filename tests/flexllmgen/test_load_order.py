@@ -74,9 +74,16 @@ def test_no_load_or_store_moves_nothing(tiny: Any, monkeypatch: pytest.MonkeyPat
         moved.append(cpu_bytes + disk_bytes)
         return load(self, block, slot, cpu_bytes, disk_bytes)
 
-    def storing(self: TieredBlocks, block: int, slot: int, *ranges: Any) -> Event:
-        moved.append(sum(stop - start for start, stop in ranges[:2]))
-        return store(self, block, slot, *ranges)
+    def storing(
+        self: TieredBlocks,
+        block: int,
+        slot: int,
+        cpu: list[tuple[int, int]],
+        disk: tuple[int, int],
+        after: Event,
+    ) -> Event:
+        moved.append(sum(stop - start for start, stop in (*cpu, disk)))
+        return store(self, block, slot, cpu, disk, after)
 
     monkeypatch.setattr(TieredBlocks, "load", loading)
     monkeypatch.setattr(TieredBlocks, "store", storing)

@@ -47,8 +47,8 @@ def prepare_attention(
     Args:
         q_BNH: contiguous, of the KV's type or fp32; query head n reads key head n // (N / K). Read, as all tensors
             are, when the call is made.
-        kv_S2BKH: keys at [:, 0], values at [:, 1], as KVCache lays them out: a position's values are one run,
-            positions may be further apart. fp32, bf16 or fp16; or uint8, codes of 8 bits.
+        kv_S2BKH: keys at [:, 0], values at [:, 1], in any order but that a position's heads are one run; read fastest where
+            a sequence's positions follow one another. fp32, bf16 or fp16; or uint8, codes of 8 bits.
         bias_BS: added to the scores, minus infinity on padding; column s is position s. A sequence needs one
             position that is not hidden.
         out_BNH: contiguous; written; of q's type.
@@ -58,7 +58,7 @@ def prepare_attention(
         group_size: numbers of a group, a multiple of 64; the last group of a head may be shorter (compression.py).
         k_BKH: contiguous, of the KV's type, which is no codes: the token's keys, written at position length - 1 first.
         v_BKH: its values.
-        row: of codes, the token's keys and values: codes, scales and zeros, contiguous, as a position of them lies.
+        row: of codes, the token's keys and values: codes, scales and zeros, contiguous, [B, 2, ...] each.
     """
     assert 0 <= first < length <= kv_S2BKH.shape[0], f"positions [{first}, {length}) of {kv_S2BKH.shape[0]}"
     assert q_BNH.is_contiguous()
@@ -89,7 +89,6 @@ def prepare_attention(
             assert part.is_contiguous()
             assert part.dtype == target.dtype
             assert part.numel() == target[0].numel()
-            assert target[0].transpose(0, 1).is_contiguous(), "a position's sequences are one run"
     kernel = _kernel(q_BNH.shape[2])
     prepare = functools.partial(functools.partial, attend_with_torch) if kernel is None else kernel.prepare
     return prepare(

@@ -1,9 +1,9 @@
 // Pieces of a call; included after tiles.h.
 //
-// A piece is some key heads of one sequence over some positions. Its rows are read once, in the order in which
-// they lie: a few positions at a time, first the keys of all its heads, then the values, and while one is read
-// the other is fetched. Softmax runs along (a score that is nearly the largest and the sum so far are kept, Milakov
-// and Gimelshein 2018); what pieces of a sequence found is put together by their largest scores.
+// A piece is some key heads of one sequence over some positions. Its rows are read once, a few positions at a time, first
+// the keys of all its heads, then the values, while the next positions are fetched. Softmax runs along (a score that is
+// nearly the largest and the sum so far are kept, Milakov and Gimelshein 2018); what pieces of a sequence found is put
+// together by their largest scores.
 
 #ifndef BF16_DOTS
 inline bool by_dots(const Call&) { return false; }
@@ -137,20 +137,35 @@ inline void find_groups(const Call& c, const Piece& piece, int64_t position, int
     }
 }
 
-// Those of the next block are fetched before its keys. Those of a position's keys and values are often neighbours.
-inline void fetch_groups(const Call& c, const Piece& piece, int64_t position, int block, Fetcher& next) {
-    const int64_t run = c.groups * piece.heads * 2;
-    for (bool zeros : {false, true}) {
-        const Groups keys = groups_of(c, piece, position, 0, zeros), values = groups_of(c, piece, position, 1, zeros);
-        const bool near = values.data - keys.data <= 2 * run;
-        next.before(keys.data, near ? values.data - keys.data + run : run, keys.step, block);
-        if (!near) next.before(values.data, run, values.step, block);
-    }
+// Where a piece's keys of a position begin.
+template <class T>
+inline const char* keys_of(const Call& c, const Piece& piece, int64_t position) {
+    return c.kv + position * c.position_bytes + piece.sequence * c.sequence_bytes + piece.head * c.H * T::size;
 }
 
-// One piece into its partial sums.
+// All that is read of a piece's next positions.
 template <class T>
-inline void attend_piece(const Call& c, const Plan& plan, const Piece& piece, Bench& bench, const Partial& to) {
+inline Fetcher fetcher(const Call& c, const Piece& piece, int64_t position, int block) {
+    Fetcher next(block);
+    if (block <= 0) return next;
+    const int64_t of_groups = c.groups * piece.heads * 2, run = piece.heads * c.H * T::size;
+    if (c.groups)
+        for (bool zeros : {false, true})
+            for (int half : {0, 1}) {
+                const Groups groups = groups_of(c, piece, position, half, zeros);
+                next.add(groups.data, of_groups, groups.step);
+            }
+    const char* keys = keys_of<T>(c, piece, position);
+    next.add(keys, run, c.position_bytes);
+    next.add(keys + c.half_bytes, run, c.position_bytes);
+    next.begin();
+    return next;
+}
+
+// One piece into its partial sums. With its last block the first of the piece `after` it is fetched, if that has any.
+template <class T>
+inline void attend_piece(const Call& c, const Plan& plan, const Piece& piece, const Piece& after, Bench& bench,
+                         const Partial& to) {
     const int queries = int(c.N / c.K);
     const bool dots = by_dots(c);
 #ifdef AMX
@@ -171,12 +186,11 @@ inline void attend_piece(const Call& c, const Plan& plan, const Piece& piece, Be
             for (int i = 0; i < 2 * rows; ++i) bench.rows[i].data += plan.block * c.position_bytes;
         if (c.groups) find_groups(c, piece, position, block, bench);
         const float* bias = c.bias ? c.bias + piece.sequence * c.bias_stride + position : nullptr;
-        const char* keys = c.kv + position * c.position_bytes + piece.sequence * c.sequence_bytes + piece.head * c.H * T::size;
-        const int64_t run = piece.heads * c.H * T::size, left = piece.stop - position - block;
-        Fetcher values_now(keys + c.half_bytes, run, c.position_bytes, block);
-        const int next = int(std::min<int64_t>(left, plan.block));
-        Fetcher keys_next(keys + block * c.position_bytes, run, c.position_bytes, next);
-        if (c.groups) fetch_groups(c, piece, position + block, next, keys_next);
+        const char* keys = keys_of<T>(c, piece, position);
+        const bool last = position + block == piece.stop;
+        const Piece& then = last ? after : piece;
+        const int64_t follows = last ? after.first : position + block;
+        Fetcher next = fetcher<T>(c, then, follows, int(std::min<int64_t>(then.stop - follows, plan.block)));
         in_groups(queries, [&](auto together, int g0) {
             constexpr int GT = decltype(together)::value;
             const int at = g0 * piece.heads;
@@ -186,13 +200,13 @@ inline void attend_piece(const Call& c, const Plan& plan, const Piece& piece, Be
                 if constexpr (GT >= 4)
                     if (by_matrix<GT>(c))
                         return attend_matrix<GT>(c, piece.heads, block, g0, keys, bias, bench.q, bench.score, bench.alpha,
-                                                 to, values_now, keys_next);
+                                                 to, next);
 #endif
                 if (dots) {
-                    scores_dots<GT>(c, bench.rows.data(), rows, g0, bench.score, values_now);
-                    weigh<GT>(piece.heads, block, bias, bench.score, to.m + at, to.l + at, bench.alpha, values_now, 0);
+                    scores_dots<GT>(c, bench.rows.data(), rows, g0, bench.score, next);
+                    weigh<GT>(piece.heads, block, bias, bench.score, to.m + at, to.l + at, bench.alpha, next, 0);
                     return values_dots<GT>(c, bench.rows.data() + rows, piece.heads, block, g0, bench.score, bench.alpha,
-                                           to.acc, keys_next);
+                                           to.acc, next);
                 }
             }
             if constexpr (std::is_same_v<T, U8>) {
@@ -200,18 +214,19 @@ inline void attend_piece(const Call& c, const Plan& plan, const Piece& piece, Be
                 if constexpr (GT >= 4)
                     if (in_code_tiles(c))
                         return attend_code_tiles<GT>(c, piece.heads, block, g0, keys, bias, bench.q, bench.scale, bench.zero,
-                                                     bench.score, bench.alpha, to, values_now, keys_next);
+                                                     bench.score, bench.alpha, to, next);
 #endif
                 if (by_codes(c))
                     return attend_codes<GT>(c, piece.heads, block, g0, keys, bias, bench.q, bench.scale, bench.zero,
-                                            bench.score, bench.alpha, to, values_now, keys_next);
+                                            bench.score, bench.alpha, to, next);
             }
 #endif
-            scores<T, GT>(c, bench.rows.data(), rows, g0, bench.score, values_now);
-            weigh<GT>(piece.heads, block, bias, bench.score, to.m + at, to.l + at, bench.alpha, values_now, 0);
+            scores<T, GT>(c, bench.rows.data(), rows, g0, bench.score, next);
+            weigh<GT>(piece.heads, block, bias, bench.score, to.m + at, to.l + at, bench.alpha, next, 0);
             values<T, GT>(c, bench.rows.data() + rows, piece.heads, block, g0, bench.score, bench.alpha, to.acc,
-                          keys_next);
+                          next);
         });
+        next.rest();
     }
 }
 
@@ -281,10 +296,13 @@ void serve(const Call& c, const Plan& plan, Shared& shared) {
     static thread_local std::vector<Partial> parts;
     static thread_local std::vector<float> shares;
     bench.size(c, plan);
-    for (int64_t task, count; (count = shared.take(plan, task)) > 0;) {
-        const Piece piece = plan.piece(c, task, count);
-        const int64_t unit = task / plan.chunks;
-        shared.taken[task] = int(count);
+    Taken next;
+    for (Taken now = shared.take(plan); now.count > 0; now = next.count ? next : shared.take(plan)) {
+        next = shared.take_ahead(plan);
+        const Piece piece = plan.piece(c, now), after = plan.piece(c, next);
+        const int64_t unit = now.task / plan.chunks;
+        shared.taken[now.task] = int(now.count);
+        if (piece.stop == c.length) append(c, piece);  // No other piece reads it.
 #ifdef BF16_DOTS
         if (by_dots(c))
             pack_dots(c, piece, bench.q);
@@ -297,13 +315,13 @@ void serve(const Call& c, const Plan& plan, Shared& shared) {
         turn_queries(c, piece.heads, bench.q);
 #endif
         // A whole unit's sums stay near the core.
-        const bool whole = count == plan.chunks;
-        const Partial sums = whole ? Partial::at(bench.sums, c, plan) : shared.partial(c, plan, task);
-        attend_piece<T>(c, plan, piece, bench, sums);
+        const bool whole = now.count == plan.chunks;
+        const Partial sums = whole ? Partial::at(bench.sums, c, plan) : shared.partial(c, plan, now.task);
+        attend_piece<T>(c, plan, piece, after, bench, sums);
         parts.clear();
         if (whole)
             parts.push_back(sums);
-        else if (shared.left[unit].fetch_sub(int(count)) == count)
+        else if (shared.left[unit].fetch_sub(int(now.count)) == now.count)
             for (int64_t i = unit * plan.chunks; i < (unit + 1) * plan.chunks; i += shared.taken[i])
                 parts.push_back(shared.partial(c, plan, i));
         else

@@ -7,8 +7,9 @@
 
 static_assert(CODE_BLOCK == CHUNK);
 
-// Of the 64 lines of a chunk's keys or values in a block, those fetched with its products, with what these come to and with
-// weights; and with the values' weights, with what is interleaved and with what is added up.
+// Of each chunk a block has 64 lines of keys and 64 of values. So many lines of the next block are fetched with the products
+// of keys, with what these come to and with weights; and with the values' weights, with what is interleaved and with what
+// is added up.
 constexpr int LINES_OF_PRODUCTS = 16, LINES_OF_SCORES = 32, LINES_OF_WEIGHING = 16;
 constexpr int LINES_OF_WEIGHTS = 32, LINES_OF_COLUMNS = 16, LINES_OF_SUMS = 16;
 
@@ -35,6 +36,9 @@ inline V of_positions(const float* from) {
     }
     return x;
 }
+
+// Positions that tiles of keys, and words of weights, are made of: as many as a block has, and what fills the last tile.
+inline int in_tiles(int block) { return (block + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS; }
 
 // Products of N chunks of TILE_ROWS rows with queries that lie in tiles: [chunk][row][8 queries' high bytes, then low ones].
 template <int N>
@@ -83,7 +87,7 @@ inline void add_products(const Codes* products, const float* q, const float* con
 template <int GT, int N>
 inline void scores_code_tiles(const Call& c, const Rows& rows, int block, const float* q, const float* scale,
                               const float* zero, int chunk, float* out, Fetcher& next) {
-    const int width = int(c.group_size / CHUNK), tiles = (block + TILE_ROWS - 1) / TILE_ROWS;
+    const int width = int(c.group_size / CHUNK), tiles = in_tiles(block) / TILE_ROWS;
     alignas(64) Codes products[2][N * TILE_ROWS];
     const float *scales[N], *zeros[N];
     q += chunk * PACKED;
@@ -196,7 +200,7 @@ struct CodeSums {
     void prepare(int head, int chunk, Codes* to) {
         using Weights = CodeWeights<GT>;
         if (chunk == 0) {
-            rows = Rows(data + head * c.H, c.position_bytes, block, CODE_BLOCK, c.H, space.memory);
+            rows = Rows(data + head * c.H, c.position_bytes, block, in_tiles(block), c.H, space.memory);
             const int lines = int((LINES_OF_WEIGHTS * c.group_size / CHUNK + Weights::COUNT - 1) / Weights::COUNT);
             for (int i = 0; i < c.groups; ++i)
                 space.weights[head % HEADS_AT_ONCE][i].set(weight + head * block * GT, block * GT, scale + head * c.groups + i,
@@ -235,26 +239,24 @@ struct CodeSums {
 template <int GT>
 inline void attend_code_tiles(const Call& c, int heads, int block, int g0, const char* data, const float* bias,
                               const float* q, const float* scale, const float* zero, float* score, float* alpha,
-                              const Partial& to, Fetcher& values_now, Fetcher& keys_next) {
+                              const Partial& to, Fetcher& next) {
     const int64_t queries = c.N / c.K;
     const int chunks = int(c.H / CHUNK), vectors = CODE_BLOCK * GT / W;
     CodeSpace<GT> space;
     shape<Work::scores, 16>();
     for (int h = 0; h < heads; ++h) {
-        const Rows keys(data + h * c.H, c.position_bytes, block, CODE_BLOCK, c.H, space.memory);
+        const Rows keys(data + h * c.H, c.position_bytes, block, in_tiles(block), c.H, space.memory);
         const float *packed = q + h * packed_codes(c) + group_count(g0) * chunks * PACKED, *s = scale + h * c.groups;
         const float* z = zero + h * c.groups;
         int chunk = 0;
         for (; chunk + 1 < chunks; chunk += 2)
-            scores_code_tiles<GT, 2>(c, keys, block, packed, s, z, chunk, score + h * block * GT, values_now);
-        if (chunk < chunks) scores_code_tiles<GT, 1>(c, keys, block, packed, s, z, chunk, score + h * block * GT, values_now);
+            scores_code_tiles<GT, 2>(c, keys, block, packed, s, z, chunk, score + h * block * GT, next);
+        if (chunk < chunks) scores_code_tiles<GT, 1>(c, keys, block, packed, s, z, chunk, score + h * block * GT, next);
     }
-    weigh<GT>(heads, block, bias, score, to.m + g0 * heads, to.l + g0 * heads, alpha, values_now,
+    weigh<GT>(heads, block, bias, score, to.m + g0 * heads, to.l + g0 * heads, alpha, next,
               (LINES_OF_WEIGHING * chunks + vectors - 1) / vectors);
-    values_now.rest();
     shape<Work::values, GT>();
     CodeSums<GT> sums{c, block, data + c.half_bytes, score, scale + block * GROUPS, zero + block * GROUPS, alpha,
-                      to.acc + g0 * c.H, queries * c.H, keys_next, space};
+                      to.acc + g0 * c.H, queries * c.H, next, space};
     sums.run(heads);
-    keys_next.rest();
 }

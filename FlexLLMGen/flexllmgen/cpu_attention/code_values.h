@@ -138,7 +138,7 @@ inline void values_codes(const Call& c, const Rows& rows, int block, const float
 template <int GT>
 inline void attend_codes(const Call& c, int heads, int block, int g0, const char* data, const float* bias, const float* q,
                          const float* scale, const float* zero, float* score, float* alpha, const Partial& to,
-                         Fetcher& values_now, Fetcher& keys_next) {
+                         Fetcher& next) {
     const int64_t groups = c.groups * LONG_BLOCK, queries = c.N / c.K;
     alignas(64) char memory[LONG_BLOCK * MOST_GROUPS * CHUNK];
     const int vectors = LONG_BLOCK * GT / W, left = int(c.H / CHUNK) * LONG_BLOCK / W * (W - LINES_A_CHUNK);
@@ -147,15 +147,13 @@ inline void attend_codes(const Call& c, int heads, int block, int g0, const char
         const Rows keys(data + h * c.H, c.position_bytes, block, LONG_BLOCK, c.H, memory);
         const float* packed = q + h * packed_codes(c) + group_count(g0) * (c.H / CHUNK) * PACKED;
         scores_codes<GT>(c, keys, block, packed, scale + h * groups, zero + h * groups, h + 1 == heads,
-                         score + h * block * GT, values_now);
+                         score + h * block * GT, next);
     }
-    weigh<GT>(heads, block, bias, score, to.m + g0 * heads, to.l + g0 * heads, alpha, values_now, lines);
-    values_now.rest();
+    weigh<GT>(heads, block, bias, score, to.m + g0 * heads, to.l + g0 * heads, alpha, next, lines);
     scale += heads * groups, zero += heads * groups, data += c.half_bytes;
     for (int h = 0; h < heads; ++h) {
         const Rows values(data + h * c.H, c.position_bytes, block, LONG_BLOCK, c.H, memory);
         values_codes<GT>(c, values, block, score + h * block * GT, alpha + h * GT, scale + h * groups, zero + h * groups,
-                         to.acc + (h * queries + g0) * c.H, keys_next);
+                         to.acc + (h * queries + g0) * c.H, next);
     }
-    keys_next.rest();
 }

@@ -46,7 +46,7 @@ struct Call {
     const char *scale, *zero;
     const float* bias;
     char* out;
-    const char *k_new, *v_new;  // [B, K, H], written at the last position before anything is read; or none
+    const char *k_new, *v_new;  // [B, K, H], written at the last position before it is read; or none
     const char *codes_new, *scale_new, *zero_new;  // the same of codes: [B, 2, K, H], and [B, 2, K, groups] in fp16
     int64_t position_bytes, half_bytes, sequence_bytes;
     int64_t scale_position_bytes, scale_half_bytes, scale_sequence_bytes;
@@ -80,6 +80,11 @@ struct Piece {
     int64_t first, stop;
 };
 
+// Tasks of one unit that a thread does as one piece.
+struct Taken {
+    int64_t task = 0, count = 0;
+};
+
 // Positions of a block, and the most key heads of a piece.
 struct Limits {
     int block;
@@ -108,11 +113,11 @@ struct Plan {
         chunks = (positions + chunk - 1) / chunk;
     }
     int64_t tasks() const { return units * chunks; }
-    // `count` tasks of one unit.
-    Piece piece(const Call& c, int64_t task, int64_t count) const {
-        const int64_t unit = task / chunks, part = unit % parts, first = c.first + task % chunks * chunk;
+    // What was taken as one piece, of no positions if that is nothing.
+    Piece piece(const Call& c, const Taken& taken) const {
+        const int64_t unit = taken.task / chunks, part = unit % parts, first = c.first + taken.task % chunks * chunk;
         return Piece{unit / parts, part * heads, int(std::min<int64_t>(heads, c.K - part * heads)), first,
-                     std::min(first + count * chunk, c.length)};
+                     std::min(first + taken.count * chunk, c.length)};
     }
 };
 
@@ -140,14 +145,18 @@ struct Shared {
         taken = reinterpret_cast<int*>(left + plan.units);
         for (int64_t i = 0; i < plan.units; ++i) new (left + i) std::atomic<int>(int(plan.chunks));
     }
-    // Takes tasks of one unit, at once as long as there is much left, one by one in the end; how many.
-    int64_t take(const Plan& plan, int64_t& task) {
-        for (task = next.load(); task < plan.tasks();) {
+    // Takes tasks of one unit, at once as long as there is much left, one by one in the end.
+    Taken take(const Plan& plan) {
+        for (int64_t task = next.load(); task < plan.tasks();) {
             const int64_t fair = (plan.tasks() - task) / (2 * plan.threads);
             const int64_t count = std::min(plan.chunks - task % plan.chunks, std::max<int64_t>(1, fair));
-            if (next.compare_exchange_weak(task, task + count)) return count;
+            if (next.compare_exchange_weak(task, task + count)) return Taken{task, count};
         }
-        return 0;
+        return Taken{};
+    }
+    // Before the thread has done what it took before: only while whole units are taken, so that threads end together.
+    Taken take_ahead(const Plan& plan) {
+        return plan.tasks() - next.load() < 2 * plan.threads * plan.chunks ? Taken{} : take(plan);
     }
     static int64_t stride(const Call& c, const Plan& plan) {
         return (plan.heads * (c.N / c.K) * (c.H + 2) + 15) / 16 * 16;
@@ -157,19 +166,33 @@ struct Shared {
     }
 };
 
-inline void append(const Call& c, int64_t half_bytes, const char* rows) {
-    static constexpr int64_t sizes[] = {4, 2, 2, 1};
-    const int64_t run = c.K * c.H * sizes[c.kv_type];
-    char* to = c.kv + (c.length - 1) * c.position_bytes + half_bytes;
-    for (int64_t b = 0; b < c.B; ++b) std::memcpy(to + b * c.sequence_bytes, rows + b * run, size_t(run));
-}
+// Where the numbers of a position's key or value begin, of a piece's sequence and from its first head on.
+struct Strides {
+    int64_t position, half, sequence;
 
-// Of codes a position's sequences, keys and values follow one another.
-inline void append_codes(const Call& c) {
-    const int64_t last = c.length - 1, groups = c.B * 2 * c.K * c.groups * 2;
-    std::memcpy(c.kv + last * c.position_bytes, c.codes_new, size_t(c.B * 2 * c.K * c.H));
-    std::memcpy(const_cast<char*>(c.scale) + last * c.scale_position_bytes, c.scale_new, size_t(groups));
-    std::memcpy(const_cast<char*>(c.zero) + last * c.zero_position_bytes, c.zero_new, size_t(groups));
+    int64_t at(const Piece& piece, int64_t position_of, int half_of, int64_t head_bytes) const {
+        return position_of * position + half_of * half + piece.sequence * sequence + piece.head * head_bytes;
+    }
+};
+
+// Writes the last position's keys and values, of a piece that it belongs to.
+inline void append(const Call& c, const Piece& piece) {
+    static constexpr int64_t sizes[] = {4, 2, 2, 1};
+    const int64_t last = c.length - 1, head = c.H * sizes[c.kv_type], of_groups = c.groups * 2;
+    const Strides kv{c.position_bytes, c.half_bytes, c.sequence_bytes};
+    const Strides scale{c.scale_position_bytes, c.scale_half_bytes, c.scale_sequence_bytes};
+    const Strides zero{c.zero_position_bytes, c.zero_half_bytes, c.zero_sequence_bytes};
+    const auto copy = [&](const char* to, const Strides& strides, int half, const char* from, int64_t row, int64_t bytes) {
+        if (from)
+            std::memcpy(const_cast<char*>(to) + strides.at(piece, last, half, bytes), from + (row * c.K + piece.head) * bytes,
+                        size_t(piece.heads * bytes));
+    };
+    for (int half = 0; half < 2; ++half) {
+        copy(c.kv, kv, half, half ? c.v_new : c.k_new, piece.sequence, head);
+        copy(c.kv, kv, half, c.codes_new, 2 * piece.sequence + half, head);
+        copy(c.scale, scale, half, c.scale_new, 2 * piece.sequence + half, of_groups);
+        copy(c.zero, zero, half, c.zero_new, 2 * piece.sequence + half, of_groups);
+    }
 }
 
 #if FLEX_LEVEL == 0
@@ -227,10 +250,6 @@ extern "C" {
 void flex_attend(const Call* call) {
     const Call& c = *call;
     const Plan plan(c, level::limits_of(c));
-    // By this thread, before any other reads: it is little.
-    if (c.k_new) append(c, 0, c.k_new);
-    if (c.v_new) append(c, c.half_bytes, c.v_new);
-    if (c.codes_new) append_codes(c);
     Pool& pool = Pool::of_process();
     const std::lock_guard<std::mutex> lock(pool.one_caller);
     Shared shared(c, plan, pool);

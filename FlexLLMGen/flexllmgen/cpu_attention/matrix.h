@@ -166,7 +166,7 @@ inline void pairs_in_order(V& low, V& high) {
 // As attend_codes, of bf16.
 template <int GT>
 inline void attend_matrix(const Call& c, int heads, int block, int g0, const char* data, const float* bias, const float* q,
-                          float* score, float* alpha, const Partial& to, Fetcher& values_now, Fetcher& keys_next) {
+                          float* score, float* alpha, const Partial& to, Fetcher& next) {
     const int64_t queries = c.N / c.K, bytes = c.H * 2;
     const int parts = int(c.H / PAIRS), with_weights = (TILE_ROWS - LINES_A_VALUE_TILE) * BLOCK_TILES * parts;
     alignas(64) char memory[LONG_BLOCK * MOST_BYTES];
@@ -174,24 +174,23 @@ inline void attend_matrix(const Call& c, int heads, int block, int g0, const cha
     shape<Work::scores, GT>();
     for (int h = 0; h < heads; ++h) {
         const Rows keys(data + h * bytes, c.position_bytes, block, LONG_BLOCK, bytes, memory);
-        scores_matrix<GT>(c, keys, q + h * packed_floats(c) + g0 * c.H, score + h * block * GT, values_now);
+        scores_matrix<GT>(c, keys, q + h * packed_floats(c) + g0 * c.H, score + h * block * GT, next);
     }
     // Not sooner: a vector that two rows of a tile make up can be loaded only once both lie in memory.
     const V factor = Simd::set1(c.factor * LOG2E);
     for (int i = 0; i < heads * block * GT; i += W) Simd::store(score + i, Simd::mul(factor, Simd::load(score + i)));
-    weigh<GT>(heads, block, bias, score, to.m + g0 * heads, to.l + g0 * heads, alpha, values_now,
+    weigh<GT>(heads, block, bias, score, to.m + g0 * heads, to.l + g0 * heads, alpha, next,
               (TILE_ROWS - LINES_A_SCORE_TILE) * parts / GT);
-    values_now.rest();
     shape<Work::values, GT>();
-    keys_next.lines(with_weights);
+    next.lines(with_weights);
     pair_with_zeros<GT>(score, block * GT, weights[0]);
     for (int h = 0; h < heads; ++h) {
         // Of the next head before this one's values: a tile is loaded from memory, some time after that was written.
         if (h + 1 < heads) {
-            keys_next.lines(with_weights);
+            next.lines(with_weights);
             pair_with_zeros<GT>(score + (h + 1) * block * GT, block * GT, weights[(h + 1) % 2]);
         }
         const Rows values(data + c.half_bytes + h * bytes, c.position_bytes, block, LONG_BLOCK, bytes, memory);
-        values_matrix<GT>(c, values, weights[h % 2], alpha + h * GT, to.acc + (h * queries + g0) * c.H, keys_next);
+        values_matrix<GT>(c, values, weights[h % 2], alpha + h * GT, to.acc + (h * queries + g0) * c.H, next);
     }
 }

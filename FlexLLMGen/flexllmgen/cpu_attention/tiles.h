@@ -76,48 +76,52 @@ struct Rows {
     }
 };
 
-// Fetches what is read next while something else is computed, in the order in which it lies: that is what the
+// Fetches the next block while one is computed, a position after another in the order in which they lie: that is what the
 // processor's own prefetching follows. Lines are spread over all that is computed, by the time that it takes: a core waits
 // while many are under way, and with none under way memory is idle.
 class Fetcher {
    public:
-    // `runs` runs of `run` bytes, `step` apart.
-    Fetcher(const char* from, int64_t run, int64_t step, int runs) { before(from, run, step, runs); }
+    explicit Fetcher(int rows) : rows_(rows) {}
 
-    // Others before all that there are.
-    void before(const char* from, int64_t run, int64_t step, int runs) {
-        if (runs <= 0) return;
-        parts_[count_++] = Part{from, run, step, runs};
-        begin();
+    // Of each row `run` bytes, `step` apart; parts come in the order of their addresses.
+    void add(const char* from, int64_t run, int64_t step) {
+        if (rows_ <= 0) return;
+        Part* before = count_ ? parts_ + count_ - 1 : nullptr;
+        if (before && step == before->step && from == before->from + before->run)
+            before->run += run;
+        else
+            parts_[count_++] = Part{from, run, step};
+    }
+    void begin() {
+        // Rows that follow one another are one.
+        if (count_ == 1 && parts_->run == parts_->step) parts_->run *= rows_, rows_ = 1;
+        if (rows_ > 0) next_part();
     }
     void lines(int count) {
-        if (!count_) return;
-        for (int i = 0; i < count; ++i) {
+        for (; count > 0 && rows_ > 0; --count) {
             __builtin_prefetch(at_, 0, 2);  // Into the second cache: the first would be too small.
             if ((at_ += 64) < end_) continue;
-            Part& part = parts_[count_ - 1];
-            part.from += part.step;
-            if (--part.runs <= 0 && !--count_) return;
-            begin();
+            if (++part_ == count_) part_ = 0, --rows_;
+            next_part();
         }
     }
     void rest() {
-        while (count_) lines(64);
+        while (rows_ > 0) lines(64);
     }
 
    private:
     struct Part {
         const char* from;
         int64_t run, step;
-        int runs;
     };
-    void begin() {
-        const Part& part = parts_[count_ - 1];
+    void next_part() {
+        Part& part = parts_[part_];
         at_ = (const char*)(uintptr_t(part.from) / 64 * 64);
         end_ = part.from + part.run;
+        part.from += part.step;
     }
-    Part parts_[5];
-    int count_ = 0;
+    Part parts_[6];
+    int rows_, count_ = 0, part_ = 0;
     const char *at_ = nullptr, *end_ = nullptr;
 };
 

@@ -145,7 +145,12 @@ class TieredBlocks:
         return list(busy.values())
 
     def store(
-        self, block: int, slot: int, cpu_range: tuple[int, int], disk_range: tuple[int, int], after: Event
+        self,
+        block: int,
+        slot: int,
+        cpu_ranges: Sequence[tuple[int, int]],
+        disk_range: tuple[int, int],
+        after: Event,
     ) -> Event:
         """Writes byte ranges of a slot's parts back to where the block lives; the slot is busy until then.
 
@@ -154,10 +159,10 @@ class TieredBlocks:
         earlier = self._stored[block]
 
         def work() -> None:
-            start, stop = cpu_range
-            if stop > start and not self._in_place:
-                home = self._arena.view(self._homes[block], start, stop)
-                self._lanes.traffic.add("d2h", copy_bytes(home, self._slot_memory[slot][start:stop]))
+            for start, stop in cpu_ranges:
+                if stop > start and not self._in_place:
+                    home = self._arena.view(self._homes[block], start, stop)
+                    self._lanes.traffic.add("d2h", copy_bytes(home, self._slot_memory[slot][start:stop]))
             start, stop = disk_range[0], round_up(disk_range[1], PAGE)
             if stop > start:
                 self._store_disk(block, slot, start, stop, after)
