@@ -1,6 +1,6 @@
 """Attention of a decode step on the CPU: bytes of KV read a second, against the memory's own rate and torch's attention.
 
-    python benchmarks/cpu_attention.py [--threads 8,12,15] [--out cpu_attention.json]
+    python benchmarks/cpu_attention.py [--threads 8,12,15] [--call-mib 64] [--out cpu_attention.json]
 
 Prints a table and writes JSON. With a GPU all is measured twice: alone, and while copies from page-locked memory to
 the GPU run without a pause. Each row has the memory's read rate, measured beside it, and the share of it that the attention
@@ -44,8 +44,12 @@ def main() -> None:
     parser.add_argument(
         "--threads", default="", help="counts, with commas; without: the cores less one, 3/4 and 1/2"
     )
+    parser.add_argument("--gib", type=float, default=1.0, help="KV that is read; two such buffers take turns")
     parser.add_argument(
-        "--gib", type=float, default=1.0, help="KV that a call reads; two such buffers take turns"
+        "--call-mib",
+        type=float,
+        default=float("inf"),
+        help="by calls of up to so much, one after another, as of a step's micro-batches; without: by one",
     )
     parser.add_argument("--context", type=int, default=544)
     parser.add_argument("--trials", type=int, default=9)
@@ -63,7 +67,7 @@ def main() -> None:
 
     if which() == "torch":
         sys.exit("the kernel could not be built: see the line above")
-    bench = Bench(int(args.gib * GIB), args.context, args.trials, args.kinds)
+    bench = Bench(int(args.gib * GIB), args.context, args.trials, args.kinds, args.call_mib * (1 << 20))
     rows: list[dict[str, Any]] = []
     for load in ("alone", "under copies") if torch.cuda.is_available() else ("alone",):
         with copies() if load == "under copies" else nothing() as copied:
@@ -78,6 +82,7 @@ def main() -> None:
         "torch": torch.__version__,
         "context": args.context,
         "kv_bytes": bench.num_bytes,
+        "call_bytes": min(bench.call_bytes, bench.num_bytes),
         "rows": rows,
     }
     args.out.write_text(json.dumps(result, indent=1) + "\n")
@@ -87,8 +92,11 @@ def main() -> None:
 class Bench:
     """KV in two buffers that take turns, so that no call finds its own in a cache."""
 
-    def __init__(self, num_bytes: int, context: int, trials: int, kinds: list[str]) -> None:
+    def __init__(
+        self, num_bytes: int, context: int, trials: int, kinds: list[str], call_bytes: float
+    ) -> None:
         self.num_bytes, self.context, self.trials, self.kinds = num_bytes, context, trials, kinds
+        self.call_bytes = call_bytes
         self.buffers = [
             torch.frombuffer(map_memory(num_bytes + num_bytes // 8), dtype=torch.uint8) for _ in range(2)
         ]
@@ -151,9 +159,16 @@ class Bench:
                 if group
                 else [rows.view(dtype).unflatten(-1, (2, -1))]
             )
-            kv, *sides = (part.unflatten(-1, (num_kv_heads, -1)).permute(1, 2, 0, 3, 4) for part in parts)
-            more = {"scale_S2BKG": sides[0], "zero_S2BKG": sides[1], "group_size": group} if group else {}
-            calls.append(prepare(q, kv, self.context, out_BNH=out, threads=threads, **more))
+            at_once = max(1, int(min(self.call_bytes, num_bytes)) // (each * self.context))
+            run = []
+            for start in range(0, sequences, at_once):
+                mine = slice(start, start + at_once)
+                kv, *sides = (
+                    part[mine].unflatten(-1, (num_kv_heads, -1)).permute(1, 2, 0, 3, 4) for part in parts
+                )
+                more = {"scale_S2BKG": sides[0], "zero_S2BKG": sides[1], "group_size": group} if group else {}
+                run.append(prepare(q[mine], kv, self.context, out_BNH=out[mine], threads=threads, **more))
+            calls.append(functools.partial(_one_after_another, run))
         return calls, num_bytes
 
     def _timed(self, *actions: list[Callable[[], object]], trials: int | None = None) -> list[float]:
@@ -168,6 +183,11 @@ class Bench:
                 if trial:
                     seconds[index].append(time.perf_counter() - started)
         return [statistics.median(each) for each in seconds]
+
+
+def _one_after_another(calls: list[Callable[[], None]]) -> None:
+    for call in calls:
+        call()
 
 
 def row(

@@ -76,37 +76,31 @@ struct Rows {
     }
 };
 
-// Fetches the next block while one is computed, a position after another in the order in which they lie: that is what the
-// processor's own prefetching follows. Lines are spread over all that is computed, by the time that it takes: a core waits
-// while many are under way, and with none under way memory is idle.
+// Fetches what is read next while something else is computed, in the order in which it lies: that is what the processor's own
+// prefetching follows. Lines are spread over all that is computed, by the time that it takes: a core waits while many are
+// under way, and with none under way memory is idle.
 class Fetcher {
    public:
-    explicit Fetcher(int rows) : rows_(rows) {}
-
+    // At the end, so many rows more; what each has is added next.
+    void rows(int count) { stretches_[count_++].rows = count; }
     // Of each row `run` bytes, `step` apart; parts come in the order of their addresses.
     void add(const char* from, int64_t run, int64_t step) {
-        if (rows_ <= 0) return;
-        Part* before = count_ ? parts_ + count_ - 1 : nullptr;
+        Stretch& last = stretches_[count_ - 1];
+        Part* before = last.count ? last.parts + last.count - 1 : nullptr;
         if (before && step == before->step && from == before->from + before->run)
             before->run += run;
         else
-            parts_[count_++] = Part{from, run, step};
-    }
-    void begin() {
-        // Rows that follow one another are one.
-        if (count_ == 1 && parts_->run == parts_->step) parts_->run *= rows_, rows_ = 1;
-        if (rows_ > 0) next_part();
+            last.parts[last.count++] = Part{from, run, step};
     }
     void lines(int count) {
-        for (; count > 0 && rows_ > 0; --count) {
+        for (; count > 0; --count, at_ += 64) {
+            if (at_ >= end_ && !next_part()) return;
             __builtin_prefetch(at_, 0, 2);  // Into the second cache: the first would be too small.
-            if ((at_ += 64) < end_) continue;
-            if (++part_ == count_) part_ = 0, --rows_;
-            next_part();
         }
     }
     void rest() {
-        while (rows_ > 0) lines(64);
+        do lines(64);
+        while (at_ < end_ || now_ < count_);
     }
 
    private:
@@ -114,14 +108,26 @@ class Fetcher {
         const char* from;
         int64_t run, step;
     };
-    void next_part() {
-        Part& part = parts_[part_];
+    struct Stretch {
+        Part parts[6];
+        int rows, count = 0, part = 0;
+    };
+    bool next_part() {
+        while (now_ < count_ && stretches_[now_].rows <= 0) ++now_;
+        if (now_ == count_) return false;
+        Stretch& it = stretches_[now_];
+        Part& part = it.parts[it.part];
+        // Rows that follow one another are fetched as one.
+        const bool together = it.count == 1 && part.run == part.step;
         at_ = (const char*)(uintptr_t(part.from) / 64 * 64);
-        end_ = part.from + part.run;
+        end_ = part.from + part.run * (together ? it.rows : 1);
         part.from += part.step;
+        it.part = (it.part + 1) % it.count;
+        if (it.part == 0) it.rows = together ? 0 : it.rows - 1;
+        return true;
     }
-    Part parts_[6];
-    int rows_, count_ = 0, part_ = 0;
+    Stretch stretches_[2];
+    int count_ = 0, now_ = 0;
     const char *at_ = nullptr, *end_ = nullptr;
 };
 
