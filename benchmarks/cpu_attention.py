@@ -19,7 +19,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "FlexLLMGen"))
 
 from flexllmgen.compressed_size import compressed_bytes
-from flexllmgen.compression import split_compressed
+from flexllmgen.kv_cache import by_sequence
 from flexllmgen.memory.mapping import map_memory
 
 GIB = 1 << 30
@@ -97,9 +97,7 @@ class Bench:
     ) -> None:
         self.num_bytes, self.context, self.trials, self.kinds = num_bytes, context, trials, kinds
         self.call_bytes = call_bytes
-        self.buffers = [
-            torch.frombuffer(map_memory(num_bytes + num_bytes // 8), dtype=torch.uint8) for _ in range(2)
-        ]
+        self.buffers = [torch.frombuffer(map_memory(num_bytes), dtype=torch.uint8) for _ in range(2)]
         for buffer in self.buffers:  # Small numbers in every format: bytes of 0x3c are fp16 ones, bf16 0.01.
             buffer.fill_(0x3C)
 
@@ -154,17 +152,12 @@ class Bench:
         num_bytes = sequences * self.context * each
         for buffer in self.buffers:  # Laid out as the engine's cache is.
             rows = buffer[:num_bytes].view(sequences, self.context, each)
-            parts: Sequence[torch.Tensor] = (
-                split_compressed(rows, (2, numbers), 8, group)
-                if group
-                else [rows.view(dtype).unflatten(-1, (2, -1))]
-            )
             at_once = max(1, int(min(self.call_bytes, num_bytes)) // (each * self.context))
             run = []
             for start in range(0, sequences, at_once):
                 mine = slice(start, start + at_once)
-                kv, *sides = (
-                    part[mine].unflatten(-1, (num_kv_heads, -1)).permute(1, 2, 0, 3, 4) for part in parts
+                kv, *sides = by_sequence(
+                    rows[mine], num_kv_heads, dtype=None if group else dtype, group_size=group or 0
                 )
                 more = {"scale_S2BKG": sides[0], "zero_S2BKG": sides[1], "group_size": group} if group else {}
                 run.append(prepare(q[mine], kv, self.context, out_BNH=out[mine], threads=threads, **more))

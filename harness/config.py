@@ -10,7 +10,7 @@ Precedence: option > environment HARNESS_* > config file > default.
 import difflib
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -348,7 +348,7 @@ def resolve(
         if key in common_names:
             raise UsageError(f"--set {key}: this is an option of every strategy; give it as {flag_of(key)}")
         if key not in own_names:
-            hint = _other_strategy(key, entry.name) or _nearest(key, own_names)
+            hint = _other_strategy(key, entry.name) or _nearest(key, own_names, common_names)
             raise UsageError(f"--set: strategy {entry.name} has no key {key!r}{hint}")
         values[key], own_sources[key] = _toml_value(value.strip()), f"option --set {key}"
     strategy = _validate(config_type, values, own_sources)
@@ -390,8 +390,9 @@ def _other_strategy(key: str, chosen: str) -> str:
     return ""
 
 
-def _nearest(key: str, names: list[str]) -> str:
-    match = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+def _nearest(key: str, names: Sequence[str], options: Sequence[str] = ()) -> str:
+    """A hint at what was meant, of the keys that there are or of the options; else all keys."""
+    match = difflib.get_close_matches(key, [*names, *options], n=1, cutoff=0.5)
     return f"; did you mean {match[0]!r}?" if match else f"; known keys: {', '.join(names)}"
 
 

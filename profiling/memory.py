@@ -3,16 +3,16 @@
 Sizes are larger than caches are. Copy rates count each byte once, though it is read and written.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from flexllmgen.compressed_size import compressed_bytes
-from flexllmgen.compression import split_compressed
 from flexllmgen.cpu_attention import prepare_attention
 from flexllmgen.host_attention import attention_threads
+from flexllmgen.kv_cache import by_sequence
 from flexllmgen.memory.arena import HostArena
 from profiling.compute import timed_runs
 from profiling.profile import Measurement
@@ -69,13 +69,10 @@ def host_attention(
     arena.commit()
     # Small numbers as any type.
     rows_BSC = arena.view(region).fill_(0x1C).view(batch, _POSITIONS, -1)
-    more: dict[str, Any] = {}
-    parts: Sequence[torch.Tensor] = (
-        split_compressed(rows_BSC, (2, numbers // 2), 8, CODES_GROUP)
-        if codes
-        else [rows_BSC.view(dtype).unflatten(-1, (2, -1))]
+    kv_S2BKH, *sides = by_sequence(
+        rows_BSC, num_kv_heads, dtype=None if codes else dtype, group_size=CODES_GROUP
     )
-    kv_S2BKH, *sides = (part.unflatten(-1, (num_kv_heads, -1)).permute(1, 2, 0, 3, 4) for part in parts)
+    more: dict[str, Any] = {}
     if codes:
         more = {"scale_S2BKG": sides[0], "zero_S2BKG": sides[1], "group_size": CODES_GROUP}
     query = torch.ones(batch, num_heads, head_dim, dtype=dtype)

@@ -15,7 +15,7 @@ from flexllmgen.errors import UsageError
 from profiling.hardware import Disk, Gpu, Hardware
 from profiling.layer_times import LayerTimes
 
-SCHEMA_VERSION = 14
+SCHEMA_VERSION = 15
 NOISY = 0.15
 """Relative spread from which a measurement is flagged."""
 

@@ -196,7 +196,7 @@ class HostAttention:
         q_BNH: torch.Tensor,
         *new: torch.Tensor,
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        """The same of compressed KV: queries in the directions of the keys, and a row as it will lie in the cache."""
+        """The same of compressed KV: queries in the directions of the keys, and a row's scales, zeros and codes."""
         codec, sequences = segment.codec, segment.stop - segment.start
         _by_kernel(seen.q_BNH, codec.turned(q_BNH))
         _by_kernel(seen.rest, codec.step_row(segment, *new))

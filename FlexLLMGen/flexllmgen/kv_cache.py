@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from flexllmgen.compressed_size import compressed_bytes
+from flexllmgen.compression import split_compressed
 from flexllmgen.kv_compression import CompressedSegment, KVCodec
 from flexllmgen.layer_inputs import InputSegment
 from flexllmgen.memory.arena import HostArena
@@ -42,6 +44,24 @@ class Segment:
     def part(self, start: int, stop: int) -> "Segment":
         """Sequences [start, stop) of the micro-batch."""
         return Segment(start, stop, self.kv_S2BKH[:, :, start - self.start : stop - self.start])
+
+
+def by_sequence(
+    rows_BSC: torch.Tensor, num_kv_heads: int, *, dtype: torch.dtype | None = None, group_size: int = 0
+) -> tuple[torch.Tensor, ...]:
+    """Rows of one position and sequence each, as bytes, as what attention on the CPU takes: views.
+
+    Returns:
+        Keys and values [S, 2, B, K, H] of `dtype`; without one they are codes of 8 bits in groups of `group_size` along a
+        head, and their scales and zeros follow, [S, 2, B, K, groups of a head].
+    """
+    if dtype is not None:
+        parts: Sequence[torch.Tensor] = [rows_BSC.view(dtype).unflatten(-1, (2, -1))]
+    else:
+        each = compressed_bytes((2, group_size), 8, group_size)
+        numbers = rows_BSC.shape[-1] // each * group_size
+        parts = split_compressed(rows_BSC, (2, numbers), 8, group_size)
+    return tuple(part.unflatten(-1, (num_kv_heads, -1)).permute(1, 2, 0, 3, 4) for part in parts)
 
 
 StoredSegment = Segment | CompressedSegment
@@ -175,7 +195,8 @@ class KVCache:
         if not split.cpu or count <= split.gpu:
             return None, None
         if unit not in self._host_views:
-            self._host_views[unit] = self._stored(unit, self._blocks.home(unit), split.gpu, split.cpu, "cpu")
+            home = self._blocks.home(unit)
+            self._host_views[unit] = self._stored(unit, home, split.gpu, split.cpu, together=True)
         mine = self._host_views[unit]
         return mine.part(mine.start, min(mine.stop, count)), self._blocks.stored(unit)
 
@@ -282,32 +303,31 @@ class KVCache:
             else:
                 memory = None
             if memory is not None:
-                segments.append(self._stored(unit, memory, start, count, tier))
+                together = tier == "cpu" and self._plan.attends_on_host
+                segments.append(self._stored(unit, memory, start, count, together=together))
             start += count
         return segments
 
-    def _by_sequence(self, tier: str) -> bool:
-        """Whether a tier holds sequence after sequence, and not position after position."""
-        return tier == "cpu" and self._plan.attends_on_host
-
     def _runs(self, row: int, sequences: int, first: int, stop: int) -> list[tuple[int, int]]:
         """Where positions [first, stop) of a unit's sequences lie in its part in host memory; `row` bytes a position."""
-        if not row or not self._by_sequence("cpu"):
+        if not row or not self._plan.attends_on_host:
             return [(first * row, stop * row)]
         each = row // sequences
         starts = range(0, row * self._plan.max_context, each * self._plan.max_context)
         return [(start + first * each, start + stop * each) for start in starts]
 
-    def _stored(self, unit: int, memory: torch.Tensor, start: int, count: int, tier: str) -> StoredSegment:
-        context, by_sequence = self._plan.max_context, self._by_sequence(tier)
+    def _stored(
+        self, unit: int, memory: torch.Tensor, start: int, count: int, *, together: bool
+    ) -> StoredSegment:
+        """Sequences of a unit in a part of it; `together`, each one's positions follow one another, else rows do."""
+        context = self._plan.max_context
+        rows = memory.view(count, context, -1) if together else memory.view(context, -1)
         if self._codec is not None:
-            rows = memory.view(count, context, -1) if by_sequence else memory.view(context, -1)
             return self._codec.segment(rows, start, self._centres[unit][start : start + count])
-        if not by_sequence:
+        if not together:
             return Segment(start, start + count, self._as_rows(memory, count))
-        spec = self._plan.spec
-        kv_BS2KH = memory.view(self._dtype).view(count, context, 2, spec.num_kv_heads, spec.head_dim)
-        return Segment(start, start + count, kv_BS2KH.permute(1, 2, 0, 3, 4))
+        (kv_S2BKH,) = by_sequence(rows, self._plan.spec.num_kv_heads, dtype=self._dtype)
+        return Segment(start, start + count, kv_S2BKH)
 
     def _make_input_segment(self, unit: int, slot: int, start: int) -> InputSegment:
         assert self._inputs is not None

@@ -19,6 +19,7 @@ from harness.benchmark.record import Benchmark, CellStatus, read_cells
 from harness.benchmark.resume import find_benchmark, take_over
 from harness.benchmark.runner import Runner, adopt, merge_cell
 from harness.benchmark.table import as_json, rows_of
+from harness.benchmark.table_text import counted
 from harness.config import EvalConfig, resolve
 from harness.evaluation import check_log_file
 from harness.launch import one_signal_ignored
@@ -193,7 +194,7 @@ class _Session:
     def _run(self) -> int:
         todo = sum(cell.status is CellStatus.PENDING for cell in self.benchmark.cells)
         self.report.say(
-            f"{self.benchmark.name}: {todo} of {len(self.benchmark.cells)} cells to run, record {_shown(self.folder)}"
+            f"{self.benchmark.name}: {todo} of {counted(len(self.benchmark.cells), 'cell')} to run, record {_shown(self.folder)}"
         )
         self._open()
         live = LiveGrid(self.report, self.benchmark)
@@ -264,7 +265,7 @@ class _Session:
         failed = [cell.name for cell in self.benchmark.cells if cell.status is CellStatus.FAILED]
         if failed:
             self.report.error(
-                f"{len(failed)} of {len(self.benchmark.cells)} cells failed: {', '.join(failed)}"
+                f"{len(failed)} of {counted(len(self.benchmark.cells), 'cell')} failed: {', '.join(failed)}"
             )
         if self.wanted.fail_on == "parity":
             for name, reason in unequal(self.benchmark).items():

@@ -11,7 +11,7 @@ from flexllmgen.units import gib
 from harness import exit_codes
 from harness.benchmark.grid import Grid
 from harness.benchmark.record import Benchmark, Cell
-from harness.benchmark.table_text import UNKNOWN, number
+from harness.benchmark.table_text import UNKNOWN, counted, number
 from harness.config import EvalConfig, Settings
 from harness.report import Report
 from strategies.base import Plan
@@ -44,9 +44,9 @@ def dry_run(grid: Grid, benchmark: Benchmark, report: Report, *, as_json: bool) 
     if as_json:
         report.json(_json(grid, benchmark, plans, errors))
     else:
-        launches = "1 launch" if benchmark.launches == 1 else f"{benchmark.launches} launches"
+        cells, launches = counted(len(grid.cells), "cell"), counted(benchmark.launches, "launch")
         report.rows(
-            f"{benchmark.name}: {len(grid.cells)} cells, {launches} each, baseline {benchmark.baseline}",
+            f"{benchmark.name}: {cells}, {launches} each, baseline {benchmark.baseline}",
             ("cell", "predicted tok/s", "limit tok/s", "peak on the device", "in host memory", "on disk", ""),
             [_row(cell, plans.get(cell.name), str(errors.get(cell.name, ""))) for cell in grid.cells],
         )

@@ -5,6 +5,7 @@ can get wrong that can be seen without loading a model is told here, before anyt
 is run.
 """
 
+import difflib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -164,11 +165,13 @@ def _suite_blocks(suite: Suite, wanted: Sequence[str]) -> list[Block]:
 
 
 def _check_common(suite: Suite) -> None:
-    keys = {key for name in strategy_names() for key in keys_of(name)}
+    known = {key for name in strategy_names() for key in keys_of(name)} | {*EvalConfig.model_fields, "policy"}
     for key in suite.common:
-        if key not in EvalConfig.model_fields and key not in keys and key != "policy":
+        if key not in known:
+            near = difflib.get_close_matches(key, sorted(known), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
             raise UsageError(
-                f"suite {suite.name}, [common]: no option and no strategy's key is called {key!r}"
+                f"suite {suite.name}, [common]: no option and no strategy's key is called {key!r}{hint}"
             )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from harness.benchmark.record import Benchmark
 from harness.benchmark.table import Row, fastest, finite, measured_rows
-from harness.benchmark.table_text import number, percent, size
+from harness.benchmark.table_text import counted, number, percent, size
 from harness.results import RunResult
 
 _PLAN_TITLES = (
@@ -81,9 +81,7 @@ def counts(benchmark: Benchmark) -> str:
     parts = [
         f"{states.count(state)} {state}" for state in ("finished", "failed", "pending") if state in states
     ]
-    return (
-        f"{len(states)} cell{'' if len(states) == 1 else 's'}: {', '.join(parts)}" if states else "no cells"
-    )
+    return f"{counted(len(states), 'cell')}: {', '.join(parts)}" if states else "no cells"
 
 
 def facts(benchmark: Benchmark, results: Mapping[str, RunResult]) -> Iterator[tuple[str, str]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from harness.benchmark.record import Benchmark, Cell, CellStatus
 from harness.benchmark.table import Row, as_markdown, fastest
-from harness.benchmark.table_text import number, percent
+from harness.benchmark.table_text import counted, number, percent
 from harness.results import CellLink, RunError, RunResult, RunStatus, Scalar
 from harness.summary import PARAM_LIMIT, MetricRow, clean_name, origin_tags, param_text, shorten
 
@@ -114,7 +114,9 @@ def describe_benchmark(
     strategies = list(dict.fromkeys(row.strategy for row in rows))
     done = sum(cell.status is CellStatus.FINISHED for cell in benchmark.cells)
     failed = sum(cell.status is CellStatus.FAILED for cell in benchmark.cells)
-    count = f"{done} of {len(benchmark.cells)} cells finished" + (f", {failed} failed" if failed else "")
+    count = f"{done} of {counted(len(benchmark.cells), 'cell')} finished" + (
+        f", {failed} failed" if failed else ""
+    )
     lines = [f"**{' / '.join(strategies)}**: {count}, {_launches(benchmark)}"]
     if error:
         lines.append(f"**{error.type}**: {shorten(error.message, 600)}")

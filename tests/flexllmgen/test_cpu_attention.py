@@ -259,15 +259,15 @@ def test_rows_may_be_longer_than_their_content(q_dtype: torch.dtype) -> None:
     assert error(out, expected(q, kv, 50, None, 0)) < BOUNDS[q_dtype]
 
 
-def by_sequence(part_SB: torch.Tensor, axis: int) -> torch.Tensor:
+def together(part: torch.Tensor, axis: int) -> torch.Tensor:
     """The same numbers, a sequence's positions one after another in memory; sequences are the dimension `axis`."""
-    return part_SB.transpose(0, axis).contiguous().transpose(0, axis)
+    return part.transpose(0, axis).contiguous().transpose(0, axis)
 
 
-@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("order", ["positions", "sequences"])
 @pytest.mark.parametrize(("length", "heads"), [(53, 2), (700, 24)])
 def test_the_tokens_own_row_is_written_before_it_is_read(
-    monkeypatch: pytest.MonkeyPatch, length: int, heads: int, together: bool
+    monkeypatch: pytest.MonkeyPatch, length: int, heads: int, order: str
 ) -> None:
     """By the kernel, in one piece or many, and by torch; nothing else of the cache changes, in either order of it."""
     torch.manual_seed(0)
@@ -278,7 +278,7 @@ def test_the_tokens_own_row_is_written_before_it_is_read(
     right = expected(q, wanted[:, :, 1:4], length, None, 2)
     for one in (cpu_attention._kernel(128), None):
         monkeypatch.setattr(cpu_attention, "_kernel", lambda _, one=one: one)
-        cache, out = by_sequence(rows, 2) if together else rows.clone(), torch.empty_like(q)
+        cache, out = together(rows, 2) if order == "sequences" else rows.clone(), torch.empty_like(q)
         cpu_attention.prepare_attention(
             q, cache[:, :, 1:4], length, first=2, out_BNH=out, threads=2, k_BKH=k, v_BKH=v
         )()
@@ -286,10 +286,11 @@ def test_the_tokens_own_row_is_written_before_it_is_read(
         assert error(out, right) < 2e-6
 
 
-@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("order", ["positions", "sequences"])
+@pytest.mark.parametrize("q_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("length", "heads"), [(53, 2), (700, 24)])
 def test_a_row_of_codes_is_written_before_it_is_read(
-    monkeypatch: pytest.MonkeyPatch, length: int, heads: int, together: bool
+    monkeypatch: pytest.MonkeyPatch, length: int, heads: int, q_dtype: torch.dtype, order: str
 ) -> None:
     """[position, sequence, key or value], in either order in memory; of the first three of five sequences."""
     torch.manual_seed(0)
@@ -304,17 +305,55 @@ def test_a_row_of_codes_is_written_before_it_is_read(
         .unflatten(-1, (heads, 64))
         .transpose(1, 2)
     )
-    q = torch.randn(3, 2 * heads, 64)
+    q = torch.randn(3, 2 * heads, 64).to(q_dtype)
+    right, bound = expected(q, dense, length, None, 2), 1e-4 if q_dtype == torch.float32 else 2e-2
     for one in (cpu_attention._kernel(64), None):
         monkeypatch.setattr(cpu_attention, "_kernel", lambda _, one=one: one)
-        cache = tuple(by_sequence(part, 1) if together else part.clone() for part in rows)
+        cache = tuple(together(part, 1) if order == "sequences" else part.clone() for part in rows)
         codes, scale, zero = (part[:, :3].unflatten(-1, (heads, -1)).transpose(1, 2) for part in cache)
         out = torch.empty_like(q)
         cpu_attention.prepare_attention(
             q, codes, length, first=2, out_BNH=out, threads=2, scale_S2BKG=scale, zero_S2BKG=zero, row=new
         )()
         assert all(torch.equal(part, other) for part, other in zip(cache, wanted, strict=True))
-        assert error(out, expected(q, dense, length, None, 2)) < 1e-4
+        assert error(out, right) < bound
+
+
+def check_many_sequences(kernel: Kernel) -> None:
+    """So many that threads take the next while they compute one; as the engine has them: in its order, with new rows."""
+    torch.manual_seed(0)
+    sequences, length, num_kv_heads, size = 48, 150, 2, 128
+    numbers, new = torch.randn(length, sequences, 2, num_kv_heads * size), torch.randn(sequences, 2, 256)
+    for heads in (2, 8, 16):
+        q = torch.randn(sequences, heads, size)
+        for dtype, bound in BOUNDS.items():
+            kv = together(numbers.to(dtype).unflatten(-1, (num_kv_heads, -1)).transpose(1, 2), 2)
+            k, v = (new[:, half].to(dtype).unflatten(-1, (num_kv_heads, -1)).contiguous() for half in (0, 1))
+            short = q.to(dtype)
+            out = attend(kernel, short, kv, length, None, threads=2, k_BKH=k, v_BKH=v)
+            assert torch.equal(kv[-1, 0], k)
+            assert torch.equal(kv[-1, 1], v)
+            assert error(out, expected(short, kv, length, None, 0)) < bound
+        for group_size in (64, 128):
+            parts = tuple(together(part, 1) for part in quantise(numbers, 8, group_size))
+            row = quantise(new, 8, group_size)
+            codes, scale, zero = (part.unflatten(-1, (num_kv_heads, -1)).transpose(1, 2) for part in parts)
+            sides = {"scale_S2BKG": scale, "zero_S2BKG": zero, "group_size": group_size, "row": row}
+            for dtype in (torch.float16, torch.bfloat16):
+                short = q.to(dtype)
+                out = attend(kernel, short, codes, length, None, threads=2, **sides)
+                dense = dequantise(*parts, 8, group_size, torch.empty_like(numbers))
+                right = dense.unflatten(-1, (num_kv_heads, -1)).transpose(1, 2)
+                assert all(torch.equal(part[-1], each) for part, each in zip(parts, row, strict=True))
+                assert error(out, expected(short, right, length, None, 0)) < BOUNDS[dtype]
+
+
+def test_many_sequences(kernel: Kernel) -> None:
+    check_many_sequences(kernel)
+
+
+def test_many_sequences_by_amx(with_and_without: tuple[Kernel, Kernel]) -> None:
+    check_many_sequences(with_and_without[0])
 
 
 def test_calls_that_follow_at_once_find_their_threads(kernel: Kernel) -> None:

@@ -2,7 +2,7 @@
 
 A kernel of our own, built at first use (build.py) for the best instructions that the processor has and that divide a
 head; torch's attention where that is not possible (fallback.py).
-Knows the KV cache's layout of rows, and nothing of devices, streams or schedules. The call holds no lock of
+Takes keys and values by their strides, and knows nothing of devices, streams or schedules. The call holds no lock of
 Python's while it computes, so that the thread that issues work to an accelerator goes on meanwhile.
 """
 

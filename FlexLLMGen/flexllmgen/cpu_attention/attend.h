@@ -81,6 +81,12 @@ inline void widen(const char* from, int count, float* to) {
     if (i < count) Simd::store(to + i, Simd::some_halves(from + 2 * i, count - i));
 }
 
+// Where a piece's keys (half 0) or values (1) of a position begin.
+template <class T>
+inline const char* rows_of(const Call& c, const Piece& piece, int64_t position, int half) {
+    return c.kv + c.kv_bytes.at(piece, position, half, c.H * T::size);
+}
+
 // Rows of a block's positions: keys [head][block], then values.
 template <class T>
 inline void find_rows(const Call& c, const Piece& piece, int64_t position, int block, Bench& bench) {
@@ -88,8 +94,7 @@ inline void find_rows(const Call& c, const Piece& piece, int64_t position, int b
     for (int half = 0; half < 2; ++half) {
         for (int p = 0; p < block; ++p) {
             const int64_t skip = (half * block + p) * groups;
-            const char* data = c.kv + (position + p) * c.position_bytes + half * c.half_bytes +
-                               piece.sequence * c.sequence_bytes + piece.head * c.H * T::size;
+            const char* data = rows_of<T>(c, piece, position + p, half);
             for (int h = 0; h < piece.heads; ++h)
                 bench.rows[half * rows + h * block + p] =
                     Row{data + h * c.H * T::size, bench.scale + skip + h * c.groups, bench.zero + skip + h * c.groups,
@@ -105,14 +110,8 @@ struct Groups {
 };
 
 inline Groups groups_of(const Call& c, const Piece& piece, int64_t position, int half, bool zeros) {
-    const int64_t skip = piece.head * c.groups * 2;
-    if (zeros)
-        return {c.zero + position * c.zero_position_bytes + half * c.zero_half_bytes +
-                    piece.sequence * c.zero_sequence_bytes + skip,
-                c.zero_position_bytes};
-    return {c.scale + position * c.scale_position_bytes + half * c.scale_half_bytes +
-                piece.sequence * c.scale_sequence_bytes + skip,
-            c.scale_position_bytes};
+    const Strides& bytes = zeros ? c.zero_bytes : c.scale_bytes;
+    return {(zeros ? c.zero : c.scale) + bytes.at(piece, position, half, c.groups * 2), bytes.position};
 }
 
 // Scales and zeros of a block's codes as fp32.
@@ -137,12 +136,6 @@ inline void find_groups(const Call& c, const Piece& piece, int64_t position, int
     }
 }
 
-// Where a piece's keys of a position begin.
-template <class T>
-inline const char* keys_of(const Call& c, const Piece& piece, int64_t position) {
-    return c.kv + position * c.position_bytes + piece.sequence * c.sequence_bytes + piece.head * c.H * T::size;
-}
-
 enum class Half { keys, values, both };
 
 // Adds what is read of a block of a piece; scales and zeros come with the keys.
@@ -150,25 +143,27 @@ template <class T>
 inline void fetch(const Call& c, const Piece& piece, int64_t position, int block, Half which, Fetcher& next) {
     if (block <= 0) return;
     const int64_t of_groups = c.groups * piece.heads * 2, run = piece.heads * c.H * T::size;
-    const char* keys = keys_of<T>(c, piece, position);
-    next.rows(block);
+    next.stretch(block);
     if (c.groups && which != Half::values)
         for (bool zeros : {false, true})
             for (int half : {0, 1}) {
                 const Groups groups = groups_of(c, piece, position, half, zeros);
                 next.add(groups.data, of_groups, groups.step);
             }
-    if (which != Half::values) next.add(keys, run, c.position_bytes);
-    if (which != Half::keys) next.add(keys + c.half_bytes, run, c.position_bytes);
+    if (which != Half::values) next.add(rows_of<T>(c, piece, position, 0), run, c.kv_bytes.position);
+    if (which != Half::keys) next.add(rows_of<T>(c, piece, position, 1), run, c.kv_bytes.position);
 }
 
-// One piece into its partial sums. With its last block the first of the piece `after` it is fetched, if that has any; so
-// `fetched` was its own.
+// One piece into its partial sums. With its last block the first of the piece `after` it is fetched, if that has any;
+// `fetched`: so was this one's.
 template <class T>
 inline void attend_piece(const Call& c, const Plan& plan, const Piece& piece, bool fetched, const Piece& after, Bench& bench,
                          const Partial& to) {
     const int queries = int(c.N / c.K);
     const bool dots = by_dots(c);
+    // By measurement codes in tiles are read faster where all of a block is fetched as one run, others where values are
+    // fetched with the keys before them, and the next keys with the values.
+    const bool one_run = in_code_tiles(c);
 #ifdef AMX
     const bool no_rows = by_codes(c) || (by_matrix<4>(c) && queries % 4 == 0);
 #else
@@ -184,16 +179,14 @@ inline void attend_piece(const Call& c, const Plan& plan, const Piece& piece, bo
         else if (position == piece.first || block < plan.block)
             find_rows<T>(c, piece, position, block, bench);
         else
-            for (int i = 0; i < 2 * rows; ++i) bench.rows[i].data += plan.block * c.position_bytes;
+            for (int i = 0; i < 2 * rows; ++i) bench.rows[i].data += plan.block * c.kv_bytes.position;
         if (c.groups) find_groups(c, piece, position, block, bench);
         const float* bias = c.bias ? c.bias + piece.sequence * c.bias_stride + position : nullptr;
-        const char* keys = keys_of<T>(c, piece, position);
+        const char* keys = rows_of<T>(c, piece, position, 0);
         const bool last = position + block == piece.stop;
         const Piece& then = last ? after : piece;
         const int64_t follows = last ? after.first : position + block;
         const int block_next = int(std::min<int64_t>(then.stop - follows, plan.block));
-        // By measurement: codes in tiles are read faster where all of a block is fetched as one run, others by turns.
-        const bool one_run = in_code_tiles(c);
         Fetcher next;
         if (!one_run || (position == piece.first && !fetched)) fetch<T>(c, piece, position, block, Half::values, next);
         fetch<T>(c, then, follows, block_next, one_run ? Half::both : Half::keys, next);
@@ -305,7 +298,7 @@ void serve(const Call& c, const Plan& plan, Shared& shared) {
     Taken next;
     for (Taken now = shared.take(plan); now.count > 0; now = next.count ? next : shared.take(plan)) {
         const bool fetched = next.count > 0;
-        next = shared.take_ahead(plan);
+        next = shared.take(plan, true);
         const Piece piece = plan.piece(c, now), after = plan.piece(c, next);
         const int64_t unit = now.task / plan.chunks;
         shared.taken[now.task] = int(now.count);

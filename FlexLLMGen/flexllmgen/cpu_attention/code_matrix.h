@@ -7,9 +7,8 @@
 
 static_assert(CODE_BLOCK == CHUNK);
 
-// Of each chunk a block has 64 lines of keys and 64 of values. So many lines of the next block are fetched with the products
-// of keys, with what these come to and with weights; and with the values' weights, with what is interleaved and with what
-// is added up.
+// Lines of the next block, 64 of keys and 64 of values a chunk, that are fetched while this one's chunk is computed: its keys'
+// products, what these come to, the weights of that; its values' weights, what is interleaved, what is added up.
 constexpr int LINES_OF_PRODUCTS = 16, LINES_OF_SCORES = 32, LINES_OF_WEIGHING = 16;
 constexpr int LINES_OF_WEIGHTS = 32, LINES_OF_COLUMNS = 16, LINES_OF_SUMS = 16;
 
@@ -200,7 +199,7 @@ struct CodeSums {
     void prepare(int head, int chunk, Codes* to) {
         using Weights = CodeWeights<GT>;
         if (chunk == 0) {
-            rows = Rows(data + head * c.H, c.position_bytes, block, in_tiles(block), c.H, space.memory);
+            rows = Rows(data + head * c.H, c.kv_bytes.position, block, in_tiles(block), c.H, space.memory);
             const int lines = int((LINES_OF_WEIGHTS * c.group_size / CHUNK + Weights::COUNT - 1) / Weights::COUNT);
             for (int i = 0; i < c.groups; ++i)
                 space.weights[head % HEADS_AT_ONCE][i].set(weight + head * block * GT, block * GT, scale + head * c.groups + i,
@@ -245,7 +244,7 @@ inline void attend_code_tiles(const Call& c, int heads, int block, int g0, const
     CodeSpace<GT> space;
     shape<Work::scores, 16>();
     for (int h = 0; h < heads; ++h) {
-        const Rows keys(data + h * c.H, c.position_bytes, block, in_tiles(block), c.H, space.memory);
+        const Rows keys(data + h * c.H, c.kv_bytes.position, block, in_tiles(block), c.H, space.memory);
         const float *packed = q + h * packed_codes(c) + group_count(g0) * chunks * PACKED, *s = scale + h * c.groups;
         const float* z = zero + h * c.groups;
         int chunk = 0;
@@ -256,7 +255,7 @@ inline void attend_code_tiles(const Call& c, int heads, int block, int g0, const
     weigh<GT>(heads, block, bias, score, to.m + g0 * heads, to.l + g0 * heads, alpha, next,
               (LINES_OF_WEIGHING * chunks + vectors - 1) / vectors);
     shape<Work::values, GT>();
-    CodeSums<GT> sums{c, block, data + c.half_bytes, score, scale + block * GROUPS, zero + block * GROUPS, alpha,
+    CodeSums<GT> sums{c, block, data + c.kv_bytes.half, score, scale + block * GROUPS, zero + block * GROUPS, alpha,
                       to.acc + g0 * c.H, queries * c.H, next, space};
     sums.run(heads);
 }

@@ -144,15 +144,15 @@ inline void attend_codes(const Call& c, int heads, int block, int g0, const char
     const int vectors = LONG_BLOCK * GT / W, left = int(c.H / CHUNK) * LONG_BLOCK / W * (W - LINES_A_CHUNK);
     const int lines = GT > 1 ? (left + vectors - 1) / vectors : 0;
     for (int h = 0; h < heads; ++h) {
-        const Rows keys(data + h * c.H, c.position_bytes, block, LONG_BLOCK, c.H, memory);
+        const Rows keys(data + h * c.H, c.kv_bytes.position, block, LONG_BLOCK, c.H, memory);
         const float* packed = q + h * packed_codes(c) + group_count(g0) * (c.H / CHUNK) * PACKED;
         scores_codes<GT>(c, keys, block, packed, scale + h * groups, zero + h * groups, h + 1 == heads,
                          score + h * block * GT, next);
     }
     weigh<GT>(heads, block, bias, score, to.m + g0 * heads, to.l + g0 * heads, alpha, next, lines);
-    scale += heads * groups, zero += heads * groups, data += c.half_bytes;
+    scale += heads * groups, zero += heads * groups, data += c.kv_bytes.half;
     for (int h = 0; h < heads; ++h) {
-        const Rows values(data + h * c.H, c.position_bytes, block, LONG_BLOCK, c.H, memory);
+        const Rows values(data + h * c.H, c.kv_bytes.position, block, LONG_BLOCK, c.H, memory);
         values_codes<GT>(c, values, block, score + h * block * GT, alpha + h * GT, scale + h * groups, zero + h * groups,
                          to.acc + (h * queries + g0) * c.H, next);
     }

@@ -39,7 +39,24 @@ constexpr int64_t MIN_CHUNK = 64;        // positions
 constexpr int64_t TASKS_A_THREAD = 48;   // at most, so that threads end together
 constexpr int64_t THREAD_BYTES = 128 << 10;  // Waking a thread for less costs more than it reads.
 
-// A call, laid out as its Python side has it (library.py). Strides are bytes, but for the bias's.
+// Key heads [head, head + heads) of a sequence over positions [first, stop).
+struct Piece {
+    int64_t sequence, head;
+    int heads;
+    int64_t first, stop;
+};
+
+// Bytes from a position to the next, from its keys to its values, from a sequence to the next.
+struct Strides {
+    int64_t position, half, sequence;
+
+    // Where a piece's part of a position's keys (half 0) or values (1) begins; a head has `head_bytes`.
+    int64_t at(const Piece& piece, int64_t which, int64_t which_half, int64_t head_bytes) const {
+        return which * position + which_half * half + piece.sequence * sequence + piece.head * head_bytes;
+    }
+};
+
+// A call, laid out as its Python side has it (library.py).
 struct Call {
     const char *q;
     char* kv;
@@ -48,10 +65,8 @@ struct Call {
     char* out;
     const char *k_new, *v_new;  // [B, K, H], written at the last position before it is read; or none
     const char *codes_new, *scale_new, *zero_new;  // the same of codes: [B, 2, K, H], and [B, 2, K, groups] in fp16
-    int64_t position_bytes, half_bytes, sequence_bytes;
-    int64_t scale_position_bytes, scale_half_bytes, scale_sequence_bytes;
-    int64_t zero_position_bytes, zero_half_bytes, zero_sequence_bytes;
-    int64_t bias_stride;
+    Strides kv_bytes, scale_bytes, zero_bytes;
+    int64_t bias_stride;  // of a sequence, in numbers
     int64_t B, N, K, H, first, length, groups, group_size;
     int64_t q_type, kv_type;  // 0 fp32, 1 fp16, 2 bf16, 3 codes
     int64_t threads;
@@ -72,13 +87,6 @@ inline void by_query_type(const Call& c, F&& f) {
         if constexpr (!std::is_same_v<decltype(type), U8>) f(type);
     });
 }
-
-// Key heads [head, head + heads) of a sequence over positions [first, stop).
-struct Piece {
-    int64_t sequence, head;
-    int heads;
-    int64_t first, stop;
-};
 
 // Tasks of one unit that a thread does as one piece.
 struct Taken {
@@ -145,18 +153,16 @@ struct Shared {
         taken = reinterpret_cast<int*>(left + plan.units);
         for (int64_t i = 0; i < plan.units; ++i) new (left + i) std::atomic<int>(int(plan.chunks));
     }
-    // Takes tasks of one unit, at once as long as there is much left, one by one in the end.
-    Taken take(const Plan& plan) {
+    // Takes tasks of one unit, at once as long as there is much left, one by one in the end; `ahead`, before the thread has
+    // done what it took before, as long as whole units are taken: threads shall end together.
+    Taken take(const Plan& plan, bool ahead = false) {
         for (int64_t task = next.load(); task < plan.tasks();) {
             const int64_t fair = (plan.tasks() - task) / (2 * plan.threads);
+            if (ahead && fair < plan.chunks) break;
             const int64_t count = std::min(plan.chunks - task % plan.chunks, std::max<int64_t>(1, fair));
             if (next.compare_exchange_weak(task, task + count)) return Taken{task, count};
         }
         return Taken{};
-    }
-    // Before the thread has done what it took before: only while whole units are taken, so that threads end together.
-    Taken take_ahead(const Plan& plan) {
-        return plan.tasks() - next.load() < 2 * plan.threads * plan.chunks ? Taken{} : take(plan);
     }
     static int64_t stride(const Call& c, const Plan& plan) {
         return (plan.heads * (c.N / c.K) * (c.H + 2) + 15) / 16 * 16;
@@ -166,32 +172,20 @@ struct Shared {
     }
 };
 
-// Where the numbers of a position's key or value begin, of a piece's sequence and from its first head on.
-struct Strides {
-    int64_t position, half, sequence;
-
-    int64_t at(const Piece& piece, int64_t position_of, int half_of, int64_t head_bytes) const {
-        return position_of * position + half_of * half + piece.sequence * sequence + piece.head * head_bytes;
-    }
-};
-
 // Writes the last position's keys and values, of a piece that it belongs to.
 inline void append(const Call& c, const Piece& piece) {
     static constexpr int64_t sizes[] = {4, 2, 2, 1};
     const int64_t last = c.length - 1, head = c.H * sizes[c.kv_type], of_groups = c.groups * 2;
-    const Strides kv{c.position_bytes, c.half_bytes, c.sequence_bytes};
-    const Strides scale{c.scale_position_bytes, c.scale_half_bytes, c.scale_sequence_bytes};
-    const Strides zero{c.zero_position_bytes, c.zero_half_bytes, c.zero_sequence_bytes};
     const auto copy = [&](const char* to, const Strides& strides, int half, const char* from, int64_t row, int64_t bytes) {
         if (from)
             std::memcpy(const_cast<char*>(to) + strides.at(piece, last, half, bytes), from + (row * c.K + piece.head) * bytes,
                         size_t(piece.heads * bytes));
     };
     for (int half = 0; half < 2; ++half) {
-        copy(c.kv, kv, half, half ? c.v_new : c.k_new, piece.sequence, head);
-        copy(c.kv, kv, half, c.codes_new, 2 * piece.sequence + half, head);
-        copy(c.scale, scale, half, c.scale_new, 2 * piece.sequence + half, of_groups);
-        copy(c.zero, zero, half, c.zero_new, 2 * piece.sequence + half, of_groups);
+        copy(c.kv, c.kv_bytes, half, half ? c.v_new : c.k_new, piece.sequence, head);
+        copy(c.kv, c.kv_bytes, half, c.codes_new, 2 * piece.sequence + half, head);
+        copy(c.scale, c.scale_bytes, half, c.scale_new, 2 * piece.sequence + half, of_groups);
+        copy(c.zero, c.zero_bytes, half, c.zero_new, 2 * piece.sequence + half, of_groups);
     }
 }
 

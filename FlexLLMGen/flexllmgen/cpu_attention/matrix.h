@@ -173,7 +173,7 @@ inline void attend_matrix(const Call& c, int heads, int block, int g0, const cha
     alignas(64) uint32_t weights[2][BLOCK_TILES * 2 * GT * W];
     shape<Work::scores, GT>();
     for (int h = 0; h < heads; ++h) {
-        const Rows keys(data + h * bytes, c.position_bytes, block, LONG_BLOCK, bytes, memory);
+        const Rows keys(data + h * bytes, c.kv_bytes.position, block, LONG_BLOCK, bytes, memory);
         scores_matrix<GT>(c, keys, q + h * packed_floats(c) + g0 * c.H, score + h * block * GT, next);
     }
     // Not sooner: a vector that two rows of a tile make up can be loaded only once both lie in memory.
@@ -190,7 +190,7 @@ inline void attend_matrix(const Call& c, int heads, int block, int g0, const cha
             next.lines(with_weights);
             pair_with_zeros<GT>(score + (h + 1) * block * GT, block * GT, weights[(h + 1) % 2]);
         }
-        const Rows values(data + c.half_bytes + h * bytes, c.position_bytes, block, LONG_BLOCK, bytes, memory);
+        const Rows values(data + c.kv_bytes.half + h * bytes, c.kv_bytes.position, block, LONG_BLOCK, bytes, memory);
         values_matrix<GT>(c, values, weights[h % 2], alpha + h * GT, to.acc + (h * queries + g0) * c.H, next);
     }
 }

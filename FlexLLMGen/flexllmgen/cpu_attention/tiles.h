@@ -81,9 +81,9 @@ struct Rows {
 // under way, and with none under way memory is idle.
 class Fetcher {
    public:
-    // At the end, so many rows more; what each has is added next.
-    void rows(int count) { stretches_[count_++].rows = count; }
-    // Of each row `run` bytes, `step` apart; parts come in the order of their addresses.
+    // Begins a stretch of so many rows, after those before it.
+    void stretch(int rows) { stretches_[count_++].rows = rows; }
+    // Of each of its rows `run` bytes, `step` apart; parts come in the order of their addresses.
     void add(const char* from, int64_t run, int64_t step) {
         Stretch& last = stretches_[count_ - 1];
         Part* before = last.count ? last.parts + last.count - 1 : nullptr;
