@@ -1,6 +1,6 @@
 """Attention of a decode step on the CPU: bytes of KV read a second, against the memory's own rate and torch's attention.
 
-    python benchmarks/cpu_attention.py [--threads 8,12,15] [--call-mib 64] [--out cpu_attention.json]
+    python benchmarks/cpu_attention.py [--threads 8,12,15] [--call-mib 64 [--pause-us 500]] [--out cpu_attention.json]
 
 Prints a table and writes JSON. With a GPU all is measured twice: alone, and while copies from page-locked memory to
 the GPU run without a pause. Each row has the memory's read rate, measured beside it, and the share of it that the attention
@@ -51,6 +51,12 @@ def main() -> None:
         default=float("inf"),
         help="by calls of up to so much, one after another, as of a step's micro-batches; without: by one",
     )
+    parser.add_argument(
+        "--pause-us",
+        type=float,
+        default=0,
+        help="before each of these calls, as while a step computes; not counted",
+    )
     parser.add_argument("--context", type=int, default=544)
     parser.add_argument("--trials", type=int, default=9)
     kinds: list[str] = [*DTYPES, *GROUPS]
@@ -67,7 +73,8 @@ def main() -> None:
 
     if which() == "torch":
         sys.exit("the kernel could not be built: see the line above")
-    bench = Bench(int(args.gib * GIB), args.context, args.trials, args.kinds, args.call_mib * (1 << 20))
+    cut = args.call_mib * (1 << 20), args.pause_us / 1e6
+    bench = Bench(int(args.gib * GIB), args.context, args.trials, args.kinds, cut)
     rows: list[dict[str, Any]] = []
     for load in ("alone", "under copies") if torch.cuda.is_available() else ("alone",):
         with copies() if load == "under copies" else nothing() as copied:
@@ -83,6 +90,7 @@ def main() -> None:
         "context": args.context,
         "kv_bytes": bench.num_bytes,
         "call_bytes": min(bench.call_bytes, bench.num_bytes),
+        "pause_s": bench.pause_s,
         "rows": rows,
     }
     args.out.write_text(json.dumps(result, indent=1) + "\n")
@@ -93,10 +101,10 @@ class Bench:
     """KV in two buffers that take turns, so that no call finds its own in a cache."""
 
     def __init__(
-        self, num_bytes: int, context: int, trials: int, kinds: list[str], call_bytes: float
+        self, num_bytes: int, context: int, trials: int, kinds: list[str], cut: tuple[float, float]
     ) -> None:
         self.num_bytes, self.context, self.trials, self.kinds = num_bytes, context, trials, kinds
-        self.call_bytes = call_bytes
+        self.call_bytes, self.pause_s = cut
         self.buffers = [torch.frombuffer(map_memory(num_bytes), dtype=torch.uint8) for _ in range(2)]
         for buffer in self.buffers:  # Small numbers in every format: bytes of 0x3c are fp16 ones, bf16 0.01.
             buffer.fill_(0x3C)
@@ -108,14 +116,14 @@ class Bench:
         assert kernel is not None
         for shape in SHAPES:
             for name in self.kinds:
-                calls, num_bytes = self._calls(shape, name, threads, prepare_attention)
+                calls, num_bytes, paused_s = self._calls(shape, name, threads, prepare_attention)
                 reads = [
                     lambda each=each: kernel.read(each[: self.num_bytes], threads) for each in self.buffers
                 ]
                 sums = [each[:summed].view(torch.float32).sum for each in self.buffers]
                 # In turns: what else the machine does then troubles all alike.
                 seconds, read_s, sum_s = self._timed(calls, reads, sums)
-                rates = num_bytes / seconds, self.num_bytes / read_s, summed / sum_s
+                rates = num_bytes / (seconds - paused_s), self.num_bytes / read_s, summed / sum_s
                 yield row("kernel", shape, name, threads, *rates)
 
     def torch_rows(self, threads: int) -> Iterator[dict[str, Any]]:
@@ -132,13 +140,14 @@ class Bench:
 
         for shape in SHAPES:
             for name in (kind for kind in self.kinds if kind in DTYPES):
-                calls, num_bytes = self._calls(shape, name, threads, prepare)
+                calls, num_bytes, paused_s = self._calls(shape, name, threads, prepare)
                 (seconds,) = self._timed(calls[:1], trials=2)
-                yield row("torch", shape, name, threads, num_bytes / seconds)
+                yield row("torch", shape, name, threads, num_bytes / (seconds - paused_s))
 
     def _calls(
         self, shape: str, name: str, threads: int, prepare: Callable[..., Callable[[], None]]
-    ) -> tuple[list[Callable[[], None]], int]:
+    ) -> tuple[list[Callable[[], None]], int, float]:
+        """For each buffer what reads its KV, the bytes that this reads, and the seconds that it pauses."""
         heads, num_kv_heads, size = SHAPES[shape]
         group, numbers = GROUPS.get(name), num_kv_heads * size
         dtype = (
@@ -150,6 +159,7 @@ class Bench:
         out = torch.empty_like(q)
         calls = []
         num_bytes = sequences * self.context * each
+        run: list[Callable[[], None]] = []
         for buffer in self.buffers:  # Laid out as the engine's cache is.
             rows = buffer[:num_bytes].view(sequences, self.context, each)
             at_once = max(1, int(min(self.call_bytes, num_bytes)) // (each * self.context))
@@ -161,8 +171,8 @@ class Bench:
                 )
                 more = {"scale_S2BKG": sides[0], "zero_S2BKG": sides[1], "group_size": group} if group else {}
                 run.append(prepare(q[mine], kv, self.context, out_BNH=out[mine], threads=threads, **more))
-            calls.append(functools.partial(_one_after_another, run))
-        return calls, num_bytes
+            calls.append(functools.partial(_one_after_another, run, self.pause_s))
+        return calls, num_bytes, self.pause_s * len(run)
 
     def _timed(self, *actions: list[Callable[[], object]], trials: int | None = None) -> list[float]:
         """The median of the trials of each, its variants taking turns. Each begins when torch's threads, which spin for some
@@ -178,8 +188,11 @@ class Bench:
         return [statistics.median(each) for each in seconds]
 
 
-def _one_after_another(calls: list[Callable[[], None]]) -> None:
+def _one_after_another(calls: list[Callable[[], None]], pause_s: float) -> None:
     for call in calls:
+        until = time.perf_counter() + pause_s
+        while time.perf_counter() < until:  # Awake, as what waits for a device is.
+            pass
         call()
 
 
