@@ -157,22 +157,22 @@ class Bench:
         sequences = self.num_bytes // (each * self.context)
         q = torch.randn(sequences, heads, size).to(dtype)
         out = torch.empty_like(q)
-        calls = []
         num_bytes = sequences * self.context * each
-        run: list[Callable[[], None]] = []
+        at_once = max(1, int(min(self.call_bytes, num_bytes)) // (each * self.context))
+        starts = range(0, sequences, at_once)
+        calls = []
         for buffer in self.buffers:  # Laid out as the engine's cache is.
             rows = buffer[:num_bytes].view(sequences, self.context, each)
-            at_once = max(1, int(min(self.call_bytes, num_bytes)) // (each * self.context))
             run = []
-            for start in range(0, sequences, at_once):
+            for start in starts:
                 mine = slice(start, start + at_once)
                 kv, *sides = by_sequence(
-                    rows[mine], num_kv_heads, dtype=None if group else dtype, group_size=group or 0
+                    rows[mine], num_kv_heads, size, dtype=None if group else dtype, group_size=group or 0
                 )
                 more = {"scale_S2BKG": sides[0], "zero_S2BKG": sides[1], "group_size": group} if group else {}
                 run.append(prepare(q[mine], kv, self.context, out_BNH=out[mine], threads=threads, **more))
             calls.append(functools.partial(_one_after_another, run, self.pause_s))
-        return calls, num_bytes, self.pause_s * len(run)
+        return calls, num_bytes, self.pause_s * len(starts)
 
     def _timed(self, *actions: list[Callable[[], object]], trials: int | None = None) -> list[float]:
         """The median of the trials of each, its variants taking turns. Each begins when torch's threads, which spin for some

@@ -390,10 +390,15 @@ def _other_strategy(key: str, chosen: str) -> str:
     return ""
 
 
+def did_you_mean(key: str, names: Sequence[str]) -> str:
+    """A hint at the one that was meant, for the end of a message; empty where none is like it."""
+    match = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
 def _nearest(key: str, names: Sequence[str], options: Sequence[str] = ()) -> str:
     """A hint at what was meant, of the keys that there are or of the options; else all keys."""
-    match = difflib.get_close_matches(key, [*names, *options], n=1, cutoff=0.5)
-    return f"; did you mean {match[0]!r}?" if match else f"; known keys: {', '.join(names)}"
+    return did_you_mean(key, [*names, *options]) or f"; known keys: {', '.join(names)}"
 
 
 def _validate(model: type[Model], raw: Mapping[str, Any], sources: Mapping[str, str]) -> Model:

@@ -19,6 +19,7 @@ from harness.benchmark.record import Benchmark, CellStatus, cell_folder, read_ce
 from harness.config import EvalConfig
 from harness.report import Report
 from harness.results import RunResult
+from harness.words import counted
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
@@ -59,8 +60,7 @@ def export(rows: Sequence[Mapping[str, Any]], output: Path | None, report: Repor
         raise UsageError(
             f"--output {output}: cannot be written ({error.strerror or error}); name another file"
         ) from error
-    runs = "1 run" if len(table) == 1 else f"{len(table)} runs"
-    report.say(f"{runs}, {len(table.columns)} columns: {output}")
+    report.say(f"{counted(len(table), 'run')}, {len(table.columns)} columns: {output}")
     return 0
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from flexllmgen.units import gib
 from harness.policy_words import batch_words, special_words
 from harness.quality.words import losses, policy_losses
+from harness.words import counted
 from profiling.cost_model import CostEstimate
 from profiling.profile import HardwareProfile
 from strategies.autoflex import policy_of
@@ -156,7 +157,7 @@ class PlanView:
         workload = request.workload
         record = plan.as_dict()
         lossy = losses(record)
-        prompts = "1 prompt" if workload.num_sequences == 1 else f"{workload.num_sequences} prompts"
+        prompts = counted(workload.num_sequences, "prompt")
         return (
             f"plan: {plan.strategy}, {request.model.name}, {request.dtype} on {request.machine.device} "
             f"({self.profile.hardware.summary})\n"

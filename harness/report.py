@@ -29,6 +29,7 @@ from flexllmgen.units import gib
 from harness.policy_words import batch_words, special_words
 from harness.quality.words import losses
 from harness.results import RunResult, RunStatus
+from harness.words import counted
 
 if TYPE_CHECKING:
     from harness.benchmark.table import Row as BenchmarkRow
@@ -177,10 +178,9 @@ class Report:
             return
         device = _DEVICE_NAMES[plan["device"]]
         weights, kv = _tiers(plan["weight_bytes"], device), _tiers(plan["kv_bytes"], device)
-        prompts = "1 prompt" if plan["num_sequences"] == 1 else f"{plan['num_sequences']} prompts"
         lines = [
             f"plan: {plan['strategy']}, {plan['model']}, {plan['dtype']} on {plan['device']} ({hardware})",
-            f"  {prompts} x {plan['prompt_tokens']} tokens in batches of {batch_words(plan)}, "
+            f"  {counted(plan['num_sequences'], 'prompt')} x {plan['prompt_tokens']} tokens in batches of {batch_words(plan)}, "
             f"{plan['gen_tokens']} tokens each",
             f"  weights {weights}; KV cache {kv} a batch; workspace {gib(plan['workspace_bytes'])}",
         ]

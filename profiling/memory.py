@@ -70,7 +70,7 @@ def host_attention(
     # Small numbers as any type.
     rows_BSC = arena.view(region).fill_(0x1C).view(batch, _POSITIONS, -1)
     kv_S2BKH, *sides = by_sequence(
-        rows_BSC, num_kv_heads, dtype=None if codes else dtype, group_size=CODES_GROUP
+        rows_BSC, num_kv_heads, head_dim, dtype=None if codes else dtype, group_size=CODES_GROUP
     )
     more: dict[str, Any] = {}
     if codes:

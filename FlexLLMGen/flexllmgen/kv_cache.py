@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 
-from flexllmgen.compressed_size import compressed_bytes
 from flexllmgen.compression import split_compressed
 from flexllmgen.kv_compression import CompressedSegment, KVCodec
 from flexllmgen.layer_inputs import InputSegment
@@ -47,7 +46,12 @@ class Segment:
 
 
 def by_sequence(
-    rows_BSC: torch.Tensor, num_kv_heads: int, *, dtype: torch.dtype | None = None, group_size: int = 0
+    rows_BSC: torch.Tensor,
+    num_kv_heads: int,
+    head_dim: int,
+    *,
+    dtype: torch.dtype | None = None,
+    group_size: int = 0,
 ) -> tuple[torch.Tensor, ...]:
     """Rows of one position and sequence each, as bytes, as what attention on the CPU takes: views.
 
@@ -58,9 +62,7 @@ def by_sequence(
     if dtype is not None:
         parts: Sequence[torch.Tensor] = [rows_BSC.view(dtype).unflatten(-1, (2, -1))]
     else:
-        each = compressed_bytes((2, group_size), 8, group_size)
-        numbers = rows_BSC.shape[-1] // each * group_size
-        parts = split_compressed(rows_BSC, (2, numbers), 8, group_size)
+        parts = split_compressed(rows_BSC, (2, num_kv_heads * head_dim), 8, group_size)
     return tuple(part.unflatten(-1, (num_kv_heads, -1)).permute(1, 2, 0, 3, 4) for part in parts)
 
 
@@ -326,7 +328,8 @@ class KVCache:
             return self._codec.segment(rows, start, self._centres[unit][start : start + count])
         if not together:
             return Segment(start, start + count, self._as_rows(memory, count))
-        (kv_S2BKH,) = by_sequence(rows, self._plan.spec.num_kv_heads, dtype=self._dtype)
+        spec = self._plan.spec
+        (kv_S2BKH,) = by_sequence(rows, spec.num_kv_heads, spec.head_dim, dtype=self._dtype)
         return Segment(start, start + count, kv_S2BKH)
 
     def _make_input_segment(self, unit: int, slot: int, start: int) -> InputSegment:

@@ -19,7 +19,6 @@ from harness.benchmark.record import Benchmark, CellStatus, read_cells
 from harness.benchmark.resume import find_benchmark, take_over
 from harness.benchmark.runner import Runner, adopt, merge_cell
 from harness.benchmark.table import as_json, rows_of
-from harness.benchmark.table_text import counted
 from harness.config import EvalConfig, resolve
 from harness.evaluation import check_log_file
 from harness.launch import one_signal_ignored
@@ -28,6 +27,7 @@ from harness.report import Report
 from harness.results import Provenance, RunStatus
 from harness.store import DeliveryError, resolve_store
 from harness.tracking import Tracker
+from harness.words import counted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,9 +11,10 @@ from flexllmgen.units import gib
 from harness import exit_codes
 from harness.benchmark.grid import Grid
 from harness.benchmark.record import Benchmark, Cell
-from harness.benchmark.table_text import UNKNOWN, counted, number
+from harness.benchmark.table_text import UNKNOWN, number
 from harness.config import EvalConfig, Settings
 from harness.report import Report
+from harness.words import counted
 from strategies.base import Plan
 from strategies.registry import find_strategy
 

@@ -5,7 +5,6 @@ can get wrong that can be seen without loading a model is told here, before anyt
 is run.
 """
 
-import difflib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from harness.benchmark.layers import AXES, Block, Layers, keys_of, read_assignme
 from harness.benchmark.names import axes_of, unique_names
 from harness.benchmark.record import Cell
 from harness.benchmark.suite import Suite, read_suite, read_toml
-from harness.config import ENV_PREFIX, EvalConfig, Settings
+from harness.config import ENV_PREFIX, EvalConfig, Settings, did_you_mean
 from strategies.registry import find_strategy, strategy_names
 
 # The seed's three; flexgen's own defaults keep all on the compute device.
@@ -168,10 +167,9 @@ def _check_common(suite: Suite) -> None:
     known = {key for name in strategy_names() for key in keys_of(name)} | {*EvalConfig.model_fields, "policy"}
     for key in suite.common:
         if key not in known:
-            near = difflib.get_close_matches(key, sorted(known), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
             raise UsageError(
-                f"suite {suite.name}, [common]: no option and no strategy's key is called {key!r}{hint}"
+                f"suite {suite.name}, [common]: no option and no strategy's key is called {key!r}"
+                + did_you_mean(key, sorted(known))
             )
 
 

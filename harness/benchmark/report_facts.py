@@ -5,8 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from harness.benchmark.record import Benchmark
 from harness.benchmark.table import Row, fastest, finite, measured_rows
-from harness.benchmark.table_text import counted, number, percent, size
+from harness.benchmark.table_text import number, percent, size
 from harness.results import RunResult
+from harness.words import counted
 
 _PLAN_TITLES = (
     "batch",
@@ -81,7 +82,8 @@ def counts(benchmark: Benchmark) -> str:
     parts = [
         f"{states.count(state)} {state}" for state in ("finished", "failed", "pending") if state in states
     ]
-    return f"{counted(len(states), 'cell')}: {', '.join(parts)}" if states else "no cells"
+    count = counted(len(states), "cell")
+    return f"{count}: {', '.join(parts)}" if parts else count
 
 
 def facts(benchmark: Benchmark, results: Mapping[str, RunResult]) -> Iterator[tuple[str, str]]:

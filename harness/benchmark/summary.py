@@ -9,9 +9,10 @@ from typing import Any
 
 from harness.benchmark.record import Benchmark, Cell, CellStatus
 from harness.benchmark.table import Row, as_markdown, fastest
-from harness.benchmark.table_text import counted, number, percent
+from harness.benchmark.table_text import number, percent
 from harness.results import CellLink, RunError, RunResult, RunStatus, Scalar
 from harness.summary import PARAM_LIMIT, MetricRow, clean_name, origin_tags, param_text, shorten
+from harness.words import counted
 
 # Options that say where a process writes, not what it measures.
 _PLUMBING = ("tracking_uri", "no_mlflow", "results_dir", "log_file", "run_name", "tag", "experiment")

@@ -39,14 +39,6 @@ def number(value: float) -> str:
     return f"{value:.2e}" if abs(value) < 1e-4 else f"{value:#.3g}".rstrip(".")
 
 
-def counted(count: int, what: str) -> str:
-    """
-    >>> counted(1, "cell"), counted(3, "launch")
-    ('1 cell', '3 launches')
-    """
-    return f"{count} {what}" + ("" if count == 1 else "es" if what.endswith("ch") else "s")
-
-
 def percent(share: float) -> str:
     """A share as percent; one decimal below ten.
 

@@ -14,6 +14,7 @@ from harness.doctor.record import check_results, check_store
 from harness.doctor.system import check_system
 from harness.report import Report
 from harness.store import Store, resolve_store
+from harness.words import counted
 
 
 def doctor(
@@ -65,7 +66,7 @@ def doctor(
             for one in removed:
                 report.text(f"  {one.path} ({gib(one.num_bytes)})")
         notes, problems = counts[Level.NOTE], counts[Level.PROBLEM]
-        report.text(f"{_count(problems, 'problem')}, {_count(notes, 'note')}")
+        report.text(f"{counted(problems, 'problem')}, {counted(notes, 'note')}")
     return 0 if healthy else exit_codes.CHECK_FAILED
 
 
@@ -74,11 +75,3 @@ def _store(config: EvalConfig) -> Store | Finding:
         return resolve_store(config.tracking_uri, Path.cwd(), create=False)
     except UsageError as error:
         return problem("store", str(error), "mend --tracking-uri or MLFLOW_TRACKING_URI")
-
-
-def _count(number: int, what: str) -> str:
-    """
-    >>> _count(1, "note"), _count(0, "note")
-    ('1 note', 'no notes')
-    """
-    return f"{number or 'no'} {what}{'' if number == 1 else 's'}"
