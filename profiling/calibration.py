@@ -166,7 +166,8 @@ def _slower_layers(table: LayerTimes, computes: float, issues: float) -> LayerTi
 def _attending(table: LayerTimes, factor: float) -> LayerTimes:
     names = ("cpu_attention_bytes_per_s", "cpu_attention_codes_bytes_per_s")
     rates = {name: getattr(table, name) for name in names}
-    return replace(table, **{name: rate / factor for name, rate in rates.items() if rate is not None})
+    slower = {name: rate / factor for name, rate in rates.items() if rate is not None}
+    return replace(table, cpu_attention_call_s=table.cpu_attention_call_s * factor, **slower)
 
 
 def _within(factor: float) -> float:

@@ -140,7 +140,7 @@ class Durations:
         """Seconds in which the CPU attends."""
         rows = self.rows[self._layers[step.stage]][step.micro_batch]
         cached = rows * self._row_bytes * self._attended_positions(step)
-        return cached / self._attention_rate
+        return cached / self._attention_rate + self.times.cpu_attention_call_s
 
     def chosen_experts_s(self, step: Step, share: float) -> float:
         """Seconds to turn back the experts that a step brought in."""

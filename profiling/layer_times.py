@@ -93,6 +93,7 @@ class LayerTimes:
             where that was not measured.
         cpu_attention_codes_bytes_per_s: the same of KV that is kept in 8 bits, scales and zeros included; None where its groups
             do not divide a head.
+        cpu_attention_call_s: what each call of the CPU, one for a layer of a micro-batch, takes beyond its share of a long one.
         spread: (largest - smallest) / median of a figure's trials, in the median over all figures.
     """
 
@@ -110,6 +111,7 @@ class LayerTimes:
     recorded: tuple[Point, ...] = ()
     cpu_attention_bytes_per_s: float | None = None
     cpu_attention_codes_bytes_per_s: float | None = None
+    cpu_attention_call_s: float = 0.0
     spread: float = 0.0
 
     @property

@@ -62,9 +62,10 @@ def measure_layer_times(spec: ModelSpec, *, dtype: str, device: str) -> LayerTim
         torch.cuda.empty_cache()
     # Where the CPU computes everything, it does not attend beside anything.
     attention = attended = codes = None
+    call_s = 0.0
     if device != "cpu":
         attention = _attention(spec, dtype)
-        attended = attention.measure().median
+        attended, call_s = attention.measure().median, attention.call_s()
     issue = _Issue.measured(spec, dtype, device, attention)
     if attention is not None and spec.head_dim % CODES_GROUP == 0:
         del attention
@@ -81,6 +82,7 @@ def measure_layer_times(spec: ModelSpec, *, dtype: str, device: str) -> LayerTim
         recorded=recorded,
         cpu_attention_bytes_per_s=attended,
         cpu_attention_codes_bytes_per_s=codes,
+        cpu_attention_call_s=call_s,
         prompt=prompt,
         step=step,
         head=head,

@@ -75,8 +75,9 @@ class _Least:
 
     def _attention_s(self, token: int, stage: int, rows: Sequence[int]) -> float:
         asked = next(index for index in self.batches if rows[index])
-        one = self.durations.attention_s(Step(Action.COMPUTE, token, stage, asked))
-        return one / rows[asked] * sum(rows)
+        call_s, calls = self.times.cpu_attention_call_s, sum(1 for index in self.batches if rows[index])
+        one = self.durations.attention_s(Step(Action.COMPUTE, token, stage, asked)) - call_s
+        return one / rows[asked] * sum(rows) + call_s * calls
 
     def _device_s(self, token: int, stage: int) -> tuple[float, float, float]:
         """Seconds of a stage on the compute device: all, up to the first query, and from the last answer on."""

@@ -3,6 +3,9 @@
 Sizes are larger than caches are. Copy rates count each byte once, though it is read and written.
 """
 
+import itertools
+import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +25,7 @@ READ_BYTES = 512 * MIB
 COPY_BYTES = 256 * MIB
 _KV_BYTES = 1024 * MIB
 _POSITIONS = 512
+_MICRO_BATCHES = 16
 CODES_GROUP = 64
 """Numbers of compressed KV that share a scale, unless told otherwise."""
 _TRIALS = 7
@@ -30,14 +34,29 @@ _GPU_ROUNDS = 16
 
 @dataclass(frozen=True, slots=True)
 class HostWork:
-    """Something the CPU does, and the bytes of host memory that it reads."""
+    """Something the CPU does, and the bytes of host memory that it reads; `parts` do the same one after the other."""
 
     run: Callable[[], object]
     num_bytes: int
+    parts: tuple[Callable[[], object], ...] = ()
 
     def measure(self) -> Measurement:
         """Its rate when nothing else runs."""
         return Measurement.of(self.num_bytes, timed_runs(self.run, "cpu", _TRIALS))
+
+    def call_s(self) -> float:
+        """Seconds that each of the parts takes beyond its share: all of them, in turns with the whole."""
+        if len(self.parts) < 2:
+            return 0.0
+        beyond_s = [_seconds(*self.parts) - _seconds(self.run) for _ in range(1 + _TRIALS)][1:]
+        return max(0.0, statistics.median(beyond_s)) / (len(self.parts) - 1)
+
+
+def _seconds(*actions: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    for action in actions:
+        action()
+    return time.perf_counter() - started
 
 
 def host_read() -> HostWork:
@@ -54,7 +73,8 @@ def host_attention(
     head_dim: int = 128,
     codes: bool = False,
 ) -> HostWork:
-    """A decode step's attention, by the engine's kernel, with its threads, on KV as its cache lays it out.
+    """A decode step's attention, by the engine's kernel, with its threads, on KV as its cache lays it out; its parts are
+    micro-batches.
 
     Args:
         codes: of KV in 8 bits, in groups of CODES_GROUP.
@@ -69,16 +89,24 @@ def host_attention(
     arena.commit()
     # Small numbers as any type.
     rows_BSC = arena.view(region).fill_(0x1C).view(batch, _POSITIONS, -1)
-    kv_S2BKH, *sides = by_sequence(
-        rows_BSC, num_kv_heads, head_dim, dtype=None if codes else dtype, group_size=CODES_GROUP
-    )
-    more: dict[str, Any] = {}
-    if codes:
-        more = {"scale_S2BKG": sides[0], "zero_S2BKG": sides[1], "group_size": CODES_GROUP}
-    query = torch.ones(batch, num_heads, head_dim, dtype=dtype)
-    out, threads = torch.empty_like(query), attention_threads()
-    call = prepare_attention(query, kv_S2BKH, _POSITIONS, out_BNH=out, threads=threads, **more)
-    return HostWork(call, rows_BSC.nbytes)
+    query_BNH = torch.ones(batch, num_heads, head_dim, dtype=dtype)
+    out_BNH, threads = torch.empty_like(query_BNH), attention_threads()
+
+    def attending(first: int, stop: int) -> Callable[[], object]:
+        mine = slice(first, stop)
+        kv_S2BKH, *sides = by_sequence(
+            rows_BSC[mine], num_kv_heads, head_dim, dtype=None if codes else dtype, group_size=CODES_GROUP
+        )
+        more: dict[str, Any] = {}
+        if codes:
+            more = {"scale_S2BKG": sides[0], "zero_S2BKG": sides[1], "group_size": CODES_GROUP}
+        return prepare_attention(
+            query_BNH[mine], kv_S2BKH, _POSITIONS, out_BNH=out_BNH[mine], threads=threads, **more
+        )
+
+    bounds = [batch * part // _MICRO_BATCHES for part in range(_MICRO_BATCHES + 1)]
+    parts = tuple(attending(first, stop) for first, stop in itertools.pairwise(bounds) if first < stop)
+    return HostWork(attending(0, batch), rows_BSC.nbytes, parts)
 
 
 def measure_read(device: str) -> Measurement:

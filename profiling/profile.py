@@ -15,7 +15,7 @@ from flexllmgen.errors import UsageError
 from profiling.hardware import Disk, Gpu, Hardware
 from profiling.layer_times import LayerTimes
 
-SCHEMA_VERSION = 15
+SCHEMA_VERSION = 16
 NOISY = 0.15
 """Relative spread from which a measurement is flagged."""
 

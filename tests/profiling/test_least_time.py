@@ -86,7 +86,10 @@ def test_it_is_never_above_the_simulation(
     plan = plan_placement(spec, policy, workload, 2, in_place=device == "cpu")
     profile = machine(spec, device, **(ATTENDS if device == "cuda" else {}))
     layers = tuple(
-        dataclasses.replace(each, kv_issue_s=issue_s, exchange_s=issue_s / 10) for each in profile.layers
+        dataclasses.replace(
+            each, kv_issue_s=issue_s, exchange_s=issue_s / 10, cpu_attention_call_s=issue_s / 20
+        )
+        for each in profile.layers
     )
     profile = dataclasses.replace(profile, layers=layers)
     estimate = engine_cost(plan, profile)

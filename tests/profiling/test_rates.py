@@ -1,6 +1,8 @@
 """Measured rates: plausible for any machine, and nothing of the measuring stays."""
 
 import dataclasses
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -115,6 +117,38 @@ def test_a_models_own_attention_is_measured(monkeypatch: pytest.MonkeyPatch) -> 
     work = memory.host_attention(torch.bfloat16, num_heads=16, num_kv_heads=2, head_dim=64)
     assert work.num_bytes == 8 << 20
     assert 1e8 < layer_timing._attention(spec, "bfloat16").measure().median < 1e13
+
+
+@pytest.mark.parametrize("codes", [False, True])
+def test_micro_batches_attend_to_what_one_call_attends_to(
+    monkeypatch: pytest.MonkeyPatch, codes: bool
+) -> None:
+    monkeypatch.setattr(memory, "_KV_BYTES", 6 << 20)
+    monkeypatch.setattr(memory, "_MICRO_BATCHES", 5)
+    asked: list[torch.Tensor] = []
+
+    def prepare(q_BNH: torch.Tensor, *_: object, **__: object) -> Callable[[], None]:
+        return lambda: asked.append(q_BNH)
+
+    monkeypatch.setattr(memory, "prepare_attention", prepare)
+    work = memory.host_attention(torch.float16, num_heads=4, num_kv_heads=2, head_dim=64, codes=codes)
+    work.run()
+    (whole,) = asked
+    assert len(work.parts) == 5
+    for part in work.parts:
+        part()
+    assert torch.equal(torch.cat(asked[1:]), whole)
+    assert [each.data_ptr() for each in asked[1:]] == sorted(each.data_ptr() for each in asked[1:])
+
+
+def test_what_a_call_takes_beyond_its_share_is_measured() -> None:
+    def waits(seconds: float) -> Callable[[], None]:
+        return lambda: time.sleep(seconds)
+
+    work = memory.HostWork(waits(0.01), 1, tuple(waits(0.004) for _ in range(5)))
+    assert 0.002 < work.call_s() < 0.01
+    assert memory.HostWork(waits(0.02), 1, tuple(waits(0.001) for _ in range(5))).call_s() == 0.0
+    assert memory.HostWork(waits(0.0), 1).call_s() == 0.0
 
 
 def test_what_only_a_gpu_has_is_all_that_a_cpu_lacks(small: None, tmp_path: Path) -> None:

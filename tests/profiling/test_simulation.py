@@ -350,6 +350,25 @@ def test_the_models_own_rate_of_attention_is_what_counts() -> None:
     assert own.decode_busy_s[busy] == pytest.approx(3 * general.decode_busy_s[busy])
 
 
+def test_each_call_of_the_cpu_takes_its_time_beside_its_bytes() -> None:
+    """One for each layer, micro-batch and step, where something lies in host memory."""
+    workload = Workload(num_sequences=96, prompt_tokens=512, gen_tokens=8)
+    policy = Policy(micro_batch_size=24, num_micro_batches=4, kv_cache=ON_CPU, cpu_attention=True)
+    profile = machine(SPEC, cpu_attention_bytes_per_s=9e10)
+    calling = [dataclasses.replace(table, cpu_attention_call_s=1e-3) for table in profile.layers]
+    for kv, calls in ((ON_CPU, 4), (Placement(gpu=0.875, cpu=0.125), 4), (ON_GPU, 0)):
+        plan = plan_placement(SPEC, dataclasses.replace(policy, kv_cache=kv), workload, 2, in_place=False)
+        before, after = (
+            engine_cost(plan, profile),
+            engine_cost(plan, dataclasses.replace(profile, layers=calling)),
+        )
+        assert before is not None
+        assert after is not None
+        busy = "attention on the CPU"
+        more = after.decode_busy_s.get(busy, 0.0) - before.decode_busy_s.get(busy, 0.0)
+        assert more == pytest.approx(1e-3 * calls * SPEC.num_layers * 7)
+
+
 def test_compressed_kv_takes_fewer_bytes_and_some_compute() -> None:
     policy = Policy(micro_batch_size=8, num_micro_batches=2, kv_cache=ON_CPU)
     plain, lossy = cost(policy), cost(dataclasses.replace(policy, kv_bits=4))
